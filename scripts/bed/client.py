@@ -1,9 +1,10 @@
 """Runs one command in the emulated KVM host: the machine's half of serve.py.
 
-    client.py STATE run KVM_HOST SHARES COMMAND…     SHARES: directories, joined by ':'
+    client.py STATE run KVM_HOST SHARES FIXED COMMAND…
     client.py STATE status | down
 
-STATE holds `port` and `token` of the emulated host that is up. Where none answers,
+SHARES and FIXED are directories, joined by ':': those that both sides may change,
+and those that never change. STATE holds `port` and `token` of the emulated host that is up. Where none answers,
 `run` lets `KVM_HOST up` start one and tries again. Exit statuses: the command's own
 (128+n for signal n), or 125 with a sentence when it was not run to its end.
 """
@@ -90,8 +91,8 @@ class Control:
             pass
 
 
-def run(state, kvm_host, shares, argv):
-    hello = command_hello(shares, argv)
+def run(state, kvm_host, shares, fixed, argv):
+    hello = command_hello(shares, fixed, argv)
     for _ in range(ATTEMPTS):
         try:
             control, streams = begin(Host(state), hello)
@@ -112,7 +113,7 @@ def run(state, kvm_host, shares, argv):
         return NOT_RUN
 
 
-def command_hello(shares, argv):
+def command_hello(shares, fixed, argv):
     """All that the emulated host must know of the command and of where it is called."""
     terminal = os.isatty(0) and os.isatty(1)
     # `2>&1` outside is one stream inside as well, or their order would be lost.
@@ -134,6 +135,7 @@ def command_hello(shares, argv):
         "cwd": os.getcwd(),
         "umask": umask(),
         "share": [path for path in shares.split(":") if path],
+        "fixed": [path for path in fixed.split(":") if path],
         "packages": packages(),
     }
 
@@ -259,8 +261,8 @@ def complain(sentence):
 def main():
     state, action, *rest = sys.argv[1:]
     if action == "run":
-        kvm_host, shares, *argv = rest
-        return run(state, kvm_host, shares, argv)
+        kvm_host, shares, fixed, *argv = rest
+        return run(state, kvm_host, shares, fixed, argv)
     try:
         control = Control(Host(state).connect({"kind": action}))
         # The answer to `down` is the end of the connection.
