@@ -179,7 +179,7 @@ class Server:
             self.share(control.hello["share"], MACHINE)
             # Never written again, so no reader needs to ask for news: a microVM's
             # kernel stays in the page cache here, instead of being read for each.
-            self.share(control.hello["fixed"], SYSTEM)
+            self.share(control.hello.get("fixed", []), SYSTEM)
             self.notice_packages(control.hello.get("packages"))
         except Refused as refusal:
             self.refuse(control, str(refusal))
