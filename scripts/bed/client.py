@@ -25,6 +25,7 @@ import tty
 
 NOT_RUN = 125
 ATTEMPTS = 3
+ANSWER_SECONDS = 60
 CHUNK = 1 << 18
 ADDRESS = "127.0.0.1"
 FORWARDED = (
@@ -76,6 +77,8 @@ class Control:
         while b"\n" not in self.buffer:
             try:
                 part = self.sock.recv(65536)
+            except TimeoutError:
+                raise
             except OSError:
                 part = b""
             if not part:
@@ -145,7 +148,13 @@ def begin(host, hello):
     control = Control(host.connect(hello))
     named = {"kind": "stream", "session": hello["session"]}
     streams = {name: host.connect({**named, "name": name}) for name in hello["streams"]}
-    first = control.next()
+    control.sock.settimeout(ANSWER_SECONDS)
+    try:
+        first = control.next()
+    except TimeoutError:
+        complain(f"the emulated host has not answered for {ANSWER_SECONDS} s: try scripts/kvm-host down")
+        sys.exit(NOT_RUN)
+    control.sock.settimeout(None)
     if "error" in first:
         complain(first["error"])
         sys.exit(NOT_RUN)

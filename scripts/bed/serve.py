@@ -33,7 +33,6 @@ HERE = "/run/kvm-host"
 MACHINE = HERE + "/machine"  # the machine's files, writable and fresh
 SYSTEM = HERE + "/system"  # the same, read-only and cached
 BUSYBOX = HERE + "/busybox"
-IDLE_SECONDS = 600
 HELLO_LIMIT = 8 << 20  # an environment may be large, but not endless
 HELLO_SECONDS = 20
 CHUNK = 1 << 20
@@ -97,6 +96,7 @@ class Server:
         self.sessions = set()  # pids
         self.shared = set()
         self.packages = None
+        self.idle_limit = int(read_text(HERE + "/idle-seconds"))
         self.busy_at = time.monotonic()
         # SIGCHLD wakes the selector: children of children end up here, too.
         wake_read, wake_write = os.pipe()
@@ -264,11 +264,11 @@ class Server:
         now = time.monotonic()
         if self.sessions or self.parked:
             self.busy_at = now
-        elif now - self.busy_at > IDLE_SECONDS:
+        elif now - self.busy_at > self.idle_limit:
             if rooms():
                 self.busy_at = now
             else:
-                print(f"kvm-host: idle for {IDLE_SECONDS} s: ending", flush=True)
+                print(f"kvm-host: idle for {self.idle_limit} s: ending", flush=True)
                 self.end()
 
     def end(self):
