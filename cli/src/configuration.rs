@@ -120,12 +120,10 @@ mod tests {
     fn flags_win_over_the_environment_and_the_environment_over_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("carrel.json");
-        std::fs::write(&config, r#"{"log_level":"info","log_format":"json","vmm":"/file","guest":"/file"}"#).unwrap();
-        let given = Global {
-            home: Some(dir.path().to_owned()),
-            log_level: Some("debug".to_owned()),
-            ..flags()
-        };
+        std::fs::write(&config, r#"{"log_level":"info","log_format":"json","vmm":"/file","guest":"/file"}"#)
+            .unwrap();
+        let given =
+            Global { home: Some(dir.path().to_owned()), log_level: Some("debug".to_owned()), ..flags() };
         let look_up = |name: &str| (name == "CARREL_VMM").then(|| PathBuf::from("/variable"));
         let loaded = Configuration::load(&given, true, &look_up).unwrap();
         assert_eq!(loaded.log_level, "debug");

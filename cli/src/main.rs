@@ -47,9 +47,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<u8> {
     listen(&configuration)?;
     match cli.command {
         Some(command) => commands::run(command, &configuration),
-        None => {
-            Err(failure::WithStatus::new(failure::USAGE, "Give a command: see carrel --help.").into())
-        }
+        None => Err(failure::WithStatus::new(failure::USAGE, "Give a command: see carrel --help.").into()),
     }
 }
 

@@ -42,7 +42,8 @@ impl Carrel {
             .open(base.join("carrel-tests.turn"))
             .expect("the tests' folder can be written");
         rustix::fs::flock(&turn, FlockOperation::LockExclusive).expect("the turn can be taken");
-        let home = tempfile::Builder::new().prefix("carrel-test-").tempdir_in(base).expect("a home can be made");
+        let home =
+            tempfile::Builder::new().prefix("carrel-test-").tempdir_in(base).expect("a home can be made");
         Self { before: Leftovers::now(), home, _turn: turn }
     }
 
@@ -156,14 +157,21 @@ pub struct Running {
     line: String,
 }
 
-impl Running {
-    /// Starts a command whose output is piped.
-    pub fn spawn(command: &mut Command) -> Self {
-        let line = format!("{command:?}");
-        let mut child = command.spawn().unwrap_or_else(|error| panic!("{line}: {error}"));
+impl From<Child> for Running {
+    fn from(mut child: Child) -> Self {
         let stdout = child.stdout.take().map(collect);
         let stderr = child.stderr.take().map(collect);
+        let line = format!("process {}", child.id());
         Self { child, stdout, stderr, line }
+    }
+}
+
+impl Running {
+    /// Starts a command; what it writes to pipes is collected.
+    pub fn spawn(command: &mut Command) -> Self {
+        let line = format!("{command:?}");
+        let child = command.spawn().unwrap_or_else(|error| panic!("{line}: {error}"));
+        Self { line, ..Self::from(child) }
     }
 
     /// Its process.
@@ -198,7 +206,8 @@ impl Running {
                 let _ = self.child.kill();
                 let _ = self.child.wait();
                 let [stdout, stderr] = self.output();
-                let [stdout, stderr] = [&stdout, &stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
+                let [stdout, stderr] =
+                    [&stdout, &stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
                 panic!("{} did not end.\nstdout: {stdout}\nstderr: {stderr}", self.line);
             }
             std::thread::sleep(Duration::from_millis(10));

@@ -30,7 +30,9 @@ impl FunctionZip {
     /// Adds a file with this mode.
     #[must_use]
     pub fn file_with_mode(mut self, name: &str, content: impl AsRef<[u8]>, mode: u32) -> Self {
-        let options = SimpleFileOptions::default().compression_method(CompressionMethod::Deflated).unix_permissions(mode);
+        let options = SimpleFileOptions::default()
+            .compression_method(CompressionMethod::Deflated)
+            .unix_permissions(mode);
         self.0.start_file(name, options).unwrap();
         self.0.write_all(content.as_ref()).unwrap();
         self

@@ -37,7 +37,9 @@ impl Tar {
         let busybox = ["/bin/busybox", "/usr/bin/busybox"].into_iter().find_map(|path| fs::read(path).ok());
         let busybox = busybox.expect("the package busybox-static is installed");
         let tar = Self::new().directory("bin").file_with_mode("bin/busybox", &busybox, 0o755);
-        ["sh", "cat", "ls", "echo"].into_iter().fold(tar, |tar, name| tar.hard_link(&format!("bin/{name}"), "bin/busybox"))
+        ["sh", "cat", "ls", "echo"]
+            .into_iter()
+            .fold(tar, |tar, name| tar.hard_link(&format!("bin/{name}"), "bin/busybox"))
     }
 
     /// Adds a directory.
@@ -223,7 +225,8 @@ mod tests {
     #[test]
     fn an_honest_image_satisfies_skopeo() {
         let dir = tempfile::tempdir().unwrap();
-        let image = Image::new(vec![Layer::plain(Tar::new().file("a", b"1")), Layer::gzip(&Tar::new().bytes())]);
+        let image =
+            Image::new(vec![Layer::plain(Tar::new().file("a", b"1")), Layer::gzip(&Tar::new().bytes())]);
         let name = image.write(dir.path());
         let Ok(output) = std::process::Command::new("skopeo").args(["inspect", &name]).output() else {
             return; // Not installed: the whole-system tests will say so.

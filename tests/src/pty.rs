@@ -28,11 +28,7 @@ impl Terminal {
         unlockpt(&user).unwrap();
         let name = ptsname(&user, Vec::new()).unwrap();
         let end = File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
-        let terminal = Self {
-            user: File::from(user),
-            command: end,
-            screen: Arc::default(),
-        };
+        let terminal = Self { user: File::from(user), command: end, screen: Arc::default() };
         terminal.resize(rows, columns);
         // setsid makes it the session's controlling terminal, which is what delivers SIGWINCH.
         let mut on_terminal = Command::new("setsid");

@@ -92,12 +92,10 @@ mod tests {
 
     #[test]
     fn a_file_keeps_values_as_they_stand() {
-        let text = "\u{feff}# comment\n\n  A=1\nB=\"quoted\" # not a comment\r\nC= spaced \nLANG\nMISSING\nD=x=y\n";
+        let text =
+            "\u{feff}# comment\n\n  A=1\nB=\"quoted\" # not a comment\r\nC= spaced \nLANG\nMISSING\nD=x=y\n";
         let found = parse_file(text, &own).unwrap();
-        assert_eq!(
-            found,
-            ["A=1", "B=\"quoted\" # not a comment", "C= spaced ", "LANG=C.UTF-8", "D=x=y"]
-        );
+        assert_eq!(found, ["A=1", "B=\"quoted\" # not a comment", "C= spaced ", "LANG=C.UTF-8", "D=x=y"]);
     }
 
     #[test]

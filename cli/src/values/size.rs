@@ -81,7 +81,9 @@ mod tests {
 
     #[test]
     fn what_is_no_size_is_refused() {
-        for wrong in ["", "m", "-1m", "1.", ".5g", "1.2.3m", "12x", "99999999999999999999", "18446744073709551615k"] {
+        for wrong in
+            ["", "m", "-1m", "1.", ".5g", "1.2.3m", "12x", "99999999999999999999", "18446744073709551615k"]
+        {
             assert!(bytes(wrong).is_err(), "{wrong}");
         }
     }

@@ -102,7 +102,17 @@ mod tests {
 
     #[test]
     fn what_is_no_span_is_refused() {
-        for wrong in ["", "s", "-1s", "1.5s", "10x", "1m 30s", "1m30", "99999999999999999999s", "18446744073709551615d"] {
+        for wrong in [
+            "",
+            "s",
+            "-1s",
+            "1.5s",
+            "10x",
+            "1m 30s",
+            "1m30",
+            "99999999999999999999s",
+            "18446744073709551615d",
+        ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
         assert!(positive("0").is_err());
