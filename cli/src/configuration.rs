@@ -20,8 +20,8 @@ pub(crate) struct Configuration {
     pub(crate) log_level: String,
     /// The VMM's program; where there is none, `carrel-vmm` beside carrel itself, then on the PATH.
     pub(crate) vmm: Option<PathBuf>,
-    /// The folder of guest kernel, initramfs and runtimes; where there is none, see docs/cli.md.
-    pub(crate) guest: Option<PathBuf>,
+    /// The folder of guest kernel, initramfs and empty disk; where there is none, see docs/cli.md.
+    pub(crate) assets: Option<PathBuf>,
 }
 
 /// The file's fields; all optional.
@@ -32,7 +32,7 @@ struct File {
     log_format: Option<LogFormat>,
     log_level: Option<String>,
     vmm: Option<PathBuf>,
-    guest: Option<PathBuf>,
+    assets: Option<PathBuf>,
 }
 
 impl Configuration {
@@ -76,7 +76,7 @@ impl Configuration {
             log_format: flags.log_format.or(file.log_format).unwrap_or_default(),
             log_level: flags.log_level.clone().or(file.log_level).unwrap_or_else(|| "warn".to_owned()),
             vmm: variable("CARREL_VMM").or(file.vmm),
-            guest: variable("CARREL_GUEST").or(file.guest),
+            assets: variable("CARREL_ASSETS").or(file.assets),
         })
     }
 }
@@ -120,7 +120,7 @@ mod tests {
     fn flags_win_over_the_environment_and_the_environment_over_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let config = dir.path().join("carrel.json");
-        std::fs::write(&config, r#"{"log_level":"info","log_format":"json","vmm":"/file","guest":"/file"}"#)
+        std::fs::write(&config, r#"{"log_level":"info","log_format":"json","vmm":"/file","assets":"/file"}"#)
             .unwrap();
         let given =
             Global { home: Some(dir.path().to_owned()), log_level: Some("debug".to_owned()), ..flags() };
@@ -129,7 +129,7 @@ mod tests {
         assert_eq!(loaded.log_level, "debug");
         assert_eq!(loaded.log_format, LogFormat::Json);
         assert_eq!(loaded.vmm.unwrap(), Path::new("/variable"));
-        assert_eq!(loaded.guest.unwrap(), Path::new("/file"));
+        assert_eq!(loaded.assets.unwrap(), Path::new("/file"));
     }
 
     #[test]

@@ -33,7 +33,7 @@ impl Default for Carrel {
 impl Carrel {
     /// Waits for its turn and makes the home.
     pub fn new() -> Self {
-        let base = std::env::var_os("CARREL_TEST_DIR").map_or_else(std::env::temp_dir, PathBuf::from);
+        let base = base();
         std::fs::create_dir_all(&base).expect("the tests' folder can be made");
         let turn = OpenOptions::new()
             .create(true)
@@ -142,6 +142,16 @@ impl Drop for Carrel {
         if !std::thread::panicking() {
             self.expect_nothing_left();
         }
+    }
+}
+
+/// Where homes are made. The emulated host has a disk for the store; its temporary folder is memory.
+fn base() -> PathBuf {
+    let store = Path::new("/var/lib/carrel");
+    match std::env::var_os("CARREL_TEST_DIR") {
+        Some(folder) => folder.into(),
+        None if store.is_dir() && rustix::process::geteuid().is_root() => store.join("tests"),
+        None => std::env::temp_dir(),
     }
 }
 

@@ -5,8 +5,8 @@
 //!        └── waits for its turn: tests share one host, and a leftover must have one culprit
 //! ```
 //!
-//! The program is `$CARREL_BIN`, else `carrel` on the PATH. Each [`Carrel`] has a home of its own below
-//! `$CARREL_TEST_DIR` (else the system's temporary folder). Nothing here sleeps for a result: it polls, with a
+//! The program is `$CARREL_BIN`, else `carrel` on the PATH. Each [`Carrel`] has a home of its own below `$CARREL_TEST_DIR`
+//! (without it on the store's disk, where there is one, else in the system's temporary folder). Nothing here sleeps for a result: it polls, with a
 //! deadline that fits an emulated machine; `$CARREL_TEST_PATIENCE` multiplies it.
 
 // A test's harness fails by panicking; that is what a test's failure is.

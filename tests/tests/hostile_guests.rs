@@ -35,17 +35,17 @@ fn a_guest_that_panics() {
     let carrel = Carrel::new();
     let neighbour = Neighbour::new(&carrel);
     // Our kernel, and an initramfs without an init: the kernel finds no root and panics.
-    let guest = guest_without_init(&carrel);
+    let assets = assets_without_init(&carrel);
     let mut command = carrel.command(&["run", &fixtures::busybox(), "true"]);
-    Running::spawn(command.env("CARREL_GUEST", &guest)).done().complains(125, &["panic"]);
+    Running::spawn(command.env("CARREL_ASSETS", &assets)).done().complains(125, &["panic"]);
     neighbour.must_be_well();
 }
 
-/// A copy of the guest folder in which the initramfs holds nothing.
-fn guest_without_init(carrel: &Carrel) -> PathBuf {
+/// A copy of the assets in which the initramfs holds nothing.
+fn assets_without_init(carrel: &Carrel) -> PathBuf {
     let configuration: Value = carrel.json(&["--print-config"]);
-    let real = PathBuf::from(configuration["guest"].as_str().expect("--print-config names the guest folder"));
-    let copy = carrel.scratch().join("guest");
+    let real = PathBuf::from(configuration["assets"].as_str().expect("--print-config names the assets"));
+    let copy = carrel.scratch().join("assets");
     fs::create_dir(&copy).unwrap();
     for entry in fs::read_dir(&real).unwrap().flatten() {
         let to = copy.join(entry.file_name());
