@@ -1,7 +1,7 @@
 //! The guests that benchmarks boot, made here byte by byte so that nothing but the VMM differs between two sides.
 //!
 //! - [`tiny_kernel`]: a "kernel" of three instructions that writes [`READY`] to the serial port and waits for ever.
-//! - [`ready_init`]: a Linux program for `/init` that does the same through `ioperm(2)`.
+//! - [`ready_init`]: a Linux program for `/init` that does the same through its console.
 //! - [`initramfs`]: a cpio archive (newc) around an `/init`.
 
 /// What a guest writes to port 0x3f8 when it is there.
@@ -26,20 +26,18 @@ pub(crate) fn tiny_kernel() -> Vec<u8> {
     elf(&code, KERNEL_BASE)
 }
 
-/// A static program: `ioperm(0x3f8, 8, 1)`, one byte out, then `pause(2)` for ever.
+/// A static program: `write(1, READY, 1)`, then `pause(2)` for ever. Its standard output is the console, as the kernel leaves it to init.
 pub(crate) fn ready_init() -> Vec<u8> {
     let code = [
-        &[0xb8, 173, 0, 0, 0][..], // mov eax, SYS_ioperm
-        &[0xbf, 0xf8, 0x03, 0, 0], // mov edi, 0x3f8
-        &[0xbe, 8, 0, 0, 0],       // mov esi, 8
-        &[0xba, 1, 0, 0, 0],       // mov edx, 1
-        &[0x0f, 0x05],             // syscall
-        &[0x66, 0xba, 0xf8, 0x03], // mov dx, 0x3f8
-        &[0xb0, READY],            // mov al, READY
-        &[0xee],                   // out dx, al
-        &[0xb8, 34, 0, 0, 0],      // mov eax, SYS_pause
-        &[0x0f, 0x05],             // syscall
-        &[0xeb, 0xf7],             // jmp to the mov above
+        &[0xb8, 1, 0, 0, 0][..],          // mov eax, SYS_write
+        &[0xbf, 1, 0, 0, 0],              // mov edi, 1
+        &[0x48, 0x8d, 0x35, 16, 0, 0, 0], // lea rsi, [rip + 16]: the byte behind the code
+        &[0xba, 1, 0, 0, 0],              // mov edx, 1
+        &[0x0f, 0x05],                    // syscall
+        &[0xb8, 34, 0, 0, 0],             // mov eax, SYS_pause
+        &[0x0f, 0x05],                    // syscall
+        &[0xeb, 0xf7],                    // jmp to the mov above
+        &[READY],
     ]
     .concat();
     elf(&code, INIT_BASE)
