@@ -1,1 +1,50 @@
-//! See the crate's description.
+//! The store: images on disk, by content.
+//!
+//! ```text
+//!   oci:DIR  oci-archive:FILE  docker-archive:FILE  docker://NAME
+//!      └──────────┴──────┬──────────┴─────────────────┘
+//!                        ▼ reference: what the user says, parsed once
+//!                     acquire ─▶ origin: top document ─▶ index* ─▶ manifest ─▶ configuration, layers
+//!                        │                 digests and sizes are checked on the way in
+//!                        ▼
+//!     ROOT/ingest ─▶ ROOT/blobs ◀─ ROOT/images (names)         lease: nothing is collected meanwhile
+//!                        │                                      prune: what nobody names goes
+//!                        ▼
+//!                     Image: configuration, and layers to be opened read-only
+//! ```
+//!
+//! Everything blocks; parallel downloads are threads of a call's own. Many processes may use one store at once: there is no daemon
+//! behind it, only locks that die with their holders. Layers are hashed and never looked into: they are unpacked inside a guest.
+
+#![forbid(unsafe_code)]
+
+pub mod blobs;
+pub mod config;
+pub mod digest;
+pub mod document;
+pub mod images;
+pub mod lease;
+pub mod platform;
+pub mod printable;
+pub mod progress;
+pub mod reference;
+
+mod acquire;
+pub mod archive;
+mod ingest;
+pub mod layout;
+mod origin;
+pub mod section;
+mod store;
+#[cfg(test)]
+mod testing;
+
+pub use acquire::{Policy, PullOptions};
+pub use config::ImageConfig;
+pub use digest::Digest;
+pub use document::Compression;
+pub use images::{Image, LayerBlob};
+pub use lease::Lease;
+pub use platform::Platform;
+pub use reference::Source;
+pub use store::{Store, StoreError};
