@@ -21,6 +21,7 @@ use crate::archive::Archive;
 use crate::blobs::Blobs;
 use crate::config::{self, ImageConfig};
 use crate::digest::Digest;
+use crate::docker_archive::{DockerArchive, DockerArchiveError};
 use crate::document::{Descriptor, Document, DocumentError, Manifest};
 use crate::images::{Image, Record};
 use crate::ingest::{Ingest, Kind};
@@ -93,9 +94,13 @@ impl Store {
                 let layout = Layout::Archive(archive);
                 self.acquire_layout(&layout, tag.as_deref(), &name, options, progress)
             }
-            Source::DockerArchive { .. } | Source::Registry(_) => {
-                self.known(&name, options)?.ok_or(StoreError::NotPulled(name))
+            Source::DockerArchive { file, tag } => {
+                let archive = Archive::read(Section::open(file)?).map_err(DockerArchiveError::from)?;
+                let (image, top) = DockerArchive::read(&archive, tag.as_ref())?;
+                let bytes = image.document(&top)?;
+                self.bring(&image, &name, top, bytes, options, progress)
             }
+            Source::Registry(_) => self.known(&name, options)?.ok_or(StoreError::NotPulled(name)),
         }
     }
 

@@ -282,6 +282,11 @@ impl Index {
 }
 
 impl Descriptor {
+    /// Of something whose kind is known without being said.
+    pub(crate) fn plain(digest: Digest, size: u64) -> Self {
+        Self { media_type: String::new(), digest, size, platform: None, annotations: None }
+    }
+
     fn is_attestation(&self) -> bool {
         self.annotations.as_ref().is_some_and(|annotations| annotations.reference_type.is_some())
     }

@@ -262,6 +262,19 @@ impl Records {
         }
     }
 
+    /// Removes what killed processes left of records. Only the collector may: others may be writing one.
+    pub(crate) fn sweep(&self) -> Result<(), ImageError> {
+        let failed = |source| ImageError::Io { doing: "read", path: self.folder.clone(), source };
+        for entry in fs::read_dir(&self.folder).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            let half = path.extension().and_then(|ending| ending.to_str());
+            if half.is_some_and(|ending| ending.starts_with("new-")) {
+                remove_if_there(&path)?;
+            }
+        }
+        Ok(())
+    }
+
     pub(crate) fn remove(&self, name: &str) -> Result<(), ImageError> {
         remove_if_there(&self.path(name))?;
         Ok(sync_folder(&self.folder)?)

@@ -18,23 +18,25 @@
 
 #![forbid(unsafe_code)]
 
+pub mod archive;
 pub mod blobs;
 pub mod config;
 pub mod digest;
+pub mod docker_archive;
 pub mod document;
 pub mod images;
+pub mod layout;
 pub mod lease;
 pub mod platform;
 pub mod printable;
 pub mod progress;
+pub mod prune;
 pub mod reference;
+pub mod section;
 
 mod acquire;
-pub mod archive;
 mod ingest;
-pub mod layout;
 mod origin;
-pub mod section;
 mod store;
 #[cfg(test)]
 mod testing;
@@ -46,5 +48,6 @@ pub use document::Compression;
 pub use images::{Image, LayerBlob};
 pub use lease::Lease;
 pub use platform::Platform;
+pub use prune::{PruneOptions, Pruned};
 pub use reference::Source;
 pub use store::{Store, StoreError};

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use crate::blobs::{BlobError, Blobs};
 use crate::config::ConfigError;
 use crate::digest::Digest;
+use crate::docker_archive::DockerArchiveError;
 use crate::document::DocumentError;
 use crate::images::{Image, ImageError, Record, Records};
 use crate::ingest::{self, CHUNK, Ingest};
@@ -58,6 +59,9 @@ pub enum StoreError {
     /// The store's lock can't be had.
     #[error(transparent)]
     Lease(#[from] LeaseError),
+    /// A Docker archive can't be used.
+    #[error(transparent)]
+    DockerArchive(#[from] DockerArchiveError),
     /// A layout can't be used.
     #[error(transparent)]
     Layout(#[from] LayoutError),
