@@ -12,6 +12,7 @@
 //! The platform is known before the first layer is fetched, and the record is written after the last blob.
 
 use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -31,6 +32,7 @@ use crate::platform::Platform;
 use crate::printable::Printable;
 use crate::progress::Progress;
 use crate::reference::Source;
+use crate::registry::{Patience, Registry};
 use crate::section::Section;
 use crate::store::{Store, StoreError};
 
@@ -50,7 +52,7 @@ pub enum Policy {
 }
 
 /// How to acquire an image.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct PullOptions {
     /// When a registry is asked.
     pub policy: Policy,
@@ -58,6 +60,27 @@ pub struct PullOptions {
     pub insecure: bool,
     /// Which of an image's platforms is wanted.
     pub platform: Platform,
+    /// How many blobs a registry is asked for at once, 1 or more.
+    pub parallel: usize,
+    /// The folder of Docker's `config.json`, where credentials are; without one, everything is pulled anonymously.
+    pub docker_config: Option<PathBuf>,
+    /// How long a registry is waited for.
+    pub patience: Patience,
+}
+
+impl Default for PullOptions {
+    /// For this machine, four blobs at once, and with the credentials of `$DOCKER_CONFIG` or `~/.docker`.
+    fn default() -> Self {
+        let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".docker"));
+        Self {
+            policy: Policy::default(),
+            insecure: false,
+            platform: Platform::host(),
+            parallel: 4,
+            docker_config: std::env::var_os("DOCKER_CONFIG").map(PathBuf::from).or_else(home),
+            patience: Patience::default(),
+        }
+    }
 }
 
 /// What a name was resolved to.
@@ -100,7 +123,17 @@ impl Store {
                 let bytes = image.document(&top)?;
                 self.bring(&image, &name, top, bytes, options, progress)
             }
-            Source::Registry(_) => self.known(&name, options)?.ok_or(StoreError::NotPulled(name)),
+            Source::Registry(remote) => {
+                if let Some(image) = self.known(&name, options)? {
+                    return Ok(image);
+                }
+                if options.policy == Policy::Never {
+                    return Err(StoreError::NotPulled(name));
+                }
+                let registry = Registry::new(remote, options, &self.blobs);
+                let (top, bytes) = registry.resolve(remote)?;
+                self.bring(&registry, &name, top, bytes, options, progress)
+            }
         }
     }
 

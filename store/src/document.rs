@@ -35,6 +35,11 @@ const DOCKER_SCHEMA_1: &str = "application/vnd.docker.distribution.manifest.v1+"
 /// What we can read, for a registry's `Accept`.
 pub(crate) const ACCEPTED: [&str; 4] = [OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST];
 
+/// Whether a descriptor leads to a manifest or an index, which registries keep apart from blobs.
+pub(crate) fn is_manifest_type(media_type: &str) -> bool {
+    ACCEPTED.contains(&media_type) || media_type.starts_with(DOCKER_SCHEMA_1)
+}
+
 /// How documents come that nobody typed.
 const UNTYPED: [&str; 4] = ["", "application/json", "application/octet-stream", "text/plain"];
 

@@ -32,6 +32,7 @@ pub mod printable;
 pub mod progress;
 pub mod prune;
 pub mod reference;
+pub mod registry;
 pub mod section;
 
 mod acquire;
@@ -50,4 +51,5 @@ pub use lease::Lease;
 pub use platform::Platform;
 pub use prune::{PruneOptions, Pruned};
 pub use reference::Source;
+pub use registry::Patience;
 pub use store::{Store, StoreError};

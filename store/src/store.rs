@@ -17,6 +17,7 @@ use crate::lease::{Lease, LeaseError};
 use crate::platform::Platform;
 use crate::printable::Printable;
 use crate::reference::Source;
+use crate::registry::RegistryError;
 use crate::section::SectionError;
 
 /// Why the store could not do what was asked.
@@ -65,6 +66,9 @@ pub enum StoreError {
     /// A layout can't be used.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// A registry did not give what was asked for.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
     /// A file of the user's can't be read.
     #[error(transparent)]
     Section(#[from] SectionError),

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::digest::Digest;
 use crate::document::{OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST};
 use crate::progress::Quiet;
-use crate::{Image, PullOptions, Store, StoreError};
+use crate::{Image, Patience, PullOptions, Store, StoreError};
 
 /// Documents and blobs that belong together, wherever they are put.
 pub(crate) struct Sample {
@@ -132,9 +133,20 @@ pub(crate) fn store() -> (tempfile::TempDir, Store) {
     (folder, store)
 }
 
-/// Options for `linux/amd64`, wherever the tests run.
+/// Options for `linux/amd64`, wherever the tests run, without anybody's credentials and with little patience.
 pub(crate) fn options() -> PullOptions {
-    PullOptions { platform: "linux/amd64".parse().unwrap(), ..PullOptions::default() }
+    let patience = Patience {
+        connect: Duration::from_secs(5),
+        stall: Duration::from_millis(500),
+        retries: 3,
+        pause: Duration::from_millis(10),
+    };
+    PullOptions {
+        platform: "linux/amd64".parse().unwrap(),
+        docker_config: None,
+        patience,
+        ..PullOptions::default()
+    }
 }
 
 /// Acquires by name.
