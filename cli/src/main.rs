@@ -1,2 +1,103 @@
-//! See the crate.
-fn main() {}
+//! The `carrel` command: reads the command line, makes one call into the store or the host, renders what comes back.
+//!
+//! ```text
+//!   arguments ─▶ configuration ─▶ commands::* ─▶ carrel_store | carrel_host
+//!                                     │
+//!        exit status ◀── failure ◀────┴──▶ table | JSON on stdout
+//! ```
+
+mod arguments;
+mod commands;
+mod configuration;
+mod failure;
+mod table;
+mod terminal;
+mod values;
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use arguments::{Cli, Command, LogFormat};
+use configuration::Configuration;
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return ExitCode::from(usage_error(&error)),
+    };
+    let format = cli.global.log_format.unwrap_or_default();
+    let default = cli.command.as_ref().map_or(failure::FAILED, failure_status);
+    match dispatch(cli) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => ExitCode::from(failure::report(&error, default, format)),
+    }
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<u8> {
+    let is_root = rustix::process::geteuid().is_root();
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(Into::into);
+    let configuration = Configuration::load(&cli.global, is_root, &variable)?;
+    if cli.global.print_config {
+        failure::print(format_args!("{}\n", serde_json::to_string_pretty(&configuration)?))?;
+        return Ok(0);
+    }
+    listen(&configuration)?;
+    match cli.command {
+        Some(command) => commands::run(command, &configuration),
+        None => Err(failure::WithStatus::new(failure::USAGE, "Give a command: see carrel --help.").into()),
+    }
+}
+
+/// Diagnostics go to stderr, never to stdout.
+fn listen(configuration: &Configuration) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&configuration.log_level).map_err(|error| {
+        anyhow::Error::new(error).context(format!("The log level '{}' is wrong.", configuration.log_level))
+    })?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match configuration.log_format {
+        LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+    Ok(())
+}
+
+/// Prints what clap has to say, errors in carrel's own form. Help and version go to stdout and are no error.
+fn usage_error(error: &clap::Error) -> u8 {
+    if !error.use_stderr() {
+        let _ = error.print();
+        return 0;
+    }
+    let text = error.render().to_string();
+    eprint!("carrel: {}", text.strip_prefix("error: ").unwrap_or(&text));
+    // Whoever runs a workload takes its status for the workload's own, so a wrong line must not look like one.
+    let runs = std::env::args().skip(1).find(|word| !word.starts_with('-'));
+    match runs.as_deref() {
+        Some("run" | "exec" | "invoke") => failure::OURS,
+        Some(_) | None => failure::USAGE,
+    }
+}
+
+/// The status of a failure that has none of its own.
+fn failure_status(command: &Command) -> u8 {
+    match command {
+        Command::Run(_) | Command::Exec(_) | Command::Invoke(_) => failure::OURS,
+        Command::Doctor(_)
+        | Command::Ps(_)
+        | Command::Logs(_)
+        | Command::Stop(_)
+        | Command::Kill(_)
+        | Command::Rm(_)
+        | Command::Stats(_)
+        | Command::Wait(_)
+        | Command::Pull(_)
+        | Command::Images(_)
+        | Command::Rmi(_)
+        | Command::Prune(_)
+        | Command::Completions(_)
+        | Command::Version(_)
+        | Command::Owner(_) => failure::FAILED,
+    }
+}

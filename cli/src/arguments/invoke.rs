@@ -1,0 +1,68 @@
+//! `carrel invoke`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use carrel_protocol::units::MemoryMib;
+use clap::{ArgGroup, Args};
+
+use super::run::UsageArgs;
+use crate::values::{size, span};
+
+const EXAMPLES: &str = "\
+Examples:
+  carrel invoke --zip f.zip --runtime python3.11 --handler app.handler --event '{\"n\": 1}'
+  carrel invoke --zip f.zip --handler app.handler --event @event.json --timeout 10s
+  carrel invoke --zip bootstrap.zip --runtime provided --event - < event.json
+  carrel invoke --image docker://localhost:5000/fn:1 --handler app.handler -m 256m
+
+The response is written to stdout, the function's log and the START, END and
+REPORT lines to stderr.
+
+Exit status: 0 the function answered; 1 it answered with an error, which is
+printed in place of the response; 3 its runtime ended or failed to start; 4 its
+response was too large; 124 it ran into its timeout; 125 carrel failed.";
+
+/// `carrel invoke`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES, group = ArgGroup::new("code").required(true).args(["zip", "image"]))]
+pub(crate) struct InvokeArgs {
+    /// The function's code as a zip
+    #[arg(long, value_name = "FILE")]
+    pub(crate) zip: Option<PathBuf>,
+    /// The function as an image; see `carrel run --help` for its forms
+    #[arg(long, value_name = "IMAGE", conflicts_with = "runtime")]
+    pub(crate) image: Option<String>,
+    /// What runs the zip: python3.11, or provided for a zip with its own `bootstrap`
+    #[arg(long, value_name = "RUNTIME", default_value = "python3.11")]
+    pub(crate) runtime: String,
+    /// What the runtime calls, such as module.function
+    #[arg(long, value_name = "HANDLER")]
+    pub(crate) handler: Option<String>,
+    /// The event, as JSON; @FILE reads it from a file, - from standard input
+    #[arg(long, value_name = "JSON|@FILE|-", default_value = "{}", allow_hyphen_values = true)]
+    pub(crate) event: String,
+    /// The function's memory, from 128m to 10240m; its CPU share follows it
+    #[arg(short, long, value_name = "SIZE", default_value = "128m", value_parser = size::memory)]
+    pub(crate) memory: MemoryMib,
+    /// How long it may take, up to 15 minutes
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = span::positive)]
+    pub(crate) timeout: Duration,
+    /// Set a variable; without a value it is taken from carrel's own environment
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub(crate) env: Vec<String>,
+    /// Read variables from a file, one NAME=VALUE a line
+    #[arg(long, value_name = "FILE")]
+    pub(crate) env_file: Vec<PathBuf>,
+    /// The function's name, as it sees it
+    #[arg(long, value_name = "NAME", default_value = "function")]
+    pub(crate) name: String,
+    /// Boot this kernel in place of the one that carrel came with
+    #[arg(long, value_name = "FILE")]
+    pub(crate) kernel: Option<PathBuf>,
+    /// Go on where the host can't confine the VMM fully; `carrel doctor` says what is missing
+    #[arg(long)]
+    pub(crate) unconfined: bool,
+    #[command(flatten)]
+    pub(crate) usage: UsageArgs,
+}

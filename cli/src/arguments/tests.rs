@@ -1,0 +1,152 @@
+use clap::{CommandFactory, error::ErrorKind};
+
+use super::rooms::ExecArgs;
+use super::run::{RunArgs, UsageFormat};
+use super::*;
+
+fn parse(line: &[&str]) -> Result<Command, clap::Error> {
+    let cli = Cli::try_parse_from(std::iter::once(&"carrel").chain(line))?;
+    Ok(cli.command.expect("a command was given"))
+}
+
+fn run(line: &[&str]) -> RunArgs {
+    let line: Vec<&str> = std::iter::once("run").chain(line.iter().copied()).collect();
+    match parse(&line) {
+        Ok(Command::Run(args)) => *args,
+        other => panic!("{line:?}: {other:?}"),
+    }
+}
+
+fn exec(line: &[&str]) -> ExecArgs {
+    let line: Vec<&str> = std::iter::once("exec").chain(line.iter().copied()).collect();
+    match parse(&line) {
+        Ok(Command::Exec(args)) => args,
+        other => panic!("{line:?}: {other:?}"),
+    }
+}
+
+fn refused(line: &[&str]) -> clap::Error {
+    parse(line).expect_err("this should be refused")
+}
+
+#[test]
+fn the_definition_is_sound() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn options_after_the_image_belong_to_the_command() {
+    let args = run(&["-e", "A=1", "img", "sh", "-e", "-c", "exit 7", "--", "--json", "--home", "x"]);
+    assert_eq!(args.process.env, ["A=1"]);
+    assert_eq!(args.image(), "img");
+    assert_eq!(args.command(), ["sh", "-e", "-c", "exit 7", "--", "--json", "--home", "x"]);
+}
+
+#[test]
+fn options_may_follow_the_image_directly_and_still_belong_to_the_command() {
+    let args = run(&["img", "-d", "--name", "x"]);
+    assert!(!args.detach);
+    assert_eq!(args.command(), ["-d", "--name", "x"]);
+}
+
+#[test]
+fn an_image_without_a_command_runs_its_own() {
+    assert!(run(&["img"]).command().is_empty());
+}
+
+#[test]
+fn short_options_combine_as_in_docker() {
+    let args = run(&["-it", "-m512m", "-w", "/srv", "-u", "1000:1000", "img"]);
+    assert!(args.interactive && args.tty);
+    assert_eq!(args.machine.memory.map(|memory| memory.get()), Some(512));
+    assert_eq!(args.process.workdir.as_deref(), Some("/srv"));
+    assert_eq!(args.process.user.as_deref(), Some("1000:1000"));
+}
+
+#[test]
+fn usage_takes_a_format_only_after_an_equals_sign() {
+    assert_eq!(run(&["img"]).usage.usage, None);
+    assert_eq!(run(&["--usage", "img"]).usage.usage, Some(UsageFormat::Table));
+    assert_eq!(run(&["--usage=json", "img"]).usage.usage, Some(UsageFormat::Json));
+    let json_is_the_image = run(&["--usage", "json"]);
+    assert_eq!(json_is_the_image.image(), "json");
+}
+
+#[test]
+fn an_empty_entry_point_is_not_a_missing_one() {
+    assert_eq!(run(&["--entrypoint", "", "img"]).process.entrypoint.as_deref(), Some(""));
+    assert_eq!(run(&["img"]).process.entrypoint, None);
+}
+
+#[test]
+fn values_out_of_range_name_their_option() {
+    for (line, option) in [
+        (["run", "-m", "1m", "img"], "--memory"),
+        (["run", "--cpus", "17", "img"], "--cpus"),
+        (["run", "--timeout", "0", "img"], "--timeout"),
+        (["run", "--tmpfs", "tmp", "img"], "--tmpfs"),
+        (["run", "--pull", "maybe", "img"], "--pull"),
+        (["kill", "-s", "NOPE", "room"], "--signal"),
+    ] {
+        let error = refused(&line);
+        assert!(error.to_string().contains(option), "{error}");
+    }
+}
+
+#[test]
+fn detached_rooms_have_no_standard_input_and_report_no_usage_at_the_end() {
+    assert_eq!(refused(&["run", "-d", "-i", "img"]).kind(), ErrorKind::ArgumentConflict);
+    assert_eq!(refused(&["run", "-d", "--usage", "img"]).kind(), ErrorKind::ArgumentConflict);
+}
+
+#[test]
+fn run_needs_an_image_and_exec_a_command() {
+    assert_eq!(refused(&["run", "-i"]).kind(), ErrorKind::MissingRequiredArgument);
+    assert!(parse(&["exec", "room"]).is_err());
+}
+
+#[test]
+fn exec_takes_its_own_options_before_the_room_only() {
+    let args = exec(&["-it", "-e", "A=1", "room", "ls", "-i", "-l"]);
+    assert!(args.interactive && args.tty);
+    assert_eq!((args.room(), args.command()), ("room", ["ls", "-i", "-l"].map(String::from).as_slice()));
+}
+
+#[test]
+fn a_function_is_a_zip_or_an_image() {
+    assert!(parse(&["invoke", "--zip", "f.zip", "--handler", "a.b"]).is_ok());
+    assert!(parse(&["invoke", "--image", "img"]).is_ok());
+    assert_eq!(refused(&["invoke"]).kind(), ErrorKind::MissingRequiredArgument);
+    assert_eq!(refused(&["invoke", "--zip", "f", "--image", "i"]).kind(), ErrorKind::ArgumentConflict);
+}
+
+#[test]
+fn an_event_may_be_a_dash_or_a_negative_number() {
+    for event in ["-", "-1", "@file", "{}"] {
+        match parse(&["invoke", "--zip", "f.zip", "--event", event]) {
+            Ok(Command::Invoke(args)) => assert_eq!(args.event, event),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn global_options_go_before_and_after_the_command() {
+    for line in [["carrel", "--home", "/x", "ps"], ["carrel", "ps", "--home", "/x"]] {
+        let cli = Cli::try_parse_from(line).unwrap();
+        assert_eq!(cli.global.home.unwrap(), PathBuf::from("/x"));
+    }
+}
+
+#[test]
+fn every_command_that_people_use_shows_examples() {
+    for command in Cli::command().get_subcommands() {
+        let name = command.get_name();
+        if command.is_hide_set() || name == "version" {
+            continue;
+        }
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        assert!(help.contains("Examples:\n  carrel "), "{name} has no examples");
+        assert!(help.contains(&format!("carrel {name}")), "{name}'s examples don't use it");
+    }
+}

@@ -1,0 +1,38 @@
+//! One function a command: what was asked, one call into store or host, what came back.
+
+use anyhow::Result;
+use clap::CommandFactory;
+
+use crate::arguments::{Cli, Command, CompletionsArgs, VersionArgs};
+use crate::configuration::Configuration;
+use crate::failure;
+
+/// Carries out a command and returns carrel's exit status.
+pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8> {
+    match command {
+        Command::Completions(args) => completions(&args),
+        Command::Version(args) => version(&args),
+        _ => todo!(),
+    }
+}
+
+fn completions(args: &CompletionsArgs) -> Result<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(args.shell, &mut Cli::command(), "carrel", &mut script);
+    failure::print_bytes(&script)?;
+    Ok(0)
+}
+
+fn version(args: &VersionArgs) -> Result<u8> {
+    let version = env!("CARGO_PKG_VERSION");
+    if args.json {
+        let object = serde_json::json!({
+            "carrel": version,
+            "protocol": { "agent": carrel_protocol::agent::VERSION, "vmm": carrel_protocol::vmm::VERSION },
+        });
+        failure::print(format_args!("{object}\n"))?;
+    } else {
+        failure::print(format_args!("carrel {version}\n"))?;
+    }
+    Ok(0)
+}

@@ -1,0 +1,152 @@
+//! What carrel runs with: flags, then environment, then a file, then defaults; `--print-config` shows the outcome.
+//!
+//! The file is JSON, [`File`] its fields. A field that isn't known, or has a wrong value, is an error that names it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use crate::arguments::{Global, LogFormat};
+
+/// The outcome.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Configuration {
+    /// Where all state lives.
+    pub(crate) home: PathBuf,
+    /// How diagnostics are written.
+    pub(crate) log_format: LogFormat,
+    /// How much is said, in tracing's filter syntax.
+    pub(crate) log_level: String,
+    /// The VMM's program; where there is none, `carrel-vmm` beside carrel itself, then on the PATH.
+    pub(crate) vmm: Option<PathBuf>,
+    /// The folder of guest kernel, initramfs and empty disk; where there is none, see docs/cli.md.
+    pub(crate) assets: Option<PathBuf>,
+}
+
+/// The file's fields; all optional.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    home: Option<PathBuf>,
+    log_format: Option<LogFormat>,
+    log_level: Option<String>,
+    vmm: Option<PathBuf>,
+    assets: Option<PathBuf>,
+}
+
+impl Configuration {
+    /// Puts it together. `variable` looks up carrel's environment; flags with a variable of their own have it already.
+    pub(crate) fn load(
+        flags: &Global,
+        is_root: bool,
+        variable: &impl Fn(&str) -> Option<PathBuf>,
+    ) -> Result<Self> {
+        let default_home = || -> Result<PathBuf> {
+            if is_root {
+                return Ok("/var/lib/carrel".into());
+            }
+            // XDG base directory specification: a relative path is to be ignored.
+            let data = variable("XDG_DATA_HOME").filter(|path| path.is_absolute());
+            data.or_else(|| variable("HOME").map(|home| home.join(".local/share")))
+                .map(|data| data.join("carrel"))
+                .context("Set CARREL_HOME, or HOME, so that carrel knows where to keep its state.")
+        };
+        let (file, home) = match (&flags.config, &flags.home) {
+            (Some(config), home) => {
+                let file = read(config)?;
+                let home = match home.clone().or_else(|| file.home.clone()) {
+                    Some(home) => home,
+                    None => default_home()?,
+                };
+                (file, home)
+            }
+            (None, home) => {
+                let home = home.clone().map_or_else(default_home, Ok)?;
+                let config = home.join("carrel.json");
+                let file = if config.exists() { read(&config)? } else { File::default() };
+                let home = if flags.home.is_some() { home } else { file.home.clone().unwrap_or(home) };
+                (file, home)
+            }
+        };
+        let home = std::path::absolute(&home)
+            .with_context(|| format!("The home {} is no usable path.", home.display()))?;
+        Ok(Self {
+            home,
+            log_format: flags.log_format.or(file.log_format).unwrap_or_default(),
+            log_level: flags.log_level.clone().or(file.log_level).unwrap_or_else(|| "warn".to_owned()),
+            vmm: variable("CARREL_VMM").or(file.vmm),
+            assets: variable("CARREL_ASSETS").or(file.assets),
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<File> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("The configuration file {} can't be read.", path.display()))?;
+    serde_json::from_str(&text).with_context(|| format!("Mend the configuration file {}.", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn flags() -> Global {
+        Global { home: None, config: None, log_format: None, log_level: None, print_config: false }
+    }
+
+    fn no_variables(_: &str) -> Option<PathBuf> {
+        None
+    }
+
+    #[test]
+    fn root_has_a_fixed_home_and_others_their_data_folder() {
+        let of = |is_root, variables: &[(&str, &str)]| {
+            let look_up = |name: &str| {
+                variables.iter().find(|(known, _)| *known == name).map(|(_, value)| PathBuf::from(value))
+            };
+            Configuration::load(&flags(), is_root, &look_up).map(|config| config.home)
+        };
+        assert_eq!(of(true, &[]).unwrap(), Path::new("/var/lib/carrel"));
+        assert_eq!(of(false, &[("HOME", "/h")]).unwrap(), Path::new("/h/.local/share/carrel"));
+        let xdg = [("HOME", "/h"), ("XDG_DATA_HOME", "/d")];
+        assert_eq!(of(false, &xdg).unwrap(), Path::new("/d/carrel"));
+        let relative = [("HOME", "/h"), ("XDG_DATA_HOME", "d")];
+        assert_eq!(of(false, &relative).unwrap(), Path::new("/h/.local/share/carrel"));
+        assert!(of(false, &[]).unwrap_err().to_string().contains("CARREL_HOME"));
+    }
+
+    #[test]
+    fn flags_win_over_the_environment_and_the_environment_over_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = dir.path().join("carrel.json");
+        std::fs::write(&config, r#"{"log_level":"info","log_format":"json","vmm":"/file","assets":"/file"}"#)
+            .unwrap();
+        let given =
+            Global { home: Some(dir.path().to_owned()), log_level: Some("debug".to_owned()), ..flags() };
+        let look_up = |name: &str| (name == "CARREL_VMM").then(|| PathBuf::from("/variable"));
+        let loaded = Configuration::load(&given, true, &look_up).unwrap();
+        assert_eq!(loaded.log_level, "debug");
+        assert_eq!(loaded.log_format, LogFormat::Json);
+        assert_eq!(loaded.vmm.unwrap(), Path::new("/variable"));
+        assert_eq!(loaded.assets.unwrap(), Path::new("/file"));
+    }
+
+    #[test]
+    fn a_wrong_field_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let given = Global { home: Some(dir.path().to_owned()), ..flags() };
+        for (text, field) in [(r#"{"hoem":"/x"}"#, "hoem"), (r#"{"log_format":"xml"}"#, "xml")] {
+            std::fs::write(dir.path().join("carrel.json"), text).unwrap();
+            let error = Configuration::load(&given, true, &no_variables).unwrap_err();
+            assert!(format!("{error:#}").contains(field), "{error:#}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_was_named_must_exist() {
+        let given = Global { config: Some("/nowhere/carrel.json".into()), ..flags() };
+        let error = Configuration::load(&given, true, &no_variables).unwrap_err();
+        assert!(error.to_string().contains("/nowhere/carrel.json"));
+    }
+}

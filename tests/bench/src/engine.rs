@@ -1,0 +1,218 @@
+//! The two VMMs under measurement behind one face: the same machine, written in each one's own configuration.
+
+use std::fs;
+use std::io::{ErrorKind, Read};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use carrel_protocol::units::{MemoryMib, VcpuCount};
+use carrel_protocol::vmm::{Kernel, SerialConfig, VmFile, VsockConfig};
+use serde_json::json;
+
+use crate::guest_images::READY;
+
+/// How long any guest may take to be ready: far above what an emulated host needs.
+const READY_DEADLINE: Duration = Duration::from_secs(120);
+
+/// A VMM to measure.
+#[derive(Clone, Debug)]
+pub(crate) enum Engine {
+    /// `carrel-vmm --config`.
+    Carrel {
+        /// The binary.
+        binary: PathBuf,
+        /// Further arguments: `--unconfined`, for the comparison with a VMM that confines nothing by itself.
+        arguments: Vec<String>,
+    },
+    /// `firecracker --no-api --config-file`.
+    Firecracker {
+        /// The binary.
+        binary: PathBuf,
+    },
+}
+
+/// What both boot.
+#[derive(Clone, Debug)]
+pub(crate) struct Machine {
+    /// ELF kernel.
+    pub(crate) kernel: PathBuf,
+    /// cpio archive.
+    pub(crate) initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    pub(crate) command_line: String,
+    /// Memory.
+    pub(crate) memory_mib: u32,
+    /// Number of vCPUs.
+    pub(crate) vcpus: u8,
+    /// Whether it has a vsock device, with its socket at `vsock` in the run's folder.
+    pub(crate) vsock: bool,
+}
+
+/// A VMM process that has been started; killed and waited for when dropped.
+pub(crate) struct Running {
+    child: Child,
+    folder: tempfile::TempDir,
+}
+
+impl Engine {
+    /// The name in tables.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Carrel { .. } => "carrel",
+            Self::Firecracker { .. } => "firecracker",
+        }
+    }
+
+    /// Writes the machine's configuration into a fresh folder and returns the command that runs it.
+    fn command(&self, machine: &Machine, folder: &Path) -> Result<Command> {
+        let socket = machine.vsock.then(|| folder.join("vsock"));
+        let config = folder.join("vm.json");
+        let mut command;
+        match self {
+            Self::Carrel { binary, arguments } => {
+                let vm = VmFile {
+                    kvm: "/dev/kvm".into(),
+                    vcpus: VcpuCount::try_from(u64::from(machine.vcpus))?,
+                    memory_mib: MemoryMib::try_from(u64::from(machine.memory_mib))?,
+                    huge_pages: true,
+                    kernel: Kernel {
+                        image: machine.kernel.clone(),
+                        command_line: machine.command_line.clone(),
+                    },
+                    initramfs: machine.initramfs.clone(),
+                    vsock: socket.map(|path| VsockConfig {
+                        guest_cid: 3,
+                        socket: Some(path),
+                        connections: 256,
+                    }),
+                    blocks: Vec::new(),
+                    entropy: None,
+                    balloon: None,
+                    serial: Some(SerialConfig { output: "/dev/stdout".into(), limit_bytes: 1 << 20 }),
+                    control: None,
+                };
+                fs::write(&config, serde_json::to_vec(&vm)?)?;
+                command = Command::new(binary);
+                command.arg("--config").arg(&config).args(arguments);
+            }
+            Self::Firecracker { binary } => {
+                let mut vm = json!({
+                    "boot-source": {
+                        "kernel_image_path": machine.kernel,
+                        "initrd_path": machine.initramfs,
+                        "boot_args": machine.command_line,
+                    },
+                    "drives": [],
+                    "machine-config": { "vcpu_count": machine.vcpus, "mem_size_mib": machine.memory_mib },
+                });
+                if let Some(path) = socket {
+                    vm["vsock"] = json!({ "guest_cid": 3, "uds_path": path });
+                }
+                fs::write(&config, serde_json::to_vec(&vm)?)?;
+                command = Command::new(binary);
+                command.arg("--no-api").arg("--config-file").arg(&config);
+                command.args(["--log-path", "/dev/null", "--level", "Off"]);
+            }
+        }
+        Ok(command)
+    }
+
+    /// Starts the machine and waits for [`READY`] from its serial port. Returns the time from just before the spawn.
+    ///
+    /// `wrapper` is put in front of the command (`strace …`), or nothing.
+    pub(crate) fn start(&self, machine: &Machine, wrapper: &[String]) -> Result<(Duration, Running)> {
+        let folder = tempfile::tempdir()?;
+        let plain = self.command(machine, folder.path())?;
+        let mut command = match wrapper.split_first() {
+            None => plain,
+            Some((program, arguments)) => {
+                let mut wrapped = Command::new(program);
+                wrapped.args(arguments).arg(plain.get_program()).args(plain.get_args());
+                wrapped
+            }
+        };
+        let errors = fs::File::create(folder.path().join("stderr"))?;
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
+        let began = Instant::now();
+        let child = command.spawn().with_context(|| format!("{command:?} can't be started"))?;
+        let mut running = Running { child, folder };
+        running.await_ready()?;
+        Ok((began.elapsed(), running))
+    }
+}
+
+impl Running {
+    /// Reads the serial output up to the signal. The deadline is kept by a poll on the pipe.
+    fn await_ready(&mut self) -> Result<()> {
+        let output = self.child.stdout.as_mut().context("the child's output is a pipe")?;
+        let deadline = Instant::now() + READY_DEADLINE;
+        let mut bytes = [0; 4096];
+        loop {
+            wait_readable(output, deadline)?;
+            let read = match output.read(&mut bytes) {
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                other => other?,
+            };
+            if read == 0 {
+                let said = fs::read_to_string(self.folder.path().join("stderr")).unwrap_or_default();
+                bail!("the VMM ended before its guest was ready ({:?}): {said}", self.child.wait()?);
+            }
+            if bytes.iter().take(read).any(|&b| b == READY) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// The process that was started; a VMM may have children of its own.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Connects to a guest's vsock port, which may not be listened on yet.
+    pub(crate) fn connect(&self, port: u32) -> Result<UnixStream> {
+        let path = self.folder.path().join("vsock");
+        let deadline = Instant::now() + READY_DEADLINE;
+        loop {
+            match try_connect(&path, port) {
+                Ok(stream) => return Ok(stream),
+                Err(e) => {
+                    ensure!(Instant::now() < deadline, "nobody listens at the guest's port {port}: {e:#}");
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Errors mean that it is gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn try_connect(path: &Path, port: u32) -> Result<UnixStream> {
+    use std::io::Write;
+    let mut stream = UnixStream::connect(path)?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+    let (mut answer, mut byte) = (Vec::new(), [0]);
+    while byte != *b"\n" {
+        ensure!(stream.read(&mut byte)? == 1 && answer.len() < 32, "refused");
+        answer.extend(byte);
+    }
+    ensure!(answer.starts_with(b"OK "), "refused");
+    Ok(stream)
+}
+
+fn wait_readable(pipe: &impl std::os::fd::AsFd, deadline: Instant) -> Result<()> {
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    let left = deadline.saturating_duration_since(Instant::now());
+    let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+    let ready = poll(&mut [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)], timeout)?;
+    ensure!(ready > 0, "the guest was not ready within {} s", READY_DEADLINE.as_secs());
+    Ok(())
+}

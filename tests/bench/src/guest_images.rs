@@ -1,0 +1,142 @@
+//! The guests that benchmarks boot, made here byte by byte so that nothing but the VMM differs between two sides.
+//!
+//! - [`tiny_kernel`]: a "kernel" of three instructions that writes [`READY`] to the serial port and waits for ever.
+//! - [`ready_init`]: a Linux program for `/init` that does the same through its console.
+//! - [`initramfs`]: a cpio archive (newc) around an `/init`.
+
+/// What a guest writes to port 0x3f8 when it is there.
+pub(crate) const READY: u8 = 0xa5;
+
+/// Where the tiny kernel is loaded: 1 MiB, as Linux's own.
+const KERNEL_BASE: u64 = 0x10_0000;
+/// Where `/init`'s only segment is loaded.
+const INIT_BASE: u64 = 0x40_0000;
+const HEADERS: u64 = 64 + 56;
+
+/// An ELF that both VMMs enter by the 64-bit Linux boot protocol.
+pub(crate) fn tiny_kernel() -> Vec<u8> {
+    let code = [
+        &[0x66, 0xba, 0xf8, 0x03][..], // mov dx, 0x3f8
+        &[0xb0, READY],                // mov al, READY
+        &[0xee],                       // out dx, al
+        &[0xf4],                       // hlt (interrupts are off: for ever)
+        &[0xeb, 0xfd],                 // jmp to the hlt
+    ]
+    .concat();
+    elf(&code, KERNEL_BASE)
+}
+
+/// A static program: `write(1, READY, 1)`, then `pause(2)` for ever. Its standard output is the console, as the kernel leaves it to init.
+pub(crate) fn ready_init() -> Vec<u8> {
+    let code = [
+        &[0xb8, 1, 0, 0, 0][..],          // mov eax, SYS_write
+        &[0xbf, 1, 0, 0, 0],              // mov edi, 1
+        &[0x48, 0x8d, 0x35, 16, 0, 0, 0], // lea rsi, [rip + 16]: the byte behind the code
+        &[0xba, 1, 0, 0, 0],              // mov edx, 1
+        &[0x0f, 0x05],                    // syscall
+        &[0xb8, 34, 0, 0, 0],             // mov eax, SYS_pause
+        &[0x0f, 0x05],                    // syscall
+        &[0xeb, 0xf7],                    // jmp to the mov above
+        &[READY],
+    ]
+    .concat();
+    elf(&code, INIT_BASE)
+}
+
+/// A static ELF64 of one readable and executable segment whose entry is `code`'s first byte.
+fn elf(code: &[u8], base: u64) -> Vec<u8> {
+    let size = HEADERS + u64::try_from(code.len()).unwrap_or(0);
+    let mut out = Vec::new();
+    out.extend(b"\x7fELF\x02\x01\x01\x00\0\0\0\0\0\0\0\0");
+    out.extend(2u16.to_le_bytes()); // ET_EXEC
+    out.extend(62u16.to_le_bytes()); // EM_X86_64
+    out.extend(1u32.to_le_bytes());
+    out.extend((base + HEADERS).to_le_bytes()); // entry
+    out.extend(64u64.to_le_bytes()); // program headers
+    out.extend(0u64.to_le_bytes()); // section headers
+    out.extend(0u32.to_le_bytes());
+    for half in [64u16, 56, 1, 64, 0, 0] {
+        out.extend(half.to_le_bytes());
+    }
+    out.extend(1u32.to_le_bytes()); // PT_LOAD
+    out.extend(5u32.to_le_bytes()); // R+X
+    out.extend(0u64.to_le_bytes()); // file offset
+    out.extend(base.to_le_bytes());
+    out.extend(base.to_le_bytes());
+    out.extend(size.to_le_bytes());
+    out.extend(size.to_le_bytes());
+    out.extend(0x1000u64.to_le_bytes());
+    out.extend(code);
+    out
+}
+
+/// A newc archive (Documentation/driver-api/early-userspace/buffer-format.rst) with `/dev`, `/dev/console` and `/init`.
+pub(crate) fn initramfs(init: &[u8]) -> Vec<u8> {
+    let mut out = Vec::new();
+    entry(&mut out, "dev", 0o040_755, (0, 0), &[]);
+    entry(&mut out, "dev/console", 0o020_600, (5, 1), &[]);
+    entry(&mut out, "init", 0o100_755, (0, 0), init);
+    entry(&mut out, "TRAILER!!!", 0, (0, 0), &[]);
+    out
+}
+
+fn entry(out: &mut Vec<u8>, name: &str, mode: u32, (major, minor): (u32, u32), content: &[u8]) {
+    let length = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    out.extend(b"070701");
+    let fields = [
+        length(out.len()), // inode: unique is enough
+        mode,
+        0,
+        0,
+        1,
+        0,
+        length(content.len()),
+        0,
+        0,
+        major,
+        minor,
+        length(name.len() + 1),
+        0,
+    ];
+    for field in fields {
+        out.extend(format!("{field:08x}").bytes());
+    }
+    out.extend(name.bytes());
+    out.push(0);
+    pad(out);
+    out.extend(content);
+    pad(out);
+}
+
+fn pad(out: &mut Vec<u8>) {
+    out.resize(out.len().next_multiple_of(4), 0);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn the_archive_is_one_that_cpio_reads() {
+        let mut cpio = Command::new("cpio")
+            .args(["-t", "--quiet"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("cpio is installed");
+        cpio.stdin.take().unwrap().write_all(&initramfs(&ready_init())).unwrap();
+        let listed = cpio.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&listed.stdout), "dev\ndev/console\ninit\n");
+    }
+
+    #[test]
+    fn the_kernel_enters_at_its_first_instruction() {
+        let kernel = tiny_kernel();
+        let entry = u64::from_le_bytes(kernel[24..32].try_into().unwrap());
+        let offset = usize::try_from(entry - KERNEL_BASE).unwrap();
+        assert_eq!(&kernel[offset..offset + 4], &[0x66, 0xba, 0xf8, 0x03]);
+    }
+}

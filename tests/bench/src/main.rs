@@ -1,0 +1,312 @@
+//! Measures carrel's VMM and Firecracker side by side, in one run, interleaved.
+//!
+//! ```text
+//!  case ──> for each round: carrel, firecracker, (carrel unconfined) ──> samples ──> medians, ratio, interval ──> table, JSON
+//! ```
+//!
+//! Both sides boot the same kernel, initramfs, command line and machine, and say that they are ready by the same byte on
+//! the same serial port. Firecracker runs as it comes: without its jailer and, in builds for gnu targets, without a seccomp filter. carrel runs as
+//! it comes: confined. A second carrel, `--unconfined`, shows what that costs.
+
+mod engine;
+mod guest_images;
+mod meter;
+mod stats;
+mod vsock;
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::{Parser, ValueEnum};
+use serde::Serialize;
+
+use engine::{Engine, Machine, Running};
+use stats::Summary;
+
+/// Command line that both sides get: a serial console that only init writes to.
+const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=t panic=-1";
+
+#[derive(Parser)]
+#[command(
+    version,
+    about,
+    after_help = "Examples:\n  scripts/bench boot\n  scripts/bench tiny --runs 50 --json tiny.json\n  scripts/bench vsock --firecracker /usr/local/bin/firecracker"
+)]
+struct Options {
+    /// What to measure
+    #[arg(value_enum)]
+    bench: Bench,
+    /// Counted rounds; each measures every side once
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
+    /// Rounds before, not counted
+    #[arg(long, default_value_t = 3)]
+    warm_ups: u32,
+    /// The carrel-vmm to measure
+    #[arg(long, value_name = "PATH", env = "CARREL_VMM")]
+    carrel_vmm: PathBuf,
+    /// The Firecracker to measure against
+    #[arg(long, value_name = "PATH", env = "FIRECRACKER")]
+    firecracker: PathBuf,
+    /// The guest kernel, an ELF vmlinux [not for tiny and memory]
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+    /// The vsock guest's /init (carrel-bench-guest, static) [vsock only]
+    #[arg(long, value_name = "PATH")]
+    guest: Option<PathBuf>,
+    /// Write one JSON object a metric per line
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Bench {
+    /// Process start to the first output of a three-instruction guest: the VMM's own share of a start
+    Tiny,
+    /// Process start to /init of a Linux guest, 128 MiB, 1 vCPU
+    Boot,
+    /// The VMM's own memory with the three-instruction guest: PSS, and kernel memory of its cgroup
+    Memory,
+    /// 256 MiB into the guest, out of it, and single bytes there and back
+    Vsock,
+}
+
+/// One line of the result.
+#[derive(Serialize)]
+struct Metric {
+    bench: Bench,
+    metric: String,
+    unit: &'static str,
+    runs: usize,
+    carrel: Summary,
+    peer: Peer,
+    #[serde(flatten)]
+    ratio: stats::Ratio,
+}
+
+#[derive(Serialize)]
+struct Peer {
+    name: String,
+    #[serde(flatten)]
+    summary: Summary,
+}
+
+/// What one start of one side gave: values in the order of its bench's metrics; a missing one is NaN.
+type Sample = Vec<f64>;
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let folder = tempfile::tempdir()?;
+    let machine = machine(&options, folder.path())?;
+    let confined = Engine::Carrel { binary: options.carrel_vmm.clone(), arguments: Vec::new() };
+    let unconfined =
+        Engine::Carrel { binary: options.carrel_vmm.clone(), arguments: vec!["--unconfined".into()] };
+    let peer = Engine::Firecracker { binary: options.firecracker.clone() };
+    let sides = [confined, peer, unconfined];
+
+    let mut samples: [Vec<Sample>; 3] = Default::default();
+    for round in 0..options.warm_ups + options.runs {
+        for (side, samples) in sides.iter().zip(&mut samples) {
+            let sample = sample(options.bench, side, &machine)
+                .with_context(|| format!("round {round} of {} failed", side.name()))?;
+            if round >= options.warm_ups {
+                samples.push(sample);
+            }
+        }
+        progress(round, options.warm_ups + options.runs);
+    }
+    let [confined, theirs, unconfined] = &samples;
+    let peer_version = version(&options.firecracker)?;
+    let mut metrics = compare(options.bench, &peer_version, confined, theirs, "");
+    metrics.extend(compare(options.bench, &peer_version, unconfined, theirs, "unconfined"));
+    if matches!(options.bench, Bench::Tiny | Bench::Boot) {
+        metrics.extend(system_calls(options.bench, &sides, &machine, &peer_version)?);
+    }
+    print_table(&metrics);
+    if let Some(path) = &options.json {
+        write_json(path, &metrics)?;
+    }
+    Ok(())
+}
+
+/// What the bench boots, its images written into `folder`.
+fn machine(options: &Options, folder: &Path) -> Result<Machine> {
+    let write = |name: &str, bytes: &[u8]| -> Result<PathBuf> {
+        let path = folder.join(name);
+        fs::write(&path, bytes)?;
+        Ok(path)
+    };
+    let linux = || options.kernel.clone().context("--kernel says which guest kernel to boot");
+    let (kernel, initramfs) = match options.bench {
+        Bench::Tiny | Bench::Memory => (write("tiny", &guest_images::tiny_kernel())?, None),
+        Bench::Boot => {
+            (linux()?, Some(write("initramfs", &guest_images::initramfs(&guest_images::ready_init()))?))
+        }
+        Bench::Vsock => {
+            let guest = options.guest.as_ref().context("--guest says which program is the guest's /init")?;
+            (linux()?, Some(write("initramfs", &guest_images::initramfs(&fs::read(guest)?))?))
+        }
+    };
+    Ok(Machine {
+        kernel,
+        initramfs,
+        command_line: COMMAND_LINE.into(),
+        memory_mib: if options.bench == Bench::Vsock { 256 } else { 128 },
+        vcpus: 1,
+        vsock: options.bench == Bench::Vsock,
+    })
+}
+
+/// Names and units of a bench's metrics, the aim's own first.
+fn metrics_of(bench: Bench) -> &'static [(&'static str, &'static str)] {
+    match bench {
+        Bench::Tiny => &[("start to output", "ms"), ("page faults", ""), ("VM exits", "")],
+        Bench::Boot => &[("start to init", "ms"), ("page faults", ""), ("VM exits", "")],
+        Bench::Memory => &[("PSS", "KiB"), ("kernel memory", "KiB")],
+        Bench::Vsock => &[("into the guest", "MiB/s"), ("out of the guest", "MiB/s"), ("round trip", "µs")],
+    }
+}
+
+/// Starts one side once and measures it.
+fn sample(bench: Bench, side: &Engine, machine: &Machine) -> Result<Sample> {
+    let number = |n: u64| u32::try_from(n).map_or(f64::NAN, f64::from);
+    match bench {
+        Bench::Tiny | Bench::Boot => {
+            let (took, running) = side.start(machine, &[])?;
+            let family = meter::family(running.pid());
+            let exits = meter::vm_exits(&family).map_or(f64::NAN, number);
+            Ok(vec![took.as_secs_f64() * 1e3, number(meter::page_faults(&family)), exits])
+        }
+        Bench::Memory => {
+            let cgroup = meter::Cgroup::new("carrel-bench");
+            let wrapper = cgroup.as_ref().map(meter::Cgroup::wrapper).unwrap_or_default();
+            let (_, running) = side.start(machine, &wrapper)?;
+            let pss = meter::pss_kib(&meter::family(running.pid()))?;
+            let kernel = match &cgroup {
+                Some(cgroup) => number(cgroup.kernel_kib()?),
+                None => f64::NAN,
+            };
+            drop(running);
+            Ok(vec![number(pss), kernel])
+        }
+        Bench::Vsock => {
+            let (_, running) = side.start(machine, &[])?;
+            vsock_sample(&running)
+        }
+    }
+}
+
+fn vsock_sample(running: &Running) -> Result<Sample> {
+    let connect = || running.connect(vsock::PORT);
+    Ok(vec![vsock::into_guest(connect()?)?, vsock::out_of_guest(connect()?)?, vsock::round_trip(connect()?)?])
+}
+
+/// Host system calls until ready, counted once a side under strace: it would distort the clock, not the count.
+fn system_calls(bench: Bench, sides: &[Engine; 3], machine: &Machine, peer: &str) -> Result<Vec<Metric>> {
+    if Command::new("strace").arg("-V").output().is_err() {
+        eprintln!("strace is not installed: system calls are not counted");
+        return Ok(Vec::new());
+    }
+    let mut counts = Vec::new();
+    for side in sides {
+        let file = tempfile::NamedTempFile::new()?;
+        let wrapper = ["strace", "-f", "-qq", "-o", &file.path().to_string_lossy()].map(String::from);
+        let (_, running) = side.start(machine, &wrapper)?;
+        // One line a call; what was unfinished and resumed has two.
+        let trace = fs::read_to_string(file.path())?;
+        let calls = trace.lines().filter(|line| !line.contains(" resumed>") && !line.contains("+++")).count();
+        ensure!(calls > 0, "strace recorded nothing");
+        counts.push(vec![vec![u32::try_from(calls).map_or(f64::NAN, f64::from)]]);
+        drop(running);
+    }
+    let [confined, theirs, unconfined] = counts.as_slice() else { bail!("three sides were counted") };
+    let names = &[("host system calls", "")];
+    let mut metrics = rows(bench, names, peer, confined, theirs, "");
+    metrics.extend(rows(bench, names, peer, unconfined, theirs, "unconfined"));
+    Ok(metrics)
+}
+
+fn compare(bench: Bench, peer: &str, ours: &[Sample], theirs: &[Sample], variant: &str) -> Vec<Metric> {
+    rows(bench, metrics_of(bench), peer, ours, theirs, variant)
+}
+
+fn rows(
+    bench: Bench,
+    names: &[(&'static str, &'static str)],
+    peer: &str,
+    ours: &[Sample],
+    theirs: &[Sample],
+    variant: &str,
+) -> Vec<Metric> {
+    let column = |samples: &[Sample], i: usize| -> Vec<f64> {
+        samples.iter().filter_map(|s| s.get(i).copied()).filter(|v| v.is_finite()).collect()
+    };
+    let mut metrics = Vec::new();
+    for (i, &(name, unit)) in names.iter().enumerate() {
+        let (ours, theirs) = (column(ours, i), column(theirs, i));
+        if ours.is_empty() || theirs.is_empty() {
+            continue;
+        }
+        let metric = if variant.is_empty() { name.to_owned() } else { format!("{name}, {variant}") };
+        metrics.push(Metric {
+            bench,
+            metric,
+            unit,
+            runs: ours.len(),
+            carrel: stats::summary(&ours),
+            peer: Peer { name: peer.to_owned(), summary: stats::summary(&theirs) },
+            ratio: stats::ratio(&ours, &theirs),
+        });
+    }
+    metrics
+}
+
+fn version(firecracker: &Path) -> Result<String> {
+    let output =
+        Command::new(firecracker).arg("--version").output().context("Firecracker can't be started")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().unwrap_or("firecracker").trim().to_lowercase())
+}
+
+fn progress(round: u32, of: u32) {
+    eprint!("\rround {} of {of}", round + 1);
+    if round + 1 == of {
+        eprintln!();
+    }
+    // Progress is a courtesy: what can't be shown is not shown.
+    let _ = std::io::stderr().flush();
+}
+
+fn print_table(metrics: &[Metric]) {
+    let peer = metrics.first().map_or("peer", |m| m.peer.name.as_str());
+    println!("| metric | unit | runs | carrel median (p95) | {peer} median (p95) | ratio (95 % interval) |");
+    println!("|---|---|---|---|---|---|");
+    for m in metrics {
+        println!(
+            "| {} | {} | {} | {:.2} ({:.2}) | {:.2} ({:.2}) | {:.3} ({:.3}–{:.3}) |",
+            m.metric,
+            m.unit,
+            m.runs,
+            m.carrel.median,
+            m.carrel.p95,
+            m.peer.summary.median,
+            m.peer.summary.p95,
+            m.ratio.ratio,
+            m.ratio.ratio_low,
+            m.ratio.ratio_high
+        );
+    }
+}
+
+fn write_json(path: &Path, metrics: &[Metric]) -> Result<()> {
+    let mut lines = String::new();
+    for metric in metrics {
+        lines.push_str(&serde_json::to_string(metric)?);
+        lines.push('\n');
+    }
+    fs::write(path, lines).with_context(|| format!("{} can't be written", path.display()))
+}

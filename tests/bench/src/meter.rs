@@ -1,0 +1,125 @@
+//! What a running VMM costs, read from `/proc`, cgroup v2 and KVM's debugfs: figures that don't jitter with the clock.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// `pid` and all its descendants, from every process's parent.
+pub(crate) fn family(pid: u32) -> Vec<u32> {
+    let parents: Vec<(u32, u32)> = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(|child| Some((child, stat_field(child, 4)?.try_into().ok()?)))
+        .collect();
+    let mut family = vec![pid];
+    let mut next = 0;
+    while let Some(&of) = family.get(next) {
+        family.extend(parents.iter().filter(|(_, parent)| *parent == of).map(|(child, _)| *child));
+        next += 1;
+    }
+    family
+}
+
+/// Proportional set size of the processes, KiB (`smaps_rollup`).
+pub(crate) fn pss_kib(pids: &[u32]) -> Result<u64> {
+    let mut total = 0;
+    for pid in pids {
+        let path = format!("/proc/{pid}/smaps_rollup");
+        let text = fs::read_to_string(&path).with_context(|| path.clone())?;
+        total += field(&text, "Pss:").with_context(|| format!("{path} has no Pss"))?;
+    }
+    Ok(total)
+}
+
+/// Minor and major page faults of the processes so far.
+pub(crate) fn page_faults(pids: &[u32]) -> u64 {
+    pids.iter().flat_map(|&pid| [stat_field(pid, 10), stat_field(pid, 12)]).flatten().sum()
+}
+
+/// Exits of all the processes' vCPUs so far; `None` where KVM's debugfs can't be read.
+pub(crate) fn vm_exits(pids: &[u32]) -> Option<u64> {
+    let mut exits = None;
+    for entry in fs::read_dir("/sys/kernel/debug/kvm").ok()?.flatten() {
+        let name = entry.file_name().into_string().unwrap_or_default();
+        let owner: Option<u32> = name.split_once('-').and_then(|(pid, _)| pid.parse().ok());
+        if owner.is_some_and(|owner| pids.contains(&owner)) {
+            let read = fs::read_to_string(entry.path().join("exits")).ok()?;
+            exits = Some(exits.unwrap_or(0) + read.trim().parse::<u64>().ok()?);
+        }
+    }
+    exits
+}
+
+/// A cgroup of its own below the root, for the kernel's share of a VMM's memory; removed when dropped.
+pub(crate) struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes one; `None` where cgroup v2 has no memory controller to give.
+    pub(crate) fn new(name: &str) -> Option<Self> {
+        let root = Path::new("/sys/fs/cgroup");
+        let has = |file: &str| {
+            fs::read_to_string(root.join(file))
+                .is_ok_and(|text| text.split_whitespace().any(|c| c == "memory"))
+        };
+        if !has("cgroup.subtree_control") {
+            fs::write(root.join("cgroup.subtree_control"), "+memory").ok()?;
+        }
+        let path = root.join(format!("{name}-{}", std::process::id()));
+        fs::create_dir(&path).ok()?;
+        Some(Self { path })
+    }
+
+    /// A command's prefix that starts it inside.
+    pub(crate) fn wrapper(&self) -> Vec<String> {
+        let script = format!("echo $$ > {}/cgroup.procs && exec \"$@\"", self.path.display());
+        ["sh", "-c", &script, "sh"].map(String::from).to_vec()
+    }
+
+    /// Kernel memory charged to it, KiB (`memory.stat`, `kernel`).
+    pub(crate) fn kernel_kib(&self) -> Result<u64> {
+        let text = fs::read_to_string(self.path.join("memory.stat"))?;
+        Ok(field(&text, "kernel ").context("memory.stat has no line kernel")? / 1024)
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        // Its processes were waited for; the kernel may still be letting go of them.
+        for _ in 0..100 {
+            if fs::remove_dir(&self.path).is_ok() {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    }
+}
+
+/// The number after a line's name.
+fn field(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
+}
+
+/// A numeric field of `/proc/PID/stat` by proc(5)'s numbering; fields from 3 on, behind the name's last parenthesis.
+fn stat_field(pid: u32, number: usize) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    text.rsplit_once(')')?.1.split_whitespace().nth(number.checked_sub(3)?)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ones_own_family_has_a_size_and_faults() {
+        let me = std::process::id();
+        assert_eq!(family(me).first(), Some(&me));
+        assert!(pss_kib(&[me]).unwrap() > 100);
+        assert!(page_faults(&[me]) > 10);
+        assert_eq!(field("a 1\nPss:   12 kB\n", "Pss:"), Some(12));
+    }
+}

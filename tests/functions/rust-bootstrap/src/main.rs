@@ -1,0 +1,32 @@
+//! Answers with what it was given, or fails in the way that the event's `do` asks for.
+
+use lambda_runtime::{Error, LambdaEvent, service_fn};
+use serde_json::{Value, json};
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<(), Error> {
+    lambda_runtime::run(service_fn(answer)).await
+}
+
+async fn answer(event: LambdaEvent<Value>) -> Result<Value, Error> {
+    let (event, context) = event.into_parts();
+    eprintln!("the bootstrap was asked {event}");
+    match event.get("do").and_then(Value::as_str) {
+        Some("error") => Err("the function refuses".into()),
+        Some("exit") => std::process::exit(9),
+        Some("abort") => std::process::abort(),
+        Some("hang") => std::future::pending().await,
+        _ => Ok(json!({
+            "event": event,
+            "request": context.request_id,
+            "function": context.env_config.function_name,
+            "memory": context.env_config.memory,
+            "milliseconds_left": context.deadline.saturating_sub(now_ms()),
+        })),
+    }
+}
+
+fn now_ms() -> u64 {
+    let since = std::time::SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,409 @@
+//! What is wrong, hostile or pulled away gives one clear sentence and a documented status, leaves nothing behind (every
+//! test's `Carrel` looks when it is dropped), and hurts no other room.
+
+// A test fails by panicking, and so do the functions that tests share.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use carrel_tests::functions::{FunctionZip, python};
+use carrel_tests::layout::{Image, LAYER, Layer, Tar, digest};
+use carrel_tests::registry::Registry;
+use carrel_tests::{Carrel, Done, Running, fixtures, wait_for};
+use serde_json::{Value, json};
+
+/// Runs an image made for this test; its command says that it ran.
+fn run(carrel: &Carrel, image: &Image) -> Done {
+    let name = image.write(&carrel.scratch().join("image"));
+    carrel.run(&["run", &name, "sh", "-c", "echo ran"])
+}
+
+fn with_layer(layer: Layer) -> Image {
+    Image::new(vec![Layer::plain(Tar::with_shell()), layer])
+}
+
+// Images.
+
+#[test]
+fn an_image_that_does_not_exist() {
+    let carrel = Carrel::new();
+    let registry = Registry::start(&carrel.scratch());
+    let missing = format!("{}/no/such:image", registry.address);
+    carrel.run(&["run", &missing]).complains(125, &[&missing]);
+    carrel.run(&["pull", &missing]).complains(1, &[&missing]);
+    carrel.run(&["run", "oci:/no/such/layout"]).complains(125, &["/no/such/layout"]);
+    carrel.run(&["run", "oci-archive:/no/such.tar"]).complains(125, &["/no/such.tar"]);
+    carrel.run(&["run", "docker-archive:/no/such.tar"]).complains(125, &["/no/such.tar"]);
+    carrel.run(&["run", "--pull", "never", "never-pulled:1"]).complains(125, &["never-pulled"]);
+    carrel.run(&["run", "NOT A NAME"]).complains(125, &["NOT A NAME"]);
+}
+
+#[test]
+fn a_registry_that_does_not_answer() {
+    let carrel = Carrel::new();
+    carrel.run(&["run", "127.0.0.1:1/name:tag"]).complains(125, &["127.0.0.1:1"]);
+}
+
+#[test]
+fn a_wrong_digest() {
+    let carrel = Carrel::new();
+    let mut layer = Layer::plain(Tar::new().file("a", b"honest"));
+    let last = layer.bytes.len() - 2000;
+    layer.bytes[last] ^= 1;
+    let named = layer.digest.clone();
+    run(&carrel, &with_layer(layer)).complains(125, &["digest", &named[..19]]);
+}
+
+#[test]
+fn a_configuration_that_lies_about_what_a_layer_unpacks_to() {
+    let carrel = Carrel::new();
+    let mut layer = Layer::gzip(&Tar::new().file("a", b"honest").bytes());
+    layer.diff_id = digest(b"something else");
+    run(&carrel, &with_layer(layer)).complains(125, &["layer"]);
+}
+
+#[test]
+fn a_truncated_layer() {
+    let carrel = Carrel::new();
+    // Shorter than the manifest says.
+    let mut short = Layer::plain(Tar::new().file("a", &[7; 5000]));
+    short.bytes.truncate(3000);
+    run(&carrel, &with_layer(short)).complains(125, &["size"]);
+    // As long as it says, but cut off inside: a digest of half a gzip stream.
+    let whole = Layer::gzip(&Tar::new().file("a", &pseudo_random(5000)).bytes());
+    let half = whole.bytes[..whole.bytes.len() / 2].to_vec();
+    let cut = Layer { digest: digest(&half), size: half.len() as u64, bytes: half, ..whole };
+    run(&carrel, &with_layer(cut)).complains(125, &["layer"]);
+}
+
+#[test]
+fn a_layer_that_is_longer_than_it_says() {
+    let carrel = Carrel::new();
+    let mut layer = Layer::plain(Tar::new().file("a", b"honest"));
+    layer.size -= 512;
+    run(&carrel, &with_layer(layer)).complains(125, &["size"]);
+}
+
+#[test]
+fn a_layer_that_is_not_what_its_media_type_says() {
+    let carrel = Carrel::new();
+    let mut layer = Layer::plain(Tar::new().file("a", b"not gzip"));
+    layer.media_type = format!("{LAYER}+gzip");
+    run(&carrel, &with_layer(layer)).complains(125, &["layer"]);
+}
+
+#[test]
+fn an_unknown_media_type() {
+    let carrel = Carrel::new();
+    let mut layer = Layer::plain(Tar::new().file("a", b"1"));
+    layer.media_type = "application/vnd.example.layer.v9+lzma".into();
+    run(&carrel, &with_layer(layer)).complains(125, &["application/vnd.example.layer.v9+lzma"]);
+}
+
+#[test]
+fn an_image_for_another_architecture() {
+    let carrel = Carrel::new();
+    let mut image = with_layer(Layer::plain(Tar::new()));
+    image.architecture = "riscv64".into();
+    run(&carrel, &image).complains(125, &["riscv64", "amd64"]);
+}
+
+#[test]
+fn documents_that_are_no_json_or_not_the_expected() {
+    let carrel = Carrel::new();
+    let folder = carrel.scratch().join("image");
+    let name = with_layer(Layer::plain(Tar::new())).write(&folder);
+    let index = fs::read_to_string(folder.join("index.json")).unwrap();
+    for wrong in [
+        "",
+        "{",
+        "[]",
+        "null",
+        r#"{"schemaVersion":2}"#,
+        &"[".repeat(100_000),
+        &index.replace("sha256:", "sha256:../../"),
+    ] {
+        fs::write(folder.join("index.json"), wrong).unwrap();
+        carrel.run(&["run", &name]).complains(125, &[]);
+    }
+}
+
+// Payloads that would escape: refused, or kept inside the root.
+
+/// A file beside the guest's root would be beside the host's if the host unpacked it, so look there too.
+fn escapes_nowhere(done: &Done) {
+    assert!([0, 125].contains(&done.status), "{done:?}");
+    if done.status == 125 {
+        assert!(done.errors().starts_with("carrel: "), "{done:?}");
+    }
+    for place in ["/carrel-test-escaped", "/tmp/carrel-test-escaped", "/etc/carrel-test-escaped"] {
+        assert!(!Path::new(place).exists(), "{place} exists on the host: {done:?}");
+    }
+}
+
+#[test]
+fn a_tar_that_would_escape_by_parent_or_absolute_name() {
+    let carrel = Carrel::new();
+    for name in [
+        "../carrel-test-escaped",
+        "../../../../../tmp/carrel-test-escaped",
+        "a/../../carrel-test-escaped",
+        "/tmp/carrel-test-escaped",
+    ] {
+        let image = with_layer(Layer::plain(Tar::new().file(name, b"escaped")));
+        let done = run(&carrel, &image);
+        escapes_nowhere(&done);
+    }
+}
+
+#[test]
+fn a_tar_that_would_escape_by_symbolic_link() {
+    let carrel = Carrel::new();
+    for target in ["/tmp", "../../../../../tmp", "/proc/1/root/tmp"] {
+        let tar = Tar::new().symlink("way", target).file("way/carrel-test-escaped", b"escaped");
+        escapes_nowhere(&run(&carrel, &with_layer(Layer::plain(tar))));
+    }
+    // Also when the link comes from one layer and the file from the next.
+    let lower = Layer::plain(Tar::with_shell().symlink("way", "/../../tmp"));
+    let upper = Layer::plain(Tar::new().file("way/carrel-test-escaped", b"escaped"));
+    escapes_nowhere(&run(&carrel, &Image::new(vec![lower, upper])));
+}
+
+#[test]
+fn a_tar_that_would_escape_by_hard_link() {
+    let carrel = Carrel::new();
+    for target in ["/proc/1/exe", "../../../../init", "/init", "way/init"] {
+        let tar = Tar::new().symlink("way", "/..").hard_link("stolen", target).file("stolen", b"overwritten");
+        escapes_nowhere(&run(&carrel, &with_layer(Layer::plain(tar))));
+    }
+}
+
+#[test]
+fn a_tar_whose_whiteouts_would_remove_what_is_outside() {
+    let carrel = Carrel::new();
+    for name in ["../.wh.init", "a/../../.wh.init", ".wh...", ".wh..", ".wh."] {
+        escapes_nowhere(&run(&carrel, &with_layer(Layer::plain(Tar::new().file(name, b"")))));
+    }
+}
+
+#[test]
+fn a_zip_that_would_escape() {
+    let carrel = Carrel::new();
+    let good = "def handler(event, context):\n    return 1\n";
+    let zips = [
+        FunctionZip::new().file("app.py", good).file("../carrel-test-escaped", "x"),
+        FunctionZip::new().file("app.py", good).file("/tmp/carrel-test-escaped", "x"),
+        FunctionZip::new().file("app.py", good).file("a/../../../tmp/carrel-test-escaped", "x"),
+        FunctionZip::new().file("app.py", good).link("way", "/tmp").file("way/carrel-test-escaped", "x"),
+        FunctionZip::new()
+            .file("app.py", good)
+            .link("way", "../../../tmp")
+            .file("way/carrel-test-escaped", "x"),
+    ];
+    for zip in zips {
+        let path = zip.write(&carrel.scratch());
+        let line =
+            ["invoke", "--zip", path.to_str().unwrap(), "--handler", "app.handler", "--timeout", "60s"];
+        escapes_nowhere(&carrel.run(&line));
+    }
+}
+
+// Bombs. The caps: docs/cli.md.
+
+#[test]
+fn a_bomb_by_size() {
+    let carrel = Carrel::new();
+    // Said by the header alone.
+    let claimed = Tar::new().claim("huge", 1 << 50);
+    run(&carrel, &with_layer(Layer::plain(claimed))).complains(125, &[]);
+    // Really unpacked: 1 GiB of zeros in a megabyte, in a room whose disk takes a quarter.
+    let zeros = Layer::gzip(&Tar::new().file("zeros", &vec![0; 1 << 30]).bytes());
+    let name = with_layer(zeros).write(&carrel.scratch().join("bomb"));
+    carrel.run(&["run", "--disk", "256m", &name]).complains(125, &[]);
+}
+
+#[test]
+fn a_bomb_by_entries() {
+    let carrel = Carrel::new();
+    let entry = Tar::new().file("x", b"").bytes();
+    // The same header a million times over: each replaces the one before, all of them are work.
+    let tar = entry[..512].repeat(1_100_000);
+    run(&carrel, &with_layer(Layer::gzip(&tar))).complains(125, &["entries"]);
+}
+
+#[test]
+fn a_bomb_by_nesting() {
+    let carrel = Carrel::new();
+    let mut image = with_layer(Layer::plain(Tar::new()));
+    image.nesting = 200;
+    run(&carrel, &image).complains(125, &[]);
+    // A thousand layers.
+    let layers = (0..1000).map(|n| Layer::plain(Tar::new().file("n", n.to_string().as_bytes()))).collect();
+    run(&carrel, &Image::new(layers)).complains(125, &["layers"]);
+}
+
+#[test]
+fn a_zip_bomb() {
+    let carrel = Carrel::new();
+    let source = "def handler(event, context):\n    return 1\n";
+    let path =
+        FunctionZip::new().file("app.py", source).file("zeros", vec![0; 300 << 20]).write(&carrel.scratch());
+    let line = ["invoke", "--zip", path.to_str().unwrap(), "--handler", "app.handler", "--timeout", "60s"];
+    carrel.run(&line).complains(125, &[]);
+}
+
+// Requests.
+
+#[test]
+fn a_missing_command() {
+    let carrel = Carrel::new();
+    carrel.run(&["run", &fixtures::busybox(), "no-such-command"]).complains(127, &["no-such-command"]);
+    // An image that names none, and nobody else does.
+    let mut image = Image::new(vec![Layer::plain(Tar::with_shell())]);
+    image.config = json!({});
+    let name = image.write(&carrel.scratch().join("image"));
+    carrel.run(&["run", &name]).complains(125, &["command"]);
+}
+
+#[test]
+fn a_bad_user() {
+    let carrel = Carrel::new();
+    for user in ["nobody-here", "reader:no-such-group", "99999999999", ":"] {
+        carrel.run(&["run", "-u", user, &fixtures::busybox(), "true"]).complains(125, &["user"]);
+    }
+}
+
+#[test]
+fn memory_below_what_the_guest_needs() {
+    let carrel = Carrel::new();
+    carrel.run(&["run", "-m", "8m", &fixtures::busybox(), "true"]).complains(125, &["64 MiB"]);
+    // In range, but too little for this image: whatever fails, it is said, and nothing hangs.
+    let script = "x = bytearray(b'x') * (200 << 20)";
+    let done = carrel.run(&["run", "-m", "64m", &fixtures::image("debian"), "python3", "-c", script]);
+    assert!([1, 125, 137].contains(&done.status), "{done:?}");
+    assert!(!done.stderr.is_empty(), "{done:?}");
+}
+
+#[test]
+fn an_event_that_is_not_json() {
+    let carrel = Carrel::new();
+    let zip = python(&carrel.scratch(), "def handler(event, context):\n    return 1\n");
+    let invoke =
+        |event: &str| carrel.run(&["invoke", "--zip", &zip, "--handler", "app.handler", "--event", event]);
+    invoke("{not json").complains(125, &["event", "JSON"]);
+    invoke("").complains(125, &["event", "JSON"]);
+    invoke("@/no/such/event.json").complains(125, &["/no/such/event.json"]);
+}
+
+#[test]
+fn a_handler_that_does_not_exist() {
+    let carrel = Carrel::new();
+    let zip = python(&carrel.scratch(), "def other(event, context):\n    return 1\n");
+    let done = carrel.run(&["invoke", "--zip", &zip, "--handler", "app.handler", "--timeout", "60s"]);
+    assert!([1, 3].contains(&done.status), "{done:?}");
+    assert!(done.errors().contains("carrel: ") && done.text().contains("HandlerNotFound"), "{done:?}");
+    // A custom runtime without its program.
+    let zip = FunctionZip::new().file("readme", "no bootstrap").write(&carrel.scratch());
+    let done = carrel.run(&["invoke", "--zip", zip.to_str().unwrap(), "--runtime", "provided"]);
+    let done = done.ends_with(3);
+    assert!(done.text().contains("Runtime.InvalidEntrypoint"), "{done:?}");
+}
+
+/// Invokes a `provided` function whose bootstrap is this shell script.
+fn bootstrap(carrel: &Carrel, script: &str, timeout: &str) -> Done {
+    let zip = FunctionZip::new().file_with_mode("bootstrap", script, 0o755).write(&carrel.scratch());
+    carrel.run(&["invoke", "--zip", zip.to_str().unwrap(), "--runtime", "provided", "--timeout", timeout])
+}
+
+fn error_type(done: &Done) -> Value {
+    let answer: Value =
+        serde_json::from_slice(&done.stdout).unwrap_or_else(|error| panic!("{error}: {done:?}"));
+    answer["errorType"].clone()
+}
+
+#[test]
+fn a_runtime_that_exits() {
+    let carrel = Carrel::new();
+    let done = bootstrap(&carrel, "#!/bin/sh\nexit 4\n", "5s").ends_with(3);
+    assert_eq!(error_type(&done), "Runtime.ExitError");
+    assert!(done.text().contains("exit status 4"), "{done:?}");
+}
+
+#[test]
+fn a_runtime_that_hangs() {
+    let carrel = Carrel::new();
+    // It never asks for its event: INIT's ten seconds, then the timeout.
+    let done = bootstrap(&carrel, "#!/bin/sh\nsleep 1000\n", "2s").ends_with(124);
+    assert_eq!(error_type(&done), "Sandbox.Timedout");
+}
+
+#[test]
+fn a_runtime_that_answers_too_much() {
+    let carrel = Carrel::new();
+    let source = "def handler(event, context):\n    return 'x' * (7 << 20)\n";
+    let zip = python(&carrel.scratch(), source);
+    let line = ["invoke", "--zip", &zip, "--handler", "app.handler", "--timeout", "90s", "--memory", "512m"];
+    let done = carrel.run(&line).ends_with(4);
+    assert_eq!(error_type(&done), "Function.ResponseSizeTooLarge");
+}
+
+// The rug pulled away: see also rooms.rs for killed VMMs, commands and owners.
+
+#[test]
+fn a_host_out_of_disk() {
+    let carrel = Carrel::new();
+    let small = Mounted::tmpfs(&carrel.scratch().join("small"), "24m");
+    let image = fixtures::image("debian");
+    let pull = |carrel: &Carrel| {
+        let mut command = carrel.command(&["pull", &image]);
+        Running::spawn(command.env("CARREL_HOME", &small.0)).done()
+    };
+    pull(&carrel).complains(1, &["space"]);
+    // What was begun is gone, so that something smaller still fits.
+    let mut command = carrel.command(&["run", &fixtures::busybox(), "echo", "fits"]);
+    let done = Running::spawn(command.env("CARREL_HOME", &small.0)).done().succeeds();
+    assert_eq!(done.text(), "fits\n");
+    // A room that writes more than the host has left sees an I/O error; carrel says why.
+    let script = "dd if=/dev/zero of=/work/fill bs=1M count=64; sync; echo went on";
+    let mut command = carrel.command(&["run", &fixtures::busybox(), "sh", "-c", script]);
+    let done = Running::spawn(command.env("CARREL_HOME", &small.0)).done();
+    assert!(done.errors().to_lowercase().contains("space") || done.errors().contains("disk"), "{done:?}");
+}
+
+/// A file system that is unmounted in the end.
+struct Mounted(PathBuf);
+
+impl Mounted {
+    fn tmpfs(at: &Path, size: &str) -> Self {
+        fs::create_dir_all(at).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
+            .arg(at)
+            .status()
+            .expect("mount runs");
+        assert!(mounted.success(), "a tmpfs can be mounted: these tests run as root");
+        Self(at.to_owned())
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        wait_for("the file system to be unused", || {
+            Command::new("umount").arg(&self.0).status().is_ok_and(|status| status.success()).then_some(())
+        });
+    }
+}
+
+/// Bytes that don't compress.
+fn pseudo_random(length: usize) -> Vec<u8> {
+    let mut state = 0x2545_f491_4f6c_dd1d_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.to_le_bytes()[0]
+    };
+    (0..length).map(|_| next()).collect()
+}

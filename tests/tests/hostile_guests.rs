@@ -1,0 +1,159 @@
+//! Guests that misbehave, and a neighbour that must not notice. The clear sentence, the status and the leftovers are
+//! checked as in `bad_input.rs`.
+
+// A test fails by panicking, and so do the functions that tests share.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use carrel_tests::{Carrel, Running, fixtures};
+use serde_json::Value;
+
+/// A room that says its heart beats.
+struct Neighbour<'a> {
+    carrel: &'a Carrel,
+}
+
+impl<'a> Neighbour<'a> {
+    fn new(carrel: &'a Carrel) -> Self {
+        let script = "echo begun; while :; do sleep 0.2; done";
+        carrel.detach(&["--name", "neighbour", "-m", "128m", &fixtures::busybox(), "sh", "-c", script]);
+        carrel.wait_for_log("neighbour", "begun");
+        Self { carrel }
+    }
+
+    fn must_be_well(self) {
+        let done = self.carrel.run(&["exec", "neighbour", "echo", "well"]).succeeds();
+        assert_eq!(done.text(), "well\n");
+        self.carrel.run(&["kill", "neighbour"]).succeeds();
+    }
+}
+
+#[test]
+fn a_guest_that_panics() {
+    let carrel = Carrel::new();
+    let neighbour = Neighbour::new(&carrel);
+    // Our kernel, and an initramfs without an init: the kernel finds no root and panics.
+    let assets = assets_without_init(&carrel);
+    let mut command = carrel.command(&["run", &fixtures::busybox(), "true"]);
+    Running::spawn(command.env("CARREL_ASSETS", &assets)).done().complains(125, &["panic"]);
+    neighbour.must_be_well();
+}
+
+/// A copy of the assets in which the initramfs holds nothing.
+fn assets_without_init(carrel: &Carrel) -> PathBuf {
+    let configuration: Value = carrel.json(&["--print-config"]);
+    let real = PathBuf::from(configuration["assets"].as_str().expect("--print-config names the assets"));
+    let copy = carrel.scratch().join("assets");
+    fs::create_dir(&copy).unwrap();
+    for entry in fs::read_dir(&real).unwrap().flatten() {
+        let to = copy.join(entry.file_name());
+        if entry.file_name().to_string_lossy().contains("initramfs") {
+            // The end of a cpio archive, and nothing before it (cpio(5), new ASCII format).
+            let trailer = format!("070701{}0000000b00000000TRAILER!!!\0\0\0\0", "00000000".repeat(11));
+            fs::write(to, trailer).unwrap();
+        } else {
+            std::os::unix::fs::symlink(entry.path(), to).unwrap();
+        }
+    }
+    copy
+}
+
+#[test]
+fn a_kernel_that_is_none() {
+    let carrel = Carrel::new();
+    let kernel = carrel.scratch().join("kernel");
+    fs::write(&kernel, "no kernel").unwrap();
+    let path = kernel.to_str().unwrap();
+    carrel.run(&["run", "--kernel", path, &fixtures::busybox()]).complains(125, &["kernel"]);
+    carrel
+        .run(&["run", "--kernel", "/no/such/kernel", &fixtures::busybox()])
+        .complains(125, &["/no/such/kernel"]);
+}
+
+#[test]
+fn a_guest_that_floods_its_log() {
+    let carrel = Carrel::new();
+    let neighbour = Neighbour::new(&carrel);
+    let script =
+        "echo begun; yes 'a line that says nothing at all, again and again' & sleep 20; kill $!; exit 4";
+    carrel.detach(&["--name", "flood", &fixtures::busybox(), "sh", "-c", script]);
+    assert_eq!(carrel.run(&["wait", "flood"]).succeeds().text(), "4\n");
+    let bytes = disk_usage(&carrel.home().join("rooms"));
+    assert!(bytes < 64 << 20, "the flood took {bytes} bytes of the host's disk");
+    let tail = carrel.run(&["logs", "--tail", "3", "flood"]).succeeds();
+    assert!(tail.text().lines().count() <= 3, "{tail:?}");
+    neighbour.must_be_well();
+}
+
+#[test]
+fn a_guest_that_opens_a_hundred_thousand_connections() {
+    let carrel = Carrel::new();
+    let neighbour = Neighbour::new(&carrel);
+    // To the host (AF_VSOCK, refused to workloads), and on its own loopback, as many as it is given descriptors for.
+    let script = "import socket\n\
+        opened = refused = 0\n\
+        for port in range(100000):\n\
+        \x20   try:\n\
+        \x20       s = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM); s.connect((2, port)); opened += 1\n\
+        \x20   except OSError: refused += 1\n\
+        listener = socket.create_server(('127.0.0.1', 0), backlog=1000)\n\
+        kept = []\n\
+        for _ in range(100000):\n\
+        \x20   try: kept.append(socket.create_connection(listener.getsockname(), timeout=1)); kept.append(listener.accept()[0])\n\
+        \x20   except OSError: break\n\
+        print(opened, refused)";
+    let done = carrel.run(&["run", &fixtures::image("debian"), "python3", "-c", script]).succeeds();
+    assert_eq!(done.text(), "0 100000\n");
+    neighbour.must_be_well();
+}
+
+#[test]
+fn a_guest_that_forks_without_end() {
+    let carrel = Carrel::new();
+    let neighbour = Neighbour::new(&carrel);
+    let script = "bomb() { bomb & bomb; }; bomb 2>/dev/null; sleep 1000";
+    carrel.run(&[
+        "run",
+        "--timeout",
+        "10s",
+        "--stop-timeout",
+        "1s",
+        &fixtures::busybox(),
+        "sh",
+        "-c",
+        script,
+    ]);
+    neighbour.must_be_well();
+}
+
+#[test]
+fn a_guest_that_fills_its_disk() {
+    let carrel = Carrel::new();
+    let neighbour = Neighbour::new(&carrel);
+    let script = "dd if=/dev/zero of=/work/fill bs=1M; echo status $?; rm /work/fill; echo fits > /work/again; cat /work/again";
+    let done = carrel.run(&["run", "--disk", "96m", &fixtures::busybox(), "sh", "-c", script]).succeeds();
+    assert_eq!(done.text(), "status 1\nfits\n");
+    assert!(done.errors().contains("No space left on device"), "{done:?}");
+    neighbour.must_be_well();
+}
+
+#[test]
+fn an_image_that_does_not_fit_its_disk() {
+    let carrel = Carrel::new();
+    carrel.run(&["run", "--disk", "64m", &fixtures::image("debian"), "true"]).complains(125, &["disk"]);
+}
+
+fn disk_usage(folder: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => disk_usage(&entry.path()),
+            // What it takes, not what it claims: disks are sparse.
+            Ok(metadata) => metadata.blocks() * 512,
+            Err(_) => 0,
+        })
+        .sum()
+}

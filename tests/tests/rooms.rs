@@ -1,0 +1,260 @@
+//! Rooms that run by themselves: `-d`, `ps`, `logs`, `exec`, `stats`, `stop`, `kill`, `wait`; and what a SIGKILL leaves.
+
+// A test fails by panicking, and so do the functions that tests share.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::time::{Duration, Instant};
+
+use carrel_tests::{Carrel, Running, fixtures, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+const FOREVER: &str =
+    "trap 'echo ended; exit 3' TERM; echo begun; echo oops >&2; while :; do sleep 0.1; done";
+
+fn forever(carrel: &Carrel, name: &str) -> String {
+    let id = carrel.detach(&["--name", name, &fixtures::busybox(), "sh", "-c", FOREVER]);
+    carrel.wait_for_log(name, "begun");
+    id
+}
+
+fn state(carrel: &Carrel, name: &str) -> Option<String> {
+    let rooms = carrel.rooms(true);
+    let room = rooms.iter().find(|room| room["name"] == name)?;
+    room["state"].as_str().map(str::to_owned)
+}
+
+/// Processes whose command line contains all of these words.
+fn processes(words: &[&str]) -> Vec<Pid> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc").unwrap().flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        if words.iter().all(|word| line.contains(word)) {
+            found.extend(Pid::from_raw(pid));
+        }
+    }
+    found
+}
+
+/// The one VMM that runs: tests take turns, so there is no other.
+fn vmm() -> Pid {
+    wait_for("one VMM", || match processes(&["carrel-vmm"])[..] {
+        [one] => Some(one),
+        _ => None,
+    })
+}
+
+fn owner(carrel: &Carrel) -> Pid {
+    wait_for("one owner", || match processes(&["carrel", " owner ", carrel.home().to_str().unwrap()])[..] {
+        [one] => Some(one),
+        _ => None,
+    })
+}
+
+#[test]
+fn a_detached_room_is_listed_logged_stopped_and_waited_for() {
+    let carrel = Carrel::new();
+    let id = forever(&carrel, "desk");
+    let rooms = carrel.rooms(false);
+    assert_eq!(rooms.len(), 1, "{rooms:?}");
+    assert_eq!((&rooms[0]["id"], &rooms[0]["name"]), (&Value::from(id.as_str()), &Value::from("desk")));
+    assert_eq!(rooms[0]["state"], "running");
+    let table = carrel.run(&["ps"]).succeeds();
+    assert!(table.text().starts_with("ROOM"), "{table:?}");
+    assert!(table.text().contains("desk"), "{table:?}");
+    let ids = carrel.run(&["ps", "-q"]).succeeds();
+    assert_eq!(ids.text().lines().count(), 1);
+
+    let log = carrel.run(&["logs", "desk"]).succeeds();
+    assert_eq!((log.text(), log.errors()), ("begun\n", "oops\n"));
+    let stamped = carrel.run(&["logs", "--timestamps", "--tail", "1", "desk"]).succeeds();
+    assert!(stamped.text().is_empty() || stamped.text().starts_with("20"), "{stamped:?}");
+
+    let waiting = carrel.start(&["wait", "desk"]);
+    carrel.run(&["stop", "desk"]).succeeds();
+    assert_eq!(waiting.done().succeeds().text(), "3\n");
+    assert_eq!(state(&carrel, "desk").as_deref(), Some("exited"));
+    assert!(carrel.rooms(false).is_empty());
+    // Its log outlives it, until it is removed.
+    assert_eq!(carrel.run(&["logs", "desk"]).succeeds().text(), "begun\nended\n");
+    carrel.run(&["rm", "desk"]).succeeds();
+    assert_eq!(state(&carrel, "desk"), None);
+}
+
+#[test]
+fn logs_follow_until_the_room_ends() {
+    let carrel = Carrel::new();
+    let script = "for i in 1 2 3 4 5; do echo line $i; sleep 0.3; done";
+    carrel.detach(&["--name", "counter", &fixtures::busybox(), "sh", "-c", script]);
+    let followed = carrel.run(&["logs", "-f", "counter"]).succeeds();
+    assert_eq!(followed.text(), "line 1\nline 2\nline 3\nline 4\nline 5\n");
+    let tail = carrel.run(&["logs", "--tail", "2", "counter"]).succeeds();
+    assert_eq!(tail.text(), "line 4\nline 5\n");
+}
+
+#[test]
+fn exec_runs_beside_the_workload_with_streams_status_user_and_directory() {
+    let carrel = Carrel::new();
+    forever(&carrel, "desk");
+    let script = "cat; echo err >&2; id -u; pwd; echo $A $FROM_IMAGE; exit 6";
+    let done = carrel
+        .run_with_input(
+            &["exec", "-i", "-u", "reader", "-w", "/tmp", "-e", "A=1", "desk", "sh", "-c", script],
+            b"in\n",
+        )
+        .ends_with(6);
+    assert_eq!(done.text(), "in\n1000\n/tmp\n1 yes\n");
+    assert_eq!(done.errors(), "err\n");
+    let processes = carrel.run(&["exec", "desk", "ps"]).succeeds();
+    assert!(processes.text().contains("sleep") || processes.text().contains("trap"), "{processes:?}");
+    carrel.run(&["exec", "desk", "no-such-command"]).complains(127, &["no-such-command"]);
+    carrel.run(&["exec", "-u", "nobody-here", "desk", "true"]).complains(125, &["nobody-here"]);
+    // None of this disturbed the workload.
+    assert_eq!(state(&carrel, "desk").as_deref(), Some("running"));
+}
+
+#[test]
+fn kill_sends_the_signal_that_was_asked_for() {
+    let carrel = Carrel::new();
+    let script = "trap 'echo got USR1' USR1; echo begun; while :; do sleep 0.1; done";
+    carrel.detach(&["--name", "desk", &fixtures::busybox(), "sh", "-c", script]);
+    carrel.wait_for_log("desk", "begun");
+    carrel.run(&["kill", "-s", "USR1", "desk"]).succeeds();
+    carrel.wait_for_log("desk", "got USR1");
+    carrel.run(&["kill", "desk"]).succeeds();
+    assert_eq!(carrel.run(&["wait", "desk"]).succeeds().text(), "137\n");
+}
+
+#[test]
+fn stop_kills_a_workload_that_does_not_listen() {
+    let carrel = Carrel::new();
+    let script = "trap '' TERM; echo begun; while :; do sleep 0.1; done";
+    carrel.detach(&["--name", "deaf", &fixtures::busybox(), "sh", "-c", script]);
+    carrel.wait_for_log("deaf", "begun");
+    let begun = Instant::now();
+    carrel.run(&["stop", "-t", "2s", "deaf"]).succeeds();
+    assert!(begun.elapsed() >= Duration::from_secs(2), "it was given its time");
+    assert_eq!(carrel.run(&["wait", "deaf"]).succeeds().text(), "137\n");
+}
+
+#[test]
+fn stats_show_what_a_room_uses_now() {
+    let carrel = Carrel::new();
+    carrel.detach(&["--name", "busy", &fixtures::busybox(), "sh", "-c", "echo begun; while :; do :; done"]);
+    carrel.wait_for_log("busy", "begun");
+    let cpu = || {
+        let stats = carrel.json(&["stats", "--json", "--no-stream", "busy"]);
+        let cpu = &stats[0]["guest"]["cpu"];
+        cpu["user_us"].as_u64().unwrap() + cpu["system_us"].as_u64().unwrap()
+    };
+    let before = cpu();
+    wait_for("more CPU time", || (cpu() > before).then_some(()));
+    let table = carrel.run(&["stats", "--no-stream"]).succeeds();
+    assert!(table.text().contains("busy"), "{table:?}");
+}
+
+#[test]
+fn two_rooms_do_not_see_each_other() {
+    let carrel = Carrel::new();
+    let image = fixtures::busybox();
+    let script = "echo $0 > /work/mine; hostname $0; echo begun; while :; do sleep 0.1; done";
+    for name in ["one", "two"] {
+        carrel.detach(&["--name", name, &image, "sh", "-c", script, name]);
+        carrel.wait_for_log(name, "begun");
+    }
+    for name in ["one", "two"] {
+        let seen = carrel.run(&["exec", name, "sh", "-c", "cat /work/mine; hostname; ps | grep -c 'sh -c'"]);
+        let seen = seen.succeeds();
+        assert!(seen.text().starts_with(&format!("{name}\n{name}\n")), "{seen:?}");
+    }
+    let boots: Vec<String> = ["one", "two"]
+        .map(|name| {
+            carrel.run(&["exec", name, "cat", "/proc/sys/kernel/random/boot_id"]).succeeds().text().to_owned()
+        })
+        .into();
+    assert_ne!(boots[0], boots[1], "each has a kernel of its own");
+}
+
+#[test]
+fn names_are_unique_and_unknown_rooms_are_named() {
+    let carrel = Carrel::new();
+    let id = forever(&carrel, "desk");
+    carrel.run(&["run", "-d", "--name", "desk", &fixtures::busybox()]).complains(125, &["desk"]);
+    carrel.run(&["run", "-d", "--name", "../desk", &fixtures::busybox()]).complains(125, &["name"]);
+    for command in [
+        &["logs", "nobody"][..],
+        &["stop", "nobody"],
+        &["kill", "nobody"],
+        &["stats", "--no-stream", "nobody"],
+    ] {
+        carrel.run(command).complains(1, &["nobody"]);
+    }
+    carrel.run(&["exec", "nobody", "true"]).complains(125, &["nobody"]);
+    // The beginning of an id is enough.
+    let done = carrel.run(&["exec", &id[..6], "echo", "found"]).succeeds();
+    assert_eq!(done.text(), "found\n");
+}
+
+#[test]
+fn a_killed_vmm_is_noticed_and_its_room_swept_up() {
+    let carrel = Carrel::new();
+    let running = carrel.start(&["run", &fixtures::busybox(), "sh", "-c", "echo begun; sleep 1000"]);
+    kill_process(vmm(), Signal::KILL).unwrap();
+    let killed = Instant::now();
+    running.done().complains(125, &["VMM"]);
+    assert!(killed.elapsed() < Duration::from_secs(20), "noticed only after {:?}", killed.elapsed());
+    carrel.expect_nothing_left();
+}
+
+#[test]
+fn a_killed_vmm_hurts_no_other_room() {
+    let carrel = Carrel::new();
+    forever(&carrel, "survivor");
+    let survivor = vmm();
+    forever(&carrel, "victim");
+    let victim =
+        wait_for("the other VMM", || processes(&["carrel-vmm"]).into_iter().find(|pid| *pid != survivor));
+    kill_process(victim, Signal::KILL).unwrap();
+    wait_for("the victim's end", || (state(&carrel, "victim").as_deref() != Some("running")).then_some(()));
+    let done = carrel.run(&["exec", "survivor", "echo", "alive"]).succeeds();
+    assert_eq!(done.text(), "alive\n");
+}
+
+#[test]
+fn a_killed_command_leaves_nothing_that_the_next_does_not_sweep_up() {
+    let carrel = Carrel::new();
+    let running = carrel.start(&["run", &fixtures::busybox(), "sh", "-c", "echo begun; sleep 1000"]);
+    let _ = vmm();
+    running.signal(Signal::KILL);
+    running.done().ends_with(137);
+    wait_for("the room's end", || carrel.rooms(false).is_empty().then_some(()));
+    carrel.run(&["ps"]).succeeds();
+    carrel.expect_nothing_left();
+}
+
+#[test]
+fn a_killed_owner_leaves_nothing_that_the_next_command_does_not_sweep_up() {
+    let carrel = Carrel::new();
+    forever(&carrel, "orphan");
+    kill_process(owner(&carrel), Signal::KILL).unwrap();
+    carrel.run(&["ps"]).succeeds();
+    assert_ne!(state(&carrel, "orphan").as_deref(), Some("running"));
+    carrel.expect_nothing_left();
+}
+
+#[test]
+fn a_command_killed_together_with_its_owner_is_swept_up() {
+    let carrel = Carrel::new();
+    let running: Running = carrel.start(&["run", &fixtures::busybox(), "sh", "-c", "sleep 1000"]);
+    let (vmm, owner) = (vmm(), owner(&carrel));
+    running.signal(Signal::KILL);
+    for pid in [owner, vmm] {
+        // Each may have gone with the other.
+        let _ = kill_process(pid, Signal::KILL);
+    }
+    running.done().ends_with(137);
+    carrel.run(&["ps"]).succeeds();
+    carrel.expect_nothing_left();
+}

@@ -1,0 +1,125 @@
+//! Usage: the schema holds, and the numbers agree with a load that is known.
+
+// A test fails by panicking, and so do the functions that tests share.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use carrel_tests::{Carrel, fixtures};
+use serde_json::Value;
+
+const SCHEMA: &str = include_str!("../../docs/usage.schema.json");
+
+fn valid(report: &Value) {
+    let schema: Value = serde_json::from_str(SCHEMA).unwrap();
+    let validator = jsonschema::validator_for(&schema).expect("the schema is one");
+    let wrong: Vec<String> =
+        validator.iter_errors(report).map(|error| format!("{}: {error}", error.instance_path())).collect();
+    assert!(wrong.is_empty(), "{wrong:#?}\n{report:#}");
+}
+
+/// Runs a Python script in the Debian image and returns what it printed and the usage report.
+fn measured(carrel: &Carrel, script: &str) -> (String, Value) {
+    let file = carrel.scratch().join("usage.json");
+    let image = fixtures::image("debian");
+    let line = [
+        "run",
+        "-m",
+        "512m",
+        "--usage=json",
+        "--usage-file",
+        file.to_str().unwrap(),
+        &image,
+        "python3",
+        "-c",
+        script,
+    ];
+    let done = carrel.run(&line).succeeds();
+    let report: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    valid(&report);
+    (done.text().to_owned(), report)
+}
+
+fn number(report: &Value, path: &str) -> f64 {
+    report.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("no {path} in {report:#}"))
+}
+
+/// Within 10 % of what is known.
+fn agrees(what: &str, measured: f64, known: f64) {
+    let ratio = measured / known;
+    assert!((0.9..=1.1).contains(&ratio), "{what}: {measured} measured, {known} known, ratio {ratio:.3}");
+}
+
+#[test]
+fn cpu_time_agrees_with_a_spin_of_one_cpu_second() {
+    let carrel = Carrel::new();
+    // The script spins until its own clock shows one CPU second more, and prints what it had used by then:
+    // what the interpreter's start cost is known too.
+    let script = "import time\n\
+        begun = time.process_time()\n\
+        while time.process_time() - begun < 1.0: pass\n\
+        print(time.process_time())";
+    let (printed, report) = measured(&carrel, script);
+    let known: f64 = printed.trim().parse().unwrap();
+    let cpu = number(&report, "/guest/cpu/user_us") + number(&report, "/guest/cpu/system_us");
+    agrees("CPU µs", cpu, known * 1e6);
+    assert!(number(&report, "/guest/wall_us") >= 1e6, "{report:#}");
+    // The host's meter counts the whole room, so it can't be less.
+    let host = number(&report, "/host/cpu_user_us") + number(&report, "/host/cpu_system_us");
+    assert!(host >= cpu * 0.9, "host {host}, guest {cpu}");
+}
+
+#[test]
+fn memory_agrees_with_an_allocation_of_64_mib() {
+    let carrel = Carrel::new();
+    let peak = |mib: u32| {
+        let script = format!("x = bytearray(b'x') * ({mib} << 20)\nimport time\ntime.sleep(0.5)");
+        let (_, report) = measured(&carrel, &script);
+        number(&report, "/guest/memory/peak_bytes")
+    };
+    // The interpreter alone is the base line: what 64 MiB add is known.
+    agrees("memory peak", peak(64) - peak(0), f64::from(64 << 20));
+}
+
+#[test]
+fn a_report_goes_to_stderr_as_json_or_as_a_table() {
+    let carrel = Carrel::new();
+    let image = fixtures::busybox();
+    let json = carrel.run(&["run", "--usage=json", &image, "echo", "out"]).succeeds();
+    assert_eq!(json.text(), "out\n");
+    valid(&serde_json::from_str(json.errors()).unwrap());
+    let table = carrel.run(&["run", "--usage", &image, "echo", "out"]).succeeds();
+    assert_eq!(table.text(), "out\n");
+    assert!(table.errors().contains("CPU") && table.errors().contains("MiB"), "{table:?}");
+}
+
+#[test]
+fn io_and_processes_are_counted() {
+    let carrel = Carrel::new();
+    let file = carrel.scratch().join("usage.json");
+    let script =
+        "dd if=/dev/zero of=/work/x bs=1M count=8 2>/dev/null; sync; sleep 1 & sleep 1 & sleep 1 & wait";
+    let line = ["run", "--usage-file", file.to_str().unwrap(), &fixtures::busybox(), "sh", "-c", script];
+    carrel.run(&line).succeeds();
+    let report: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    valid(&report);
+    assert!(number(&report, "/guest/io/write_bytes") >= f64::from(8 << 20), "{report:#}");
+    assert!(number(&report, "/guest/processes/peak") >= 4.0, "{report:#}");
+}
+
+#[test]
+fn an_invocation_reports_usage_too() {
+    let carrel = Carrel::new();
+    let file = carrel.scratch().join("usage.json");
+    let zip = fixtures::path("rust-bootstrap").join("bootstrap.zip");
+    let line = [
+        "invoke",
+        "--zip",
+        zip.to_str().unwrap(),
+        "--runtime",
+        "provided",
+        "--timeout",
+        "30s",
+        "--usage-file",
+    ];
+    carrel.run(&[&line[..], &[file.to_str().unwrap()]].concat()).succeeds();
+    valid(&serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap());
+}
