@@ -77,9 +77,9 @@ impl Ring {
         }
     }
 
-    /// Puts back the chain that was popped last, as if it had not been.
-    pub fn unpop(&mut self) {
-        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(1));
+    /// Puts back the chains that were popped last, as if they had not been.
+    pub fn unpop(&mut self, chains: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(chains));
     }
 
     /// Whether the driver has made anything available.
@@ -104,11 +104,6 @@ impl Ring {
             self.interrupt.raise(USED_BUFFER);
         }
         Ok(())
-    }
-
-    /// Asks the driver not to notify while the queue is being worked on anyway.
-    pub fn quiet(&mut self) -> Result<(), Fault> {
-        self.queue.disable_notification(&self.memory).map_err(|_| Fault)
     }
 
     /// Asks for notifications again. True when something came in meanwhile, so that no notification will come for it.
