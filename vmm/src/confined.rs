@@ -25,11 +25,7 @@ pub fn run(connection: Connection, without: &Without) -> End {
     machine.serve(connection, timeline).0
 }
 
-fn set_up(
-    owner: &Connection,
-    without: &Without,
-    timeline: &mut Timeline,
-) -> Result<Machine, (End, String)> {
+fn set_up(owner: &Connection, without: &Without, timeline: &mut Timeline) -> Result<Machine, (End, String)> {
     jail::enter(owner.as_fd().as_raw_fd(), without).map_err(|e| (End::Host, chain(&e)))?;
     timeline.mark("jail");
     let filters = !without.leaves_out(Part::Seccomp);

@@ -153,7 +153,9 @@ fn empty_root() -> io::Result<()> {
     let options = c"size=0,nr_inodes=1,mode=0555".as_ptr();
     let flags = libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC;
     // SAFETY: every pointer is a C string or null where the call allows it.
-    check(unsafe { libc::mount(ptr::null(), root, ptr::null(), libc::MS_REC | libc::MS_PRIVATE, ptr::null()) })?;
+    check(unsafe {
+        libc::mount(ptr::null(), root, ptr::null(), libc::MS_REC | libc::MS_PRIVATE, ptr::null())
+    })?;
     // SAFETY: as above.
     check(unsafe { libc::mount(tmpfs, place, tmpfs, flags | libc::MS_RDONLY, options.cast()) })?;
     // SAFETY: as above.

@@ -84,7 +84,9 @@ impl BootError {
     /// Under which end of the process this falls.
     pub fn end(&self) -> End {
         match self {
-            Self::Resources(_) | Self::Parameters(_) | Self::Load(_) | Self::Tables(_) => End::BadConfiguration,
+            Self::Resources(_) | Self::Parameters(_) | Self::Load(_) | Self::Tables(_) => {
+                End::BadConfiguration
+            }
             Self::Devices(e) => e.end(),
             Self::Kvm { .. } | Self::Cpuid(_) | Self::Registers(_) => End::Kvm,
             Self::Memory(_) | Self::Host { .. } | Self::Seccomp(_) => End::Host,
@@ -128,7 +130,10 @@ pub fn boot(
     // SAFETY: the descriptor is owned and was opened as /dev/kvm; its owner is given up here.
     let kvm_device = unsafe { Kvm::from_raw_fd(config.kvm.into_raw_fd()) };
     if kvm_device.get_api_version() != 12 {
-        return Err(BootError::Kvm { what: "speak version 12", source: kvm_ioctls::Error::new(libc::ENOTTY) });
+        return Err(BootError::Kvm {
+            what: "speak version 12",
+            source: kvm_ioctls::Error::new(libc::ENOTTY),
+        });
     }
     let vm = create_vm(&kvm_device)?;
     register_memory(&vm, &memory)?;
@@ -144,14 +149,7 @@ pub fn boot(
 
     arch::create_interrupt_chips(&vm).map_err(kvm("create interrupt chips"))?;
     let epoll = Epoll::new().map_err(host("create an epoll"))?;
-    let devices = Devices::new(
-        config.vsock,
-        config.blocks,
-        config.entropy,
-        config.balloon,
-        &memory,
-        &epoll,
-    )?;
+    let devices = Devices::new(config.vsock, config.blocks, config.entropy, config.balloon, &memory, &epoll)?;
     let bus = devices.bus();
     connect_devices(&vm, &devices)?;
     let serial = match config.serial {
@@ -281,8 +279,6 @@ const OWNER: u64 = u64::MAX;
 const CONTROL: u64 = u64::MAX - 1;
 const VERDICT: u64 = u64::MAX - 2;
 const SIGNALS: u64 = u64::MAX - 3;
-/// The last of them.
-pub(crate) const FIRST_MACHINE_TOKEN: u64 = SIGNALS;
 
 impl Machine {
     /// Serves devices and owner until the machine ends. `owner` is told that it booted, and at the end how it ended.
@@ -319,11 +315,7 @@ impl Machine {
         self.epoll.add(borrow(&self.shared.verdict.reached), VERDICT, Interest::READ)
     }
 
-    fn handle(
-        &mut self,
-        events: &[Event],
-        owner: &mut Option<Connection>,
-    ) -> Option<(End, Option<String>)> {
+    fn handle(&mut self, events: &[Event], owner: &mut Option<Connection>) -> Option<(End, Option<String>)> {
         for event in events {
             match event.token {
                 VERDICT => return self.shared.verdict.get(),
@@ -365,7 +357,7 @@ impl Machine {
                         Done {}.into()
                     }
                     FromOwner::Resume(_) => {
-                        self.devices.kick(&self.epoll);
+                        self.devices.kick();
                         self.shared.gate.resume();
                         Done {}.into()
                     }
@@ -385,11 +377,7 @@ impl Machine {
     }
 
     /// With a control socket the machine goes on and waits for the next owner; without one nobody could ever reach it.
-    fn lose_owner(
-        &self,
-        owner: &mut Option<Connection>,
-        why: &OwnerError,
-    ) -> Option<(End, Option<String>)> {
+    fn lose_owner(&self, owner: &mut Option<Connection>, why: &OwnerError) -> Option<(End, Option<String>)> {
         if let Some(owner) = owner.take() {
             let _ = self.epoll.remove(&owner);
         }

@@ -108,9 +108,10 @@ fn run(arguments: &Arguments) -> End {
         return confined::run(Connection::new(owner), &arguments.without);
     }
     let Some(path) = &arguments.config else { return End::BadConfiguration };
-    let vm: VmFile = match fs::read(path).map_err(|e| e.to_string()).and_then(|text| {
-        serde_json::from_slice(&text).map_err(|e| e.to_string())
-    }) {
+    let vm: VmFile = match fs::read(path)
+        .map_err(|e| e.to_string())
+        .and_then(|text| serde_json::from_slice(&text).map_err(|e| e.to_string()))
+    {
         Ok(vm) => vm,
         Err(why) => {
             eprintln!("carrel-vmm: {} is no usable configuration: {why}", path.display());

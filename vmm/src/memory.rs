@@ -20,7 +20,9 @@ pub const GAP_END: u64 = 1 << 32;
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// mmap refused.
-    #[error("the host can't reserve {mib} MiB of address space for the guest; raise its limit on virtual memory (ulimit -v)")]
+    #[error(
+        "the host can't reserve {mib} MiB of address space for the guest; raise its limit on virtual memory (ulimit -v)"
+    )]
     Map {
         /// What was asked for.
         mib: u32,

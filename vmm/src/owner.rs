@@ -82,9 +82,8 @@ impl Connection {
         header.msg_controllen = size_of::<[u64; CONTROL_WORDS]>();
         let length = loop {
             // SAFETY: the header points to buffers of the lengths it states, all alive during the call.
-            let n = unsafe {
-                libc::recvmsg(self.0.as_raw_fd(), &raw mut header, flags | libc::MSG_CMSG_CLOEXEC)
-            };
+            let n =
+                unsafe { libc::recvmsg(self.0.as_raw_fd(), &raw mut header, flags | libc::MSG_CMSG_CLOEXEC) };
             match usize::try_from(n) {
                 Ok(n) => break n,
                 Err(_) => match io::Error::last_os_error() {
@@ -167,7 +166,10 @@ fn put_descriptors(control: &mut [u64; CONTROL_WORDS], descriptors: &[BorrowedFd
     // SAFETY: `control` is 512 bytes, aligned for a cmsghdr, and MAX_DESCRIPTORS of four bytes behind its header fit.
     unsafe {
         start.cast::<libc::cmsghdr>().write(header);
-        start.add(size_of::<libc::cmsghdr>()).cast::<RawFd>().copy_from_nonoverlapping(raw.as_ptr(), raw.len());
+        start
+            .add(size_of::<libc::cmsghdr>())
+            .cast::<RawFd>()
+            .copy_from_nonoverlapping(raw.as_ptr(), raw.len());
     }
     space as usize
 }
@@ -179,13 +181,15 @@ fn received_descriptors(header: &libc::msghdr) -> Vec<OwnedFd> {
     let mut message = unsafe { libc::CMSG_FIRSTHDR(header) };
     while !message.is_null() {
         // SAFETY: a non-null pointer from the macros is a control message within the buffer.
-        let (kind, length, from) =
-            unsafe { (((*message).cmsg_level, (*message).cmsg_type), (*message).cmsg_len, libc::CMSG_DATA(message)) };
+        let (kind, length, from) = unsafe {
+            (((*message).cmsg_level, (*message).cmsg_type), (*message).cmsg_len, libc::CMSG_DATA(message))
+        };
         if kind == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
             let count = length.saturating_sub(size_of::<libc::cmsghdr>()) / size_of::<RawFd>();
             for i in 0..count {
                 // SAFETY: the message holds `count` descriptors, each freshly installed for this process.
-                descriptors.push(unsafe { OwnedFd::from_raw_fd(from.cast::<RawFd>().add(i).read_unaligned()) });
+                descriptors
+                    .push(unsafe { OwnedFd::from_raw_fd(from.cast::<RawFd>().add(i).read_unaligned()) });
             }
         }
         // SAFETY: as above.

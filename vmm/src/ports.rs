@@ -77,7 +77,9 @@ mod tests {
         assert_eq!(ports.write(0x64, &[0xfe]), Some(End::Reset));
         assert_eq!(ports.write(0xcf9, &[6]), Some(End::Reset));
         assert_eq!(ports.write(0x604, &[0, 0x20]), Some(End::Shutdown));
-        for (port, data) in [(0x64, &[0xd1][..]), (0xcf9, &[0]), (0x604, &[0x20]), (0x80, &[0]), (0x3f8, b"x")] {
+        for (port, data) in
+            [(0x64, &[0xd1][..]), (0xcf9, &[0]), (0x604, &[0x20]), (0x80, &[0]), (0x3f8, b"x")]
+        {
             assert_eq!(ports.write(port, data), None, "{port:#x}");
         }
     }

@@ -11,8 +11,8 @@ use std::mem::size_of;
 
 use kvm_bindings as kvm;
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch,
 };
 use thiserror::Error;
 
@@ -130,8 +130,18 @@ const CALLS: &[Call] = &[
     call(libc::SYS_sched_getaffinity, SetUp, Any, "a new thread's start in libc"),
     call(libc::SYS_gettid, Both, Any, "a thread's start and signals to it in libc"),
     call(libc::SYS_getpid, Both, Any, "signals to threads in libc"),
-    call(libc::SYS_mmap, Both, Without(2, EXECUTABLE), "guest memory, kvm_run, stacks, the allocator; never executable"),
-    call(libc::SYS_mprotect, Both, Without(2, EXECUTABLE), "stack guards and the allocator's arenas; never executable"),
+    call(
+        libc::SYS_mmap,
+        Both,
+        Without(2, EXECUTABLE),
+        "guest memory, kvm_run, stacks, the allocator; never executable",
+    ),
+    call(
+        libc::SYS_mprotect,
+        Both,
+        Without(2, EXECUTABLE),
+        "stack guards and the allocator's arenas; never executable",
+    ),
     call(libc::SYS_munmap, Both, Any, "the allocator, a thread's end"),
     call(libc::SYS_mremap, Both, Any, "the allocator"),
     call(libc::SYS_brk, Both, Any, "the allocator"),
@@ -162,7 +172,12 @@ const CALLS: &[Call] = &[
     call(libc::SYS_write, Both, Any, "eventfds, connections, serial output"),
     call(libc::SYS_readv, Events, Any, "vsock: from a connection straight into guest memory"),
     call(libc::SYS_recvmsg, Events, Any, "the owner's requests"),
-    call(libc::SYS_sendmsg, Events, Any, "the owner's answers; a dialled connection's other end; vsock: straight from guest memory into a connection"),
+    call(
+        libc::SYS_sendmsg,
+        Events,
+        Any,
+        "the owner's answers; a dialled connection's other end; vsock: straight from guest memory into a connection",
+    ),
     call(libc::SYS_accept4, Events, Any, "who connects to the vsock and control sockets"),
     call(libc::SYS_socketpair, Events, OneOf(0, &[AF_UNIX]), "vsock: what the guest dials"),
     call(libc::SYS_shutdown, Events, Any, "vsock: half-close"),
@@ -207,16 +222,11 @@ fn program(stage: Stage) -> Result<BpfProgram, SeccompError> {
             Any => Vec::new(),
             OneOf(index, values) => values
                 .iter()
-                .map(|&value| {
-                    SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value)
-                })
+                .map(|&value| SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, value))
                 .collect::<Result<_, _>>()?,
-            Without(index, bits) => vec![SeccompCondition::new(
-                index,
-                SeccompCmpArgLen::Dword,
-                SeccompCmpOp::MaskedEq(bits),
-                0,
-            )?],
+            Without(index, bits) => {
+                vec![SeccompCondition::new(index, SeccompCmpArgLen::Dword, SeccompCmpOp::MaskedEq(bits), 0)?]
+            }
         };
         // Rules of one call are alternatives; a call without rules is allowed whatever its arguments.
         let chain = rules.entry(call.number).or_default();
@@ -224,12 +234,8 @@ fn program(stage: Stage) -> Result<BpfProgram, SeccompError> {
             chain.push(SeccompRule::new(vec![condition])?);
         }
     }
-    let filter = SeccompFilter::new(
-        rules,
-        SeccompAction::KillProcess,
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    )?;
+    let filter =
+        SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?;
     Ok(filter.try_into()?)
 }
 

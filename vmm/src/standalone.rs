@@ -163,6 +163,8 @@ impl Drop for Child {
     }
 }
 
+/// Linux 5.7; libc has it in a type that is too small.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const NAMESPACES: i32 = libc::CLONE_NEWUSER
     | libc::CLONE_NEWNS
     | libc::CLONE_NEWPID
@@ -186,12 +188,11 @@ fn clone_confined(
         arguments.flags |= u64::from(NAMESPACES.unsigned_abs());
     }
     if let Some(cgroup) = cgroup {
-        arguments.flags |= libc::CLONE_INTO_CGROUP.cast_unsigned();
+        arguments.flags |= CLONE_INTO_CGROUP;
         arguments.cgroup = u64::try_from(cgroup.directory.as_raw_fd()).unwrap_or(u64::MAX);
     }
     // SAFETY: no memory is shared (no CLONE_VM), so the child has its own copy of everything.
-    let pid =
-        unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) };
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw const arguments, size_of::<libc::clone_args>()) };
     let pid = match check(i32::try_from(pid).unwrap_or(-1)) {
         Ok(pid) => pid,
         Err(source) => {
@@ -234,11 +235,7 @@ fn map_user(pid: i32) -> io::Result<()> {
 }
 
 /// The owner's part until the VMM says that it ended, or is gone.
-fn serve(
-    connection: &Connection,
-    dial: Option<&Path>,
-    timeline: bool,
-) -> Result<End, StandaloneError> {
+fn serve(connection: &Connection, dial: Option<&Path>, timeline: bool) -> Result<End, StandaloneError> {
     // The VMM watches these signals itself, but its PID namespace hides it from whoever sends them: they become a Stop.
     let signals = signal::watch()?;
     loop {

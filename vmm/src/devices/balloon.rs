@@ -7,6 +7,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::buffers::{Buffers, Fault};
 use super::ring::Ring;
+use super::state::DeviceState;
 
 /// VIRTIO_BALLOON_F_MUST_TELL_HOST is not offered: a page is usable the moment that the guest takes it back.
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
@@ -65,6 +66,11 @@ impl Balloon {
         self.target_pages = size_mib.saturating_mul(PAGES_PER_MIB);
     }
 
+    /// State to be saved.
+    pub fn state(&self) -> DeviceState {
+        DeviceState::Balloon { target_pages: self.target_pages, actual_pages: self.actual_pages }
+    }
+
     /// A reset driver has taken all its pages back.
     pub fn reset(&mut self) {
         self.actual_pages = 0;
@@ -121,7 +127,7 @@ impl Balloon {
     fn take_reported(&mut self, buffers: &Buffers) -> Result<(), Fault> {
         for range in buffers.writable.parts() {
             let start = range.iov_base as u64;
-            if start % PAGE != 0 || range.iov_len % 4096 != 0 {
+            if !start.is_multiple_of(PAGE) || !range.iov_len.is_multiple_of(4096) {
                 return Err(Fault);
             }
             self.give_back(range.iov_base.cast(), range.iov_len);

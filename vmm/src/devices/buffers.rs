@@ -38,7 +38,8 @@ pub struct Buffers {
 impl Buffers {
     /// Checks a chain: every range lies in guest memory, readable ones come first (virtio §2.7.4.2), and there are not too many.
     pub fn parse(chain: DescriptorChain<&GuestMemoryMmap>, memory: &GuestMemoryMmap) -> Result<Self, Fault> {
-        let mut buffers = Self { head: chain.head_index(), readable: Ranges::default(), writable: Ranges::default() };
+        let mut buffers =
+            Self { head: chain.head_index(), readable: Ranges::default(), writable: Ranges::default() };
         for descriptor in chain {
             let writable = u32::from(descriptor.flags()) & VRING_DESC_F_WRITE != 0;
             let length = usize::try_from(descriptor.len()).map_err(|_| Fault)?;
@@ -67,6 +68,18 @@ impl Ranges {
         self.bytes = self.bytes.checked_add(length).ok_or(Fault)?;
         self.parts.push(libc::iovec { iov_base: start.cast(), iov_len: length });
         Ok(())
+    }
+
+    /// Bytes of ours, for a system call that only reads them.
+    pub(super) fn of_ours(bytes: &[u8]) -> Self {
+        let part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+        Self { parts: vec![part], bytes: bytes.len() }
+    }
+
+    /// Appends another list's ranges.
+    pub fn append(&mut self, other: Self) {
+        self.bytes += other.bytes;
+        self.parts.extend(other.parts);
     }
 
     /// Bytes in all ranges.

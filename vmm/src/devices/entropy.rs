@@ -15,6 +15,9 @@ const BATCH: usize = 64;
 pub struct Entropy;
 
 impl Entropy {
+    /// Sizes of its queues.
+    pub const QUEUE_SIZES: &[u16] = &[64];
+
     /// Serves the request queue. True when there is more to do.
     pub fn serve(&mut self, ring: &mut Ring) -> Result<bool, Fault> {
         for _ in 0..BATCH {

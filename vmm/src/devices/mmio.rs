@@ -22,10 +22,10 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::Device;
 use super::buffers::Fault;
 use super::ring::{Interrupt, Ring};
 use super::state::{QueueRegisters, TransportState};
-use super::Device;
 use crate::event::Epoll;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
@@ -188,7 +188,10 @@ impl Transport {
     }
 
     /// Gives the device a turn outside its queues: `act` gets it with its rings, if they are there. Event thread only.
-    pub fn with<R>(&self, act: impl FnOnce(&mut Device, &mut [Ring]) -> Result<R, Fault>) -> Result<R, Served> {
+    pub fn with<R>(
+        &self,
+        act: impl FnOnce(&mut Device, &mut [Ring]) -> Result<R, Fault>,
+    ) -> Result<R, Served> {
         let mut inner = self.lock();
         let Inner { device, rings, .. } = &mut *inner;
         act(device, rings).map_err(|Fault| inner.need_reset())

@@ -40,7 +40,9 @@ impl Write for Capped {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let allowed = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
         // The driver is told that all went well: a guest must not learn of, or wait for, its reader.
-        if let Some(bytes) = bytes.get(..allowed).filter(|bytes| !bytes.is_empty() && takes_more(&self.output)) {
+        if let Some(bytes) =
+            bytes.get(..allowed).filter(|bytes| !bytes.is_empty() && takes_more(&self.output))
+        {
             let written = self.output.write(bytes).unwrap_or(0);
             self.left = self.left.saturating_sub(u64::try_from(written).unwrap_or(0));
         }

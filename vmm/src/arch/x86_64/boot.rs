@@ -27,7 +27,9 @@ const PVH_MEMORY_MAP: GuestAddress = GuestAddress(0x7100);
 #[derive(Debug, Error)]
 pub enum BootError {
     /// The command line is too long.
-    #[error("the kernel command line has {length} bytes with the devices' own part; {COMMAND_LINE_MAX} are possible")]
+    #[error(
+        "the kernel command line has {length} bytes with the devices' own part; {COMMAND_LINE_MAX} are possible"
+    )]
     CommandLine {
         /// Its length.
         length: usize,
@@ -109,7 +111,7 @@ fn write_zero_page(
     let map = memory_map(memory);
     params.e820_entries = u8::try_from(map.len()).unwrap_or(0);
     for (entry, &(addr, size, kind)) in params.e820_table.iter_mut().zip(&map) {
-        *entry = boot_e820_entry { addr, size, type_: kind };
+        *entry = boot_e820_entry { addr, size, r#type: kind };
     }
     Ok(memory.write_obj(page, ZERO_PAGE)?)
 }

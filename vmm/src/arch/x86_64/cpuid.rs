@@ -127,7 +127,9 @@ fn masked(mut entry: kvm_cpuid_entry2, has_deadline: bool) -> kvm_cpuid_entry2 {
             entry.edx &= LEAF_7_EDX;
         }
         (0x8000_0001, _) => entry.ecx &= LEAF_8001_ECX,
-        (0x8000_0007, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, entry.edx & LEAF_8007_EDX),
+        (0x8000_0007, _) => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, entry.edx & LEAF_8007_EDX)
+        }
         _ => {}
     }
     entry
@@ -217,7 +219,8 @@ mod tests {
 
     #[test]
     fn xsave_sizes_are_those_of_the_components_named() {
-        let with = |index, eax, ebx| kvm_cpuid_entry2 { function: 0xd, index, eax, ebx, ..Default::default() };
+        let with =
+            |index, eax, ebx| kvm_cpuid_entry2 { function: 0xd, index, eax, ebx, ..Default::default() };
         let mut entries = [with(0, 0b111, 576), with(2, 256, 576), with(5, 64, 1088)];
         correct_xsave(&mut entries);
         assert_eq!((entries[0].ebx, entries[0].ecx), (832, 832), "component 5 is not named");

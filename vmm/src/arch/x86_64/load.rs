@@ -35,7 +35,9 @@ pub enum LoadError {
     #[error("the kernel can't be loaded; it is damaged or does not fit into the guest's memory")]
     Kernel(#[source] linux_loader::loader::Error),
     /// No room for the initramfs.
-    #[error("an initramfs of {size} bytes does not fit above the kernel into the guest's memory; give it more")]
+    #[error(
+        "an initramfs of {size} bytes does not fit above the kernel into the guest's memory; give it more"
+    )]
     NoRoom {
         /// The initramfs's size.
         size: u64,
@@ -79,9 +81,9 @@ pub fn kernel(memory: &GuestMemoryMmap, image: &mut File) -> Result<LoadedKernel
     }
     let loaded = match BzImage::load(memory, None, image, high) {
         Ok(loaded) => loaded,
-        Err(linux_loader::loader::Error::Bzimage(
-            linux_loader::loader::bzimage::Error::InvalidBzImage,
-        )) => return Err(LoadError::UnknownFormat),
+        Err(linux_loader::loader::Error::Bzimage(linux_loader::loader::bzimage::Error::InvalidBzImage)) => {
+            return Err(LoadError::UnknownFormat);
+        }
         Err(e) => return Err(LoadError::Kernel(e)),
     };
     let entry = GuestAddress(loaded.kernel_load.0 + BZIMAGE_ENTRY);

@@ -35,7 +35,7 @@ pub fn write(memory: &GuestMemoryMmap, vcpus: VcpuCount) -> Result<(), GuestMemo
 
 fn table(vcpus: VcpuCount) -> Vec<u8> {
     let io_apic_id = vcpus.get();
-    let mut entries = Vec::new();
+    let mut entries: Vec<u8> = Vec::new();
     let mut count: u16 = 0;
     let mut entry = |bytes: &[u8]| {
         entries.extend(bytes);

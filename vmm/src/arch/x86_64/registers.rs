@@ -6,7 +6,7 @@
 use kvm_bindings::{Msrs, kvm_dtable, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Address, Bytes, GuestMemoryMmap};
 
 use super::load::LoadedKernel;
 use super::{BOOT_STACK, GDT, PD, PDPT, PML4, ZERO_PAGE};
@@ -154,4 +154,3 @@ fn segment(index: u8, long: bool) -> kvm_segment {
         ..Default::default()
     }
 }
-
