@@ -239,6 +239,9 @@ fn create_vcpus(
         let vcpu = vm.create_vcpu(index.into()).map_err(kvm("create a vCPU"))?;
         let cpuid = arch::cpuid::for_vcpu(&supported, device, index, count)?;
         vcpu.set_cpuid2(&cpuid).map_err(kvm("set a vCPU's CPUID"))?;
+        if let Some(components) = arch::cpuid::extended_state(&cpuid) {
+            arch::registers::enable_extended_state(&vcpu, components)?;
+        }
         arch::registers::set_up(&vcpu, index, kernel)?;
         vcpus.push(vcpu);
     }

@@ -102,6 +102,7 @@ const KVM_REQUESTS: &[u64] = &[
     read::<kvm::kvm_lapic_state>(0x8e),              // KVM_GET_LAPIC
     write::<kvm::kvm_lapic_state>(0x8f),             // KVM_SET_LAPIC
     write::<kvm::kvm_cpuid2>(0x90),                  // KVM_SET_CPUID2
+    write::<kvm::kvm_xcrs>(0xa7),                    // KVM_SET_XCRS
     KVM_RUN,
 ];
 
@@ -146,7 +147,7 @@ const CALLS: &[Call] = &[
     call(libc::SYS_mremap, Both, Any, "the allocator"),
     call(libc::SYS_brk, Both, Any, "the allocator"),
     call(libc::SYS_madvise, Both, OneOf(2, ADVICE), "huge pages for guest memory; balloon; a thread's end"),
-    call(libc::SYS_futex, Both, Any, "locks"),
+    call(libc::SYS_futex, Both, Any, "locks between threads"),
     call(libc::SYS_sigaltstack, Both, Any, "a thread's start and end in the standard library"),
     call(libc::SYS_rt_sigaction, SetUp, Any, "the kick's handler"),
     call(libc::SYS_rt_sigprocmask, Both, Any, "threads' start and end; signals to threads"),
@@ -185,8 +186,8 @@ const CALLS: &[Call] = &[
     call(libc::SYS_close, Both, Any, "connections' and vCPUs' end"),
     call(libc::SYS_poll, Both, Any, "whether serial output would block"),
     // Disks and entropy.
-    call(libc::SYS_pread64, Events, Any, "disks"),
-    call(libc::SYS_pwrite64, Events, Any, "disks"),
+    call(libc::SYS_pread64, Events, Any, "read and write disks"),
+    call(libc::SYS_pwrite64, Events, Any, "read and write disks"),
     call(libc::SYS_preadv, Events, Any, "disks: straight into guest memory"),
     call(libc::SYS_pwritev, Events, Any, "disks: straight from guest memory"),
     call(libc::SYS_fallocate, Events, OneOf(1, FALLOCATE_MODES), "disks: discard"),
@@ -262,7 +263,7 @@ mod tests {
 
     #[test]
     fn every_call_says_why_and_every_filter_compiles() {
-        assert!(CALLS.iter().all(|call| call.why.len() > 5));
+        assert!(CALLS.iter().all(|call| call.why.len() > 6));
         for stage in [Stage::SetUp, Stage::RunEvents, Stage::RunVcpu] {
             assert!(program(stage).unwrap().len() > 50);
         }

@@ -206,8 +206,12 @@ fn clone_confined(
     };
     if pid == 0 {
         drop(mapped_write);
-        // Wait to be somebody; the jail's mounts need it. An error shows at the first of them.
+        // Wait to be somebody, then become it: until then this process is its parent's user.
         let _ = mapped_read.read(&mut [0]);
+        if namespaces && let Err(e) = become_user_0() {
+            eprintln!("carrel-vmm: the host can't give this part of the confinement: a user of its own: {e}");
+            std::process::exit(End::Host.status().into());
+        }
         let end = confined::run(theirs, &options.without);
         std::process::exit(end.status().into());
     }
@@ -223,13 +227,26 @@ fn clone_confined(
     Ok(child)
 }
 
+/// User and group 0 of the user namespace, and no other groups.
+fn become_user_0() -> io::Result<()> {
+    // SAFETY: an empty list needs no pointer. Fails where the map forbids it: then there are none to drop but one's own.
+    unsafe { libc::setgroups(0, std::ptr::null()) };
+    // SAFETY: no pointers are passed, here and below.
+    check(unsafe { libc::setresgid(0, 0, 0) })?;
+    // SAFETY: see above.
+    check(unsafe { libc::setresuid(0, 0, 0) }).map(drop)
+}
+
 /// User 0 inside is `nobody` outside for root, and oneself for anybody else.
 fn map_user(pid: i32) -> io::Result<()> {
     const NOBODY: u32 = 65_534;
     // SAFETY: these calls can't fail.
     let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
     let outside = |own: u32| if uid == 0 { NOBODY } else { own };
-    fs::write(format!("/proc/{pid}/setgroups"), "deny")?;
+    if uid != 0 {
+        // An ordinary user may map itself only without the power to drop groups (user_namespaces(7)).
+        fs::write(format!("/proc/{pid}/setgroups"), "deny")?;
+    }
     fs::write(format!("/proc/{pid}/uid_map"), format!("0 {} 1", outside(uid)))?;
     fs::write(format!("/proc/{pid}/gid_map"), format!("0 {} 1", outside(gid)))
 }
@@ -240,7 +257,8 @@ fn serve(connection: &Connection, dial: Option<&Path>, timeline: bool) -> Result
     let signals = signal::watch()?;
     loop {
         if signal::came_before_readable(&signals, connection)? {
-            connection.send(&FromOwner::from(Stop {}), &[])?;
+            // It may have ended meanwhile; what it said last is read below.
+            let _ = connection.send(&FromOwner::from(Stop {}), &[]);
         }
         match connection.receive_first::<FromVmm>() {
             Ok(packet) => match packet.message {
@@ -270,6 +288,8 @@ fn serve(connection: &Connection, dial: Option<&Path>, timeline: bool) -> Result
                 FromVmm::Done(_) | FromVmm::Refused(_) | FromVmm::Metrics(_) => {}
             },
             Err(OwnerError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {}
+            // It ended before it read our Stop (unix(7)); its last words come with the next packet.
+            Err(OwnerError::Io(e)) if e.kind() == io::ErrorKind::ConnectionReset => {}
             Err(OwnerError::Closed) => {
                 eprintln!("carrel-vmm: the VMM was killed");
                 return Ok(End::Internal);

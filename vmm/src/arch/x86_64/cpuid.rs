@@ -90,6 +90,12 @@ pub fn for_vcpu(supported: &CpuId, kvm: &Kvm, index: u8, vcpus: u8) -> Result<Cp
     CpuId::from_entries(&entries).map_err(|_| CpuidError::Table)
 }
 
+/// XSAVE components that the table offers, as in XCR0; `None` without XSAVE.
+pub fn extended_state(cpuid: &CpuId) -> Option<u64> {
+    let leaf = cpuid.as_slice().iter().find(|e| (e.function, e.index) == (0xd, 0))?;
+    Some(u64::from(leaf.edx) << 32 | u64::from(leaf.eax)).filter(|components| components & 1 == 1)
+}
+
 /// What KVM supports; asked once a machine.
 pub fn supported(kvm: &Kvm) -> Result<CpuId, CpuidError> {
     kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(CpuidError::Supported)

@@ -3,7 +3,7 @@
 //! The bootstrap processor starts in 64-bit mode with paging on (or, for PVH, in 32-bit protected mode); the others wait for
 //! the kernel's INIT and SIPI, as KVM leaves them.
 
-use kvm_bindings::{Msrs, kvm_dtable, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{Msrs, kvm_dtable, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_xcrs};
 use kvm_ioctls::VcpuFd;
 use thiserror::Error;
 use vm_memory::{Address, Bytes, GuestMemoryMmap};
@@ -100,6 +100,15 @@ pub fn set_up(vcpu: &VcpuFd, index: u8, kernel: &LoadedKernel) -> Result<(), Reg
         enter(vcpu, kernel)?;
     }
     Ok(())
+}
+
+/// Enables every XSAVE component from the start, where a reset leaves just the first. KVM computes the size in leaf 0xD from the XCR0 that it
+/// knows of, and a processor that doesn't intercept the guest's XSETBV (an emulated one) leaves it behind: the guest's kernel then finds the leaf
+/// inconsistent and gives up AVX. Every kernel sets XCR0 anew before it uses any of it.
+pub fn enable_extended_state(vcpu: &VcpuFd, components: u64) -> Result<(), RegisterError> {
+    let mut registers = kvm_xcrs { nr_xcrs: 1, ..Default::default() };
+    registers.xcrs[0].value = components;
+    vcpu.set_xcrs(&registers).map_err(|source| RegisterError::Kvm { what: "XCR0", source })
 }
 
 fn enter(vcpu: &VcpuFd, kernel: &LoadedKernel) -> Result<(), RegisterError> {
