@@ -1,1 +1,29 @@
-//! See the crate's description.
+//! A small VMM: one process, one microVM.
+//!
+//! ```text
+//!  main ──> standalone ──┐ opens paths, clones the confined child, is its owner
+//!       └─> owner-fd ────┤
+//!                        v
+//!                     confined ──> jail ──> set-up filter ──> receive Configure
+//!                        └─> machine::boot ──> run filters ──> event loop (this thread) + one thread a vCPU
+//! ```
+//!
+//! The event thread serves every device, the owner and signals; vCPU threads run the guest and touch a device only
+//! through its registers. What differs between architectures is in [`arch`].
+
+pub mod arch;
+pub mod confined;
+pub mod devices;
+pub mod event;
+pub mod gate;
+pub mod jail;
+pub mod machine;
+pub mod memory;
+pub mod owner;
+pub mod ports;
+pub mod resources;
+pub mod seccomp;
+pub mod signal;
+pub mod standalone;
+pub mod timeline;
+pub mod vcpu;

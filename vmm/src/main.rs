@@ -1,2 +1,157 @@
-//! See the crate.
-fn main() {}
+//! The `carrel-vmm` command.
+
+use std::fs;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use carrel_protocol::vmm::{End, VmFile};
+use carrel_vmm::confined;
+use carrel_vmm::jail::Without;
+use carrel_vmm::owner::Connection;
+use carrel_vmm::standalone::{self, Options};
+
+const HELP: &str = "\
+Runs one microVM in this process.
+
+Usage:
+  carrel-vmm --config FILE [--cgroup DIR] [--unconfined[=PARTS]] [--timeline]
+  carrel-vmm --owner-fd N [--unconfined[=PARTS]]
+
+Options:
+  --config FILE         a machine's configuration as JSON; what it names is opened, then everything is confined
+  --owner-fd N          receive the configuration, with open descriptors, over the packet socket N
+  --cgroup DIR          be born in this cgroup v2 directory; made if missing
+  --unconfined[=PARTS]  do without parts of the confinement: cgroup, namespaces, capabilities, seccomp; without PARTS: all
+  --timeline            print to stderr how long each step of the start took
+  --print-config        read the configuration, print it with its defaults, and exit
+  --help, --version
+
+Exit status:
+   0  the guest powered itself off         12  the guest's kernel panicked
+  10  the guest restarted                  13  stopped: by the owner, SIGTERM or SIGINT
+  11  the guest triple-faulted
+   2  wrong command line or configuration  21  the host lacks something, a part of the confinement for one
+  20  KVM failed                           22  an inner error of the VMM
+  159 (128 + SIGSYS, as a shell shows it)  a system-call filter ended it
+
+Example:
+  carrel-vmm --config vm.json, with vm.json:
+  {\"kvm\": \"/dev/kvm\", \"vcpus\": 1, \"memory_mib\": 128,
+   \"kernel\": {\"image\": \"vmlinux\", \"command_line\": \"console=ttyS0 reboot=t panic=-1\"},
+   \"initramfs\": \"initramfs.cpio\",
+   \"serial\": {\"output\": \"/dev/stdout\", \"limit_bytes\": 1048576}}
+";
+
+#[derive(Default)]
+struct Arguments {
+    config: Option<PathBuf>,
+    owner: Option<RawFd>,
+    cgroup: Option<PathBuf>,
+    without: Without,
+    timeline: bool,
+    print_config: bool,
+}
+
+fn main() -> ExitCode {
+    let arguments = match parse() {
+        Ok(Some(arguments)) => arguments,
+        Ok(None) => return ExitCode::SUCCESS,
+        Err(message) => {
+            eprintln!("carrel-vmm: {message}; see carrel-vmm --help");
+            return ExitCode::from(End::BadConfiguration.status());
+        }
+    };
+    ExitCode::from(run(&arguments).status())
+}
+
+fn parse() -> Result<Option<Arguments>, String> {
+    let mut arguments = Arguments::default();
+    let mut given = std::env::args_os().skip(1);
+    while let Some(argument) = given.next() {
+        let argument = argument.into_string().map_err(|a| format!("{a:?} is not UTF-8"))?;
+        let mut value = || given.next().ok_or_else(|| format!("{argument} needs a value"));
+        match argument.as_str() {
+            "--help" | "-h" => {
+                print!("{HELP}");
+                return Ok(None);
+            }
+            "--version" | "-V" => {
+                println!("carrel-vmm {}", env!("CARGO_PKG_VERSION"));
+                return Ok(None);
+            }
+            "--config" => arguments.config = Some(value()?.into()),
+            "--cgroup" => arguments.cgroup = Some(value()?.into()),
+            "--owner-fd" => {
+                let number = value()?.into_string().ok().and_then(|n| n.parse().ok()).filter(|n| *n > 2);
+                arguments.owner = Some(number.ok_or("--owner-fd needs a descriptor's number above 2")?);
+            }
+            "--unconfined" => arguments.without = Without::everything(),
+            "--timeline" => arguments.timeline = true,
+            "--print-config" => arguments.print_config = true,
+            other => match other.strip_prefix("--unconfined=") {
+                Some(list) => arguments.without = list.parse()?,
+                None => return Err(format!("{other:?} is no option")),
+            },
+        }
+    }
+    match (&arguments.config, arguments.owner) {
+        (Some(_), None) | (None, Some(_)) => Ok(Some(arguments)),
+        _ => Err("one of --config and --owner-fd is needed".into()),
+    }
+}
+
+fn run(arguments: &Arguments) -> End {
+    if let Some(fd) = arguments.owner {
+        // SAFETY: the descriptor was passed to this process for this use; nobody else here knows of it.
+        let owner = unsafe { OwnedFd::from_raw_fd(fd) };
+        return confined::run(Connection::new(owner), &arguments.without);
+    }
+    let Some(path) = &arguments.config else { return End::BadConfiguration };
+    let vm: VmFile = match fs::read(path)
+        .map_err(|e| e.to_string())
+        .and_then(|text| serde_json::from_slice(&text).map_err(|e| e.to_string()))
+    {
+        Ok(vm) => vm,
+        Err(why) => {
+            eprintln!("carrel-vmm: {} is no usable configuration: {why}", path.display());
+            return End::BadConfiguration;
+        }
+    };
+    if arguments.print_config {
+        return print_config(&vm);
+    }
+    for part in arguments.without.parts() {
+        eprintln!("carrel-vmm: running without this part of the confinement: {part}");
+    }
+    let options = Options {
+        without: arguments.without.clone(),
+        cgroup: arguments.cgroup.clone(),
+        timeline: arguments.timeline,
+    };
+    match standalone::run(vm, &options) {
+        Ok(end) => end,
+        Err(e) => {
+            eprintln!("carrel-vmm: {}", confined::chain(&e));
+            match e {
+                standalone::StandaloneError::Resources(_) => End::BadConfiguration,
+                standalone::StandaloneError::Clone { .. }
+                | standalone::StandaloneError::Owner(_)
+                | standalone::StandaloneError::Io(_) => End::Host,
+            }
+        }
+    }
+}
+
+fn print_config(vm: &VmFile) -> End {
+    match serde_json::to_string_pretty(vm) {
+        Ok(text) => {
+            println!("{text}");
+            End::Shutdown
+        }
+        Err(e) => {
+            eprintln!("carrel-vmm: the configuration can't be printed: {e}");
+            End::Internal
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! The confined process: from its first instruction to its exit status.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use carrel_protocol::vmm::{self, Broken, Configure, End, FromOwner, FromVmm};
+
+use crate::jail::{self, Part, Without};
+use crate::machine::{self, Machine};
+use crate::owner::{Connection, Packet};
+use crate::seccomp::{self, Stage};
+use crate::timeline::Timeline;
+
+/// Confines this process, receives a configuration from the owner, boots it and serves it. Returns how it ended.
+pub fn run(connection: Connection, without: &Without) -> End {
+    let mut timeline = Timeline::default();
+    timeline.mark("start");
+    let machine = match set_up(&connection, without, &mut timeline) {
+        Ok(machine) => machine,
+        Err((end, message)) => {
+            // Nobody to tell is nobody to tell; the status says it too.
+            let _ = connection.send(&FromVmm::from(Broken { end, message }), &[]);
+            return end;
+        }
+    };
+    machine.serve(connection, timeline).0
+}
+
+fn set_up(owner: &Connection, without: &Without, timeline: &mut Timeline) -> Result<Machine, (End, String)> {
+    jail::enter(owner.as_fd().as_raw_fd(), without).map_err(|e| (End::Host, chain(&e)))?;
+    timeline.mark("jail");
+    let filters = !without.leaves_out(Part::Seccomp);
+    if filters {
+        seccomp::install(Stage::SetUp).map_err(|e| (End::Host, chain(&e)))?;
+    }
+    timeline.mark("set-up filter");
+    let Packet { message, descriptors } =
+        owner.receive_first::<FromOwner>().map_err(|e| (End::Host, chain(&e)))?;
+    let FromOwner::Configure(Configure { version, vm }) = message else {
+        return Err((End::BadConfiguration, "the owner's first message is not a configuration".into()));
+    };
+    if version != vmm::VERSION {
+        let message = format!(
+            "the owner speaks version {version} and this carrel-vmm version {}; install both from one build",
+            vmm::VERSION
+        );
+        return Err((End::BadConfiguration, message));
+    }
+    machine::boot(vm, descriptors, filters, timeline).map_err(|e| (e.end(), chain(&e)))
+}
+
+/// An error and its causes in one sentence.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        // A transparent error repeats its cause word by word.
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text.push_str(": ");
+            text.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,540 @@
+//! virtio-blk (virtio §5.2): a raw disk made of a base that is only read and an overlay that takes the writes.
+//!
+//! ```text
+//!   read:   block in overlay? ──yes──▶ overlay
+//!                └──no──▶ base, or zeros beyond its end
+//!   write:  overlay; a block that is only partly written is first copied up from the base
+//! ```
+//!
+//! A bitmap says which 4 KiB blocks the overlay holds. It is state to be saved: a fresh overlay under a file system that is mounted would
+//! corrupt it. Data goes between file and guest memory without a copy of ours (`preadv`, `pwritev`). Requests are carried out at once, on the
+//! event thread: a room has a page cache beneath it, and a slow disk slows its own room alone.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::time::Instant;
+
+use carrel_protocol::vmm::{BlockConfig, DeviceStopReason};
+use thiserror::Error;
+use virtio_bindings::bindings::virtio_blk as wire;
+
+use super::bucket::Bucket;
+use super::buffers::{Buffers, Fault, Ranges};
+use super::ring::Ring;
+use super::state::DeviceState;
+
+const SECTOR: u64 = 512;
+/// The unit of the bitmap.
+const BLOCK: u64 = 4096;
+const BLOCK_BYTES: usize = 4096;
+/// The bitmap of a larger disk would cost the host more than 64 MiB.
+pub const MAX_DISK_BYTES: u64 = 2 << 40;
+const HEADER: usize = 16;
+const ID_BYTES: usize = 20;
+const SEGMENT: usize = 16;
+/// Segments of one discard or zeroing at most, and sectors in each: what the configuration space promises.
+const MAX_SEGMENTS: u32 = 16;
+const MAX_SEGMENT_SECTORS: u32 = 1 << 20;
+const QUEUE_SIZE: u16 = 128;
+/// Data segments of one request: what fits into a queue beside header and status.
+const MAX_DATA_SEGMENTS: u32 = 126;
+/// Requests served before other devices have their turn.
+const BATCH: usize = 32;
+
+const CONFIG_BYTES: usize = 60;
+
+/// A disk can't be made.
+#[derive(Debug, Error)]
+pub enum BlockError {
+    /// The size.
+    #[error(
+        "disk {id:?} has {bytes} bytes; a disk has a multiple of 4,096 up to 2 TiB, and at least one block"
+    )]
+    Size {
+        /// The disk.
+        id: String,
+        /// What was asked for.
+        bytes: u64,
+    },
+    /// The id.
+    #[error("disk id {id:?} is not 1 to 20 bytes of printable ASCII")]
+    Id {
+        /// What was given.
+        id: String,
+    },
+    /// Neither a base nor an overlay.
+    #[error("disk {id:?} has neither a base nor an overlay")]
+    Nothing {
+        /// The disk.
+        id: String,
+    },
+    /// A file can't be looked at.
+    #[error("the base of disk {id:?} can't be measured")]
+    Measure {
+        /// The disk.
+        id: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Counters since the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    /// Bytes read by the guest.
+    pub read_bytes: u64,
+    /// Bytes written by the guest.
+    pub written_bytes: u64,
+    /// Read requests.
+    pub reads: u64,
+    /// Write requests.
+    pub writes: u64,
+    /// Requests that failed at the host.
+    pub errors: u64,
+}
+
+/// See the module's page.
+#[derive(Debug)]
+pub struct Block {
+    id: String,
+    bytes: u64,
+    base: Option<(File, u64)>,
+    overlay: Option<File>,
+    /// One bit a block, where there are both a base and an overlay.
+    present: Vec<u64>,
+    bucket: Option<Bucket>,
+    /// Counters.
+    pub counters: Counters,
+    /// A reason to tell the owner of, once each.
+    trouble: Option<DeviceStopReason>,
+    told: Vec<DeviceStopReason>,
+}
+
+impl Block {
+    /// Makes a disk of open files.
+    pub fn new(config: BlockConfig<OwnedFd>) -> Result<Self, BlockError> {
+        let BlockConfig { id, base, overlay, size_bytes: bytes, limit } = config;
+        if id.is_empty() || id.len() > ID_BYTES || !id.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(BlockError::Id { id });
+        }
+        if bytes == 0 || bytes % BLOCK != 0 || bytes > MAX_DISK_BYTES {
+            return Err(BlockError::Size { id, bytes });
+        }
+        if base.is_none() && overlay.is_none() {
+            return Err(BlockError::Nothing { id });
+        }
+        let base = match base.map(File::from) {
+            Some(file) => match length(&file) {
+                Ok(length) => Some((file, length)),
+                Err(source) => return Err(BlockError::Measure { id, source }),
+            },
+            None => None,
+        };
+        let words = match (&base, &overlay) {
+            (Some(_), Some(_)) => usize::try_from(bytes.div_ceil(64 * BLOCK)).unwrap_or(0),
+            _ => 0,
+        };
+        Ok(Self {
+            id,
+            bytes,
+            base,
+            overlay: overlay.map(File::from),
+            present: vec![0; words],
+            bucket: limit.map(|limit| Bucket::new(limit, Instant::now())),
+            counters: Counters::default(),
+            trouble: None,
+            told: Vec::new(),
+        })
+    }
+
+    /// The disk's name towards its owner.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Offered features.
+    pub fn features(&self) -> u64 {
+        let always = 1 << wire::VIRTIO_BLK_F_SEG_MAX
+            | 1 << wire::VIRTIO_BLK_F_BLK_SIZE
+            | 1 << wire::VIRTIO_BLK_F_FLUSH;
+        let kind = match self.overlay {
+            Some(_) => 1 << wire::VIRTIO_BLK_F_DISCARD | 1 << wire::VIRTIO_BLK_F_WRITE_ZEROES,
+            None => 1 << wire::VIRTIO_BLK_F_RO,
+        };
+        always | kind
+    }
+
+    /// Sizes of its queues.
+    pub const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE];
+
+    /// Configuration space (§5.2.4): just the fields of the features that are offered.
+    pub fn config(&self) -> [u8; CONFIG_BYTES] {
+        let mut config = [0; CONFIG_BYTES];
+        let mut put = |at: usize, bytes: &[u8]| {
+            if let Some(place) = config.get_mut(at..at + bytes.len()) {
+                place.copy_from_slice(bytes);
+            }
+        };
+        put(0, &(self.bytes / SECTOR).to_le_bytes());
+        put(12, &MAX_DATA_SEGMENTS.to_le_bytes());
+        put(20, &512u32.to_le_bytes()); // blk_size
+        put(36, &MAX_SEGMENT_SECTORS.to_le_bytes()); // max_discard_sectors
+        put(40, &MAX_SEGMENTS.to_le_bytes()); // max_discard_seg
+        put(44, &8u32.to_le_bytes()); // discard_sector_alignment
+        put(48, &MAX_SEGMENT_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
+        put(52, &MAX_SEGMENTS.to_le_bytes()); // max_write_zeroes_seg
+        put(56, &[1]); // write_zeroes_may_unmap
+        config
+    }
+
+    /// State to be saved.
+    pub fn state(&self) -> DeviceState {
+        DeviceState::Block { present: self.present.clone() }
+    }
+
+    /// Takes over saved state; false if it is not of a disk like this one.
+    #[must_use]
+    pub fn restore(&mut self, present: Vec<u64>) -> bool {
+        let fits = present.len() == self.present.len();
+        if fits {
+            self.present = present;
+        }
+        fits
+    }
+
+    /// When a limit lets the next request through, if one holds it back now.
+    pub fn resumes_at(&self) -> Option<Instant> {
+        self.bucket.as_ref().and_then(Bucket::resumes_at)
+    }
+
+    /// A trouble at the host that its owner has not been told of.
+    pub fn take_trouble(&mut self) -> Option<DeviceStopReason> {
+        let reason = self.trouble.take().filter(|reason| !self.told.contains(reason))?;
+        self.told.push(reason);
+        Some(reason)
+    }
+
+    /// Serves the request queue. True when there is more to do at once.
+    pub fn serve(&mut self, ring: &mut Ring) -> Result<bool, Fault> {
+        for _ in 0..BATCH {
+            if self.bucket.as_mut().is_some_and(|bucket| !bucket.is_open(Instant::now())) {
+                ring.notify()?;
+                return Ok(false);
+            }
+            let Some(buffers) = ring.pop()? else {
+                ring.notify()?;
+                return Ok(false);
+            };
+            let written = self.request(&buffers)?;
+            ring.push(buffers.head, written)?;
+        }
+        ring.notify()?;
+        Ok(ring.has_available())
+    }
+
+    /// Carries out one request and returns how many bytes it wrote into the guest's memory.
+    fn request(&mut self, buffers: &Buffers) -> Result<usize, Fault> {
+        let mut header = [0; HEADER];
+        buffers.readable.read(&mut header)?;
+        let [k0, k1, k2, k3, _, _, _, _, sector @ ..] = header;
+        let kind = u32::from_le_bytes([k0, k1, k2, k3]);
+        let sector = u64::from_le_bytes(sector);
+        let room = buffers.writable.len().checked_sub(1).ok_or(Fault)?;
+        let into = buffers.writable.part(0, room);
+        let from = buffers.readable.part(HEADER, usize::MAX);
+        let outcome = match kind {
+            wire::VIRTIO_BLK_T_IN => self.read(sector, &into).map(|()| into.len()),
+            wire::VIRTIO_BLK_T_OUT => self.write(sector, &from).map(|()| 0),
+            wire::VIRTIO_BLK_T_FLUSH => self.flush().map(|()| 0),
+            wire::VIRTIO_BLK_T_GET_ID => self.tell_id(&into),
+            wire::VIRTIO_BLK_T_DISCARD | wire::VIRTIO_BLK_T_WRITE_ZEROES => {
+                self.clear_segments(&from).map(|()| 0)
+            }
+            _ => Err(Refusal::Unsupported),
+        };
+        let (status, written) = match outcome {
+            Ok(written) => (wire::VIRTIO_BLK_S_OK, written),
+            Err(Refusal::Unsupported) => (wire::VIRTIO_BLK_S_UNSUPP, 0),
+            Err(Refusal::Wrong) => (wire::VIRTIO_BLK_S_IOERR, 0),
+            Err(Refusal::Host(error)) => {
+                self.counters.errors += 1;
+                let full = matches!(error.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG));
+                self.trouble =
+                    Some(if full { DeviceStopReason::HostDiskFull } else { DeviceStopReason::HostIo });
+                (wire::VIRTIO_BLK_S_IOERR, 0)
+            }
+        };
+        buffers.writable.part(room, 1).write(&[u8::try_from(status).unwrap_or(u8::MAX)])?;
+        Ok(written + 1)
+    }
+
+    /// The byte range of `length` bytes from a sector, if the disk has it.
+    fn range(&self, sector: u64, length: usize) -> Result<Range<u64>, Refusal> {
+        let length = u64::try_from(length).map_err(|_| Refusal::Wrong)?;
+        let start = sector.checked_mul(SECTOR).ok_or(Refusal::Wrong)?;
+        let end = start.checked_add(length).ok_or(Refusal::Wrong)?;
+        if length % SECTOR == 0 && end <= self.bytes { Ok(start..end) } else { Err(Refusal::Wrong) }
+    }
+
+    fn spend(&mut self, bytes: usize) {
+        if let Some(bucket) = &mut self.bucket {
+            bucket.spend(u64::try_from(bytes).unwrap_or(u64::MAX));
+        }
+    }
+
+    fn read(&mut self, sector: u64, into: &Ranges) -> Result<(), Refusal> {
+        let range = self.range(sector, into.len())?;
+        self.spend(into.len());
+        self.counters.reads += 1;
+        let mut at = range.start;
+        while at < range.end {
+            let run = self.run(at, range.end);
+            let part = into.part(offset(at - range.start), offset(run.end - at));
+            match (self.source(at), &self.base) {
+                (Some(file), _) => read_all(file, &part, at)?,
+                (None, Some((base, length))) if at < *length => {
+                    read_all(base, &part.part(0, offset(length - at)), at)?;
+                    part.part(offset(length.saturating_sub(at)), usize::MAX).zero();
+                }
+                (None, _) => part.zero(),
+            }
+            at = run.end;
+        }
+        self.counters.read_bytes += range.end - range.start;
+        Ok(())
+    }
+
+    /// The overlay, where it holds this byte.
+    fn source(&self, at: u64) -> Option<&File> {
+        self.overlay.as_ref().filter(|_| self.base.is_none() || self.has(at / BLOCK))
+    }
+
+    /// The longest range from `at` that one file holds.
+    fn run(&self, at: u64, end: u64) -> Range<u64> {
+        if self.present.is_empty() {
+            return at..end;
+        }
+        let first = at / BLOCK;
+        let here = self.has(first);
+        let mut block = first + 1;
+        while block * BLOCK < end && self.has(block) == here {
+            block += 1;
+        }
+        at..(block * BLOCK).min(end)
+    }
+
+    fn has(&self, block: u64) -> bool {
+        let word = usize::try_from(block / 64).ok().and_then(|word| self.present.get(word));
+        word.is_some_and(|word| word >> (block % 64) & 1 == 1)
+    }
+
+    fn mark(&mut self, range: &Range<u64>) {
+        if self.present.is_empty() {
+            return;
+        }
+        for block in range.start / BLOCK..range.end.div_ceil(BLOCK) {
+            let word = usize::try_from(block / 64).ok().and_then(|word| self.present.get_mut(word));
+            if let Some(word) = word {
+                *word |= 1 << (block % 64);
+            }
+        }
+    }
+
+    fn write(&mut self, sector: u64, from: &Ranges) -> Result<(), Refusal> {
+        let range = self.range(sector, from.len())?;
+        if self.overlay.is_none() {
+            return Err(Refusal::Wrong);
+        }
+        self.spend(from.len());
+        self.counters.writes += 1;
+        self.copy_up_edges(&range)?;
+        if let Some(overlay) = &self.overlay {
+            write_all(overlay, from, range.start)?;
+        }
+        self.mark(&range);
+        self.counters.written_bytes += range.end - range.start;
+        Ok(())
+    }
+
+    /// Before a block is partly changed, the overlay must hold all of it.
+    fn copy_up_edges(&mut self, range: &Range<u64>) -> Result<(), Refusal> {
+        if self.present.is_empty() || range.is_empty() {
+            return Ok(());
+        }
+        for edge in [range.start, range.end] {
+            let start = edge - edge % BLOCK;
+            if start == edge || self.has(start / BLOCK) {
+                continue;
+            }
+            let mut block = [0; BLOCK_BYTES];
+            if let Some((base, length)) = &self.base
+                && let Some(holds) = length.checked_sub(start)
+            {
+                let (there, _) = block.split_at_mut(offset(holds).min(BLOCK_BYTES));
+                base.read_exact_at(there, start).map_err(Refusal::Host)?;
+            }
+            if let Some(overlay) = &self.overlay {
+                overlay.write_all_at(&block, start).map_err(Refusal::Host)?;
+            }
+            self.mark(&(start..start + BLOCK));
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), Refusal> {
+        match &self.overlay {
+            Some(overlay) => overlay.sync_data().map_err(Refusal::Host),
+            None => Ok(()),
+        }
+    }
+
+    fn tell_id(&self, into: &Ranges) -> Result<usize, Refusal> {
+        let mut id = [0; ID_BYTES];
+        for (to, from) in id.iter_mut().zip(self.id.bytes()) {
+            *to = from;
+        }
+        into.write(&id).map_err(|Fault| Refusal::Wrong)?;
+        Ok(ID_BYTES)
+    }
+
+    /// Discard and write-zeroes (§5.2.6): both leave zeros, and both give the host its room back.
+    fn clear_segments(&mut self, from: &Ranges) -> Result<(), Refusal> {
+        let count = from.len() / SEGMENT;
+        if self.overlay.is_none() || count == 0 || u32::try_from(count).is_ok_and(|n| n > MAX_SEGMENTS) {
+            return Err(Refusal::Wrong);
+        }
+        let mut bytes = vec![0; count * SEGMENT];
+        from.read(&mut bytes).map_err(|Fault| Refusal::Wrong)?;
+        for segment in bytes.as_chunks::<SEGMENT>().0 {
+            let [s0, s1, s2, s3, s4, s5, s6, s7, n0, n1, n2, n3, flags @ ..] = *segment;
+            let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
+            let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
+            // Bit 0 lets the device unmap; the others are reserved (§5.2.6.2).
+            if u32::from_le_bytes(flags) & !1 != 0 {
+                return Err(Refusal::Unsupported);
+            }
+            if sectors > MAX_SEGMENT_SECTORS {
+                return Err(Refusal::Wrong);
+            }
+            let length = usize::try_from(u64::from(sectors) * SECTOR).map_err(|_| Refusal::Wrong)?;
+            self.clear(&self.range(sector, length)?)?;
+        }
+        Ok(())
+    }
+
+    fn clear(&mut self, range: &Range<u64>) -> Result<(), Refusal> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        self.spend(0);
+        self.copy_up_edges(range)?;
+        if let Some(overlay) = &self.overlay {
+            punch(overlay, range).map_err(Refusal::Host)?;
+        }
+        self.mark(range);
+        Ok(())
+    }
+}
+
+/// Why a request fails, the device going on.
+#[derive(Debug)]
+enum Refusal {
+    /// Not offered.
+    Unsupported,
+    /// Outside the disk, or a write to a disk that can't be written.
+    Wrong,
+    /// The host's file failed.
+    Host(io::Error),
+}
+
+/// Lengths of one request: bounded by what a queue can describe, so they fit.
+fn offset(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+/// A file's or block device's length.
+fn length(file: &File) -> io::Result<u64> {
+    use std::io::{Seek, SeekFrom};
+    let mut file = file;
+    file.seek(SeekFrom::End(0))
+}
+
+/// Reads until the ranges are full; what the file doesn't have reads as zeros.
+fn read_all(file: &File, into: &Ranges, at: u64) -> Result<(), Refusal> {
+    let mut done = 0;
+    while done < into.len() {
+        let rest = into.part(done, usize::MAX);
+        let position = position(at, done)?;
+        let n = rest
+            .with(|parts, count| {
+                // SAFETY: the parts are ranges of guest memory, mapped and writable as long as the device lives.
+                unsafe { libc::preadv(file.as_raw_fd(), parts, count, position) }
+            })
+            .map_err(Refusal::Host)?;
+        if n == 0 {
+            rest.zero();
+            break;
+        }
+        done += n;
+    }
+    Ok(())
+}
+
+fn write_all(file: &File, from: &Ranges, at: u64) -> Result<(), Refusal> {
+    let mut done = 0;
+    while done < from.len() {
+        let rest = from.part(done, usize::MAX);
+        let position = position(at, done)?;
+        let n = rest
+            .with(|parts, count| {
+                // SAFETY: the parts are ranges of guest memory, mapped as long as the device lives.
+                unsafe { libc::pwritev(file.as_raw_fd(), parts, count, position) }
+            })
+            .map_err(Refusal::Host)?;
+        if n == 0 {
+            return Err(Refusal::Host(io::ErrorKind::WriteZero.into()));
+        }
+        done += n;
+    }
+    Ok(())
+}
+
+fn position(at: u64, done: usize) -> Result<i64, Refusal> {
+    u64::try_from(done)
+        .ok()
+        .and_then(|done| at.checked_add(done))
+        .and_then(|at| i64::try_from(at).ok())
+        .ok_or(Refusal::Wrong)
+}
+
+/// fallocate(2): a hole reads as zeros. A file system without holes gets zeros written.
+fn punch(file: &File, range: &Range<u64>) -> io::Result<()> {
+    let (start, length) = (range.start.cast_signed(), (range.end - range.start).cast_signed());
+    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: no pointers are passed.
+    if unsafe { libc::fallocate(file.as_raw_fd(), mode, start, length) } == 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        e if e.raw_os_error() == Some(libc::EOPNOTSUPP) => write_zeros(file, range),
+        e => Err(e),
+    }
+}
+
+fn write_zeros(file: &File, range: &Range<u64>) -> io::Result<()> {
+    let zeros = [0; 64 << 10];
+    let mut at = range.start;
+    while at < range.end {
+        let now = zeros.get(..offset(range.end - at).min(zeros.len())).unwrap_or_default();
+        file.write_all_at(now, at)?;
+        at += u64::try_from(now.len()).unwrap_or(0);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

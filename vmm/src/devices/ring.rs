@@ -1,0 +1,123 @@
+//! One virtqueue of a running device, and the interrupt through which its driver hears of it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::buffers::{Buffers, Fault};
+
+/// Interrupt status bits (virtio §4.2.2).
+const USED_BUFFER: u32 = 1;
+const CONFIG_CHANGED: u32 = 2;
+
+/// A device's interrupt: an irqfd and the status that its driver reads and acknowledges.
+#[derive(Debug)]
+pub struct Interrupt {
+    status: AtomicU32,
+    event: EventFd,
+}
+
+impl Interrupt {
+    /// A quiet one.
+    pub fn new() -> std::io::Result<Self> {
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        Ok(Self { status: AtomicU32::new(0), event })
+    }
+
+    /// What KVM listens to.
+    pub fn event(&self) -> &EventFd {
+        &self.event
+    }
+
+    /// InterruptStatus.
+    pub fn status(&self) -> u32 {
+        self.status.load(Ordering::Acquire)
+    }
+
+    /// InterruptACK.
+    pub fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::AcqRel);
+    }
+
+    /// The configuration changed.
+    pub fn config_changed(&self) {
+        self.raise(CONFIG_CHANGED);
+    }
+
+    fn raise(&self, bit: u32) {
+        self.status.fetch_or(bit, Ordering::AcqRel);
+        // Full means that one is pending already.
+        let _ = self.event.write(1);
+    }
+}
+
+/// A queue whose addresses the driver has set and the transport has checked.
+#[derive(Debug)]
+pub struct Ring {
+    queue: Queue,
+    memory: GuestMemoryMmap,
+    interrupt: Arc<Interrupt>,
+    pushed: bool,
+}
+
+impl Ring {
+    /// Takes over a configured queue.
+    pub fn new(queue: Queue, memory: GuestMemoryMmap, interrupt: Arc<Interrupt>) -> Self {
+        Self { queue, memory, interrupt, pushed: false }
+    }
+
+    /// The next chain that the driver made available.
+    pub fn pop(&mut self) -> Result<Option<Buffers>, Fault> {
+        match self.queue.pop_descriptor_chain(&self.memory) {
+            Some(chain) => Buffers::parse(chain, &self.memory).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Puts back the chains that were popped last, as if they had not been.
+    pub fn unpop(&mut self, chains: u16) {
+        self.queue.set_next_avail(self.queue.next_avail().wrapping_sub(chains));
+    }
+
+    /// Whether the driver has made anything available.
+    pub fn has_available(&self) -> bool {
+        self.queue
+            .avail_idx(&self.memory, Ordering::Acquire)
+            .is_ok_and(|idx| idx.0 != self.queue.next_avail())
+    }
+
+    /// Gives a chain back with so many bytes written.
+    pub fn push(&mut self, head: u16, written: usize) -> Result<(), Fault> {
+        self.pushed = true;
+        let written = u32::try_from(written).map_err(|_| Fault)?;
+        self.queue.add_used(&self.memory, head, written).map_err(|_| Fault)
+    }
+
+    /// Interrupts the driver if something was given back since the last time and the driver wants to know.
+    pub fn notify(&mut self) -> Result<(), Fault> {
+        if std::mem::take(&mut self.pushed)
+            && self.queue.needs_notification(&self.memory).map_err(|_| Fault)?
+        {
+            self.interrupt.raise(USED_BUFFER);
+        }
+        Ok(())
+    }
+
+    /// Asks for notifications again. True when something came in meanwhile, so that no notification will come for it.
+    pub fn listen(&mut self) -> Result<bool, Fault> {
+        self.queue.enable_notification(&self.memory).map_err(|_| Fault)
+    }
+
+    /// The queue's registers and indices.
+    pub fn queue(&self) -> &Queue {
+        &self.queue
+    }
+
+    /// The memory that the queue lies in.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+}

@@ -1,0 +1,428 @@
+//! A machine: made by [`boot`], which reads top to bottom, and served by [`Machine::serve`] until it ends.
+
+use std::fs::File;
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+
+use carrel_protocol::FrameError;
+use carrel_protocol::vmm::{
+    Booted, Descriptor, Done, End, Ended, FromOwner, FromVmm, Metrics, Refused, VmConfig,
+};
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use thiserror::Error;
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch::current as arch;
+use crate::devices::serial::{SERIAL_GSI, SerialPort};
+use crate::devices::{Devices, DevicesError, Notice};
+use crate::event::{Epoll, Event, Interest, borrow};
+use crate::gate::Gate;
+use crate::memory::{self, MemoryError};
+use crate::owner::{Connection, OwnerError, Packet};
+use crate::ports::Ports;
+use crate::resources::ResourceError;
+use crate::seccomp::{self, SeccompError, Stage};
+use crate::signal;
+use crate::timeline::Timeline;
+use crate::vcpu::{self, ExitCounters, Shared, Verdict};
+
+/// A machine can't be made.
+#[derive(Debug, Error)]
+pub enum BootError {
+    /// The configuration's resources don't fit.
+    #[error(transparent)]
+    Resources(#[from] ResourceError),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The kernel or initramfs.
+    #[error(transparent)]
+    Load(#[from] arch::load::LoadError),
+    /// The boot information.
+    #[error(transparent)]
+    Parameters(#[from] arch::boot::BootError),
+    /// vCPU registers.
+    #[error(transparent)]
+    Registers(#[from] arch::registers::RegisterError),
+    /// CPUID.
+    #[error(transparent)]
+    Cpuid(#[from] arch::cpuid::CpuidError),
+    /// Devices.
+    #[error(transparent)]
+    Devices(#[from] DevicesError),
+    /// Filters.
+    #[error(transparent)]
+    Seccomp(#[from] SeccompError),
+    /// KVM.
+    #[error("KVM refused to {what}")]
+    Kvm {
+        /// What was asked.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// The host has no such thing to give.
+    #[error("the host refused to {what}")]
+    Host {
+        /// What was asked.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Boot tables.
+    #[error("the boot tables do not fit into the guest's memory")]
+    Tables(#[from] vm_memory::GuestMemoryError),
+}
+
+impl BootError {
+    /// Under which end of the process this falls.
+    pub fn end(&self) -> End {
+        match self {
+            Self::Resources(_) | Self::Parameters(_) | Self::Load(_) | Self::Tables(_) => {
+                End::BadConfiguration
+            }
+            Self::Devices(e) => e.end(),
+            Self::Kvm { .. } | Self::Cpuid(_) | Self::Registers(_) => End::Kvm,
+            Self::Memory(_) | Self::Host { .. } | Self::Seccomp(_) => End::Host,
+        }
+    }
+}
+
+fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> BootError {
+    move |source| BootError::Kvm { what, source }
+}
+
+fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> BootError {
+    move |source| BootError::Host { what, source }
+}
+
+/// A machine whose vCPUs run.
+#[derive(Debug)]
+pub struct Machine {
+    /// Keeps the VM's descriptor; the vCPUs have theirs.
+    _vm: VmFd,
+    shared: Arc<Shared>,
+    devices: Devices,
+    vcpus: Vec<JoinHandle<()>>,
+    epoll: Epoll,
+    control: Option<OwnedFd>,
+    signals: OwnedFd,
+}
+
+/// Makes a machine and lets it run. With `filters`, each thread is under its run filter when the first guest instruction
+/// executes.
+pub fn boot(
+    vm: VmConfig<Descriptor>,
+    descriptors: Vec<OwnedFd>,
+    filters: bool,
+    timeline: &mut Timeline,
+) -> Result<Machine, BootError> {
+    let config = crate::resources::from_owner(vm, descriptors)?;
+    timeline.mark("configuration");
+
+    let memory = memory::allocate(config.memory_mib, config.huge_pages)?;
+    // SAFETY: the descriptor is owned and was opened as /dev/kvm; its owner is given up here.
+    let kvm_device = unsafe { Kvm::from_raw_fd(config.kvm.into_raw_fd()) };
+    if kvm_device.get_api_version() != 12 {
+        return Err(BootError::Kvm {
+            what: "speak version 12",
+            source: kvm_ioctls::Error::new(libc::ENOTTY),
+        });
+    }
+    let vm = create_vm(&kvm_device)?;
+    register_memory(&vm, &memory)?;
+    timeline.mark("memory");
+
+    let mut kernel_image = File::from(config.kernel.image);
+    let kernel = arch::load::kernel(&memory, &mut kernel_image)?;
+    let initramfs = match config.initramfs {
+        Some(image) => Some(arch::load::initramfs(&memory, kernel.end, &mut File::from(image))?),
+        None => None,
+    };
+    timeline.mark("kernel");
+
+    arch::create_interrupt_chips(&vm).map_err(kvm("create interrupt chips"))?;
+    let epoll = Epoll::new().map_err(host("create an epoll"))?;
+    let devices = Devices::new(config.vsock, config.blocks, config.entropy, config.balloon, &memory, &epoll)?;
+    let bus = devices.bus();
+    connect_devices(&vm, &devices)?;
+    let serial = match config.serial {
+        Some(serial) => {
+            let interrupt = EventFd::new(libc::EFD_NONBLOCK).map_err(host("create an eventfd"))?;
+            vm.register_irqfd(&interrupt, SERIAL_GSI).map_err(kvm("register the serial interrupt"))?;
+            Some(SerialPort::new(interrupt, serial.output, serial.limit_bytes))
+        }
+        None => None,
+    };
+    timeline.mark("devices");
+
+    let command_line = devices.command_line(&config.kernel.command_line);
+    arch::boot::write(&memory, &kernel, &command_line, initramfs)?;
+    arch::mptable::write(&memory, config.vcpus)?;
+    arch::registers::write_tables(&memory, !kernel.pvh)?;
+    arch::arm_restart_flag(&memory)?;
+    let vcpu_fds = create_vcpus(&kvm_device, &vm, config.vcpus.get(), &kernel)?;
+    timeline.mark("vcpus");
+
+    let shared = Arc::new(Shared {
+        gate: Gate::default(),
+        bus,
+        ports: Ports::new(serial),
+        memory,
+        verdict: Verdict::new().map_err(host("create an eventfd"))?,
+        exits: ExitCounters::default(),
+    });
+    vcpu::install_kick().map_err(host("install a signal handler"))?;
+    let signals = signal::watch().map_err(host("watch for signals"))?;
+    // Nobody passes the gate before every thread is under its filter.
+    shared.gate.pause(|| {});
+    let vcpus = start_vcpus(vcpu_fds, &shared, filters)?;
+    if filters {
+        seccomp::install(Stage::RunEvents)?;
+    }
+    timeline.mark("filters");
+    shared.gate.resume();
+    Ok(Machine { _vm: vm, shared, devices, vcpus, epoll, control: config.control, signals })
+}
+
+fn create_vm(device: &Kvm) -> Result<VmFd, BootError> {
+    // KVM_CREATE_VM gives up when a signal is pending (it allocates under a killable lock).
+    loop {
+        match device.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            other => return other.map_err(kvm("create a VM")),
+        }
+    }
+}
+
+fn register_memory(vm: &VmFd, memory: &GuestMemoryMmap) -> Result<(), BootError> {
+    for (slot, region) in (0u32..).zip(memory.iter()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+            flags: 0,
+        };
+        // SAFETY: the range is this region's mapping, which lives as long as `memory`, kept by the machine.
+        unsafe { vm.set_user_memory_region(region) }.map_err(kvm("take the guest's memory"))?;
+    }
+    Ok(())
+}
+
+fn connect_devices(vm: &VmFd, devices: &Devices) -> Result<(), BootError> {
+    for (address, queue, event) in devices.notifications() {
+        vm.register_ioevent(event, &IoEventAddress::Mmio(address), queue)
+            .map_err(kvm("register a device's notification"))?;
+    }
+    for (gsi, event) in devices.interrupts() {
+        vm.register_irqfd(event, gsi).map_err(kvm("register a device's interrupt"))?;
+    }
+    Ok(())
+}
+
+fn create_vcpus(
+    device: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    kernel: &arch::load::LoadedKernel,
+) -> Result<Vec<VcpuFd>, BootError> {
+    let supported = arch::cpuid::supported(device)?;
+    let mut vcpus = Vec::with_capacity(usize::from(count));
+    for index in 0..count {
+        let vcpu = vm.create_vcpu(index.into()).map_err(kvm("create a vCPU"))?;
+        let cpuid = arch::cpuid::for_vcpu(&supported, device, index, count)?;
+        vcpu.set_cpuid2(&cpuid).map_err(kvm("set a vCPU's CPUID"))?;
+        if let Some(components) = arch::cpuid::extended_state(&cpuid) {
+            arch::registers::enable_extended_state(&vcpu, components)?;
+        }
+        arch::registers::set_up(&vcpu, index, kernel)?;
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+/// One thread a vCPU. A thread that can't install its filter says so in the verdict and never enters the guest.
+fn start_vcpus(
+    vcpus: Vec<VcpuFd>,
+    shared: &Arc<Shared>,
+    filters: bool,
+) -> Result<Vec<JoinHandle<()>>, BootError> {
+    let ready = Arc::new(std::sync::Barrier::new(vcpus.len() + 1));
+    let threads = (0u8..)
+        .zip(vcpus)
+        .map(|(index, fd)| {
+            let (shared, ready) = (shared.clone(), ready.clone());
+            std::thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .stack_size(128 << 10)
+                .spawn(move || {
+                    let installed = if filters { seccomp::install(Stage::RunVcpu) } else { Ok(()) };
+                    ready.wait();
+                    match installed {
+                        Ok(()) => vcpu::run(fd, &shared),
+                        Err(e) => shared.verdict.reach(End::Host, Some(e.to_string())),
+                    }
+                })
+                .map_err(host("start a thread"))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    ready.wait();
+    Ok(threads)
+}
+
+/// Tokens of what is not a device; devices' are below.
+const OWNER: u64 = u64::MAX;
+const CONTROL: u64 = u64::MAX - 1;
+const VERDICT: u64 = u64::MAX - 2;
+const SIGNALS: u64 = u64::MAX - 3;
+
+impl Machine {
+    /// Serves devices and owner until the machine ends. `owner` is told that it booted, and at the end how it ended.
+    pub fn serve(mut self, owner: Connection, timeline: Timeline) -> (End, Option<String>) {
+        let mut owner = Some(owner);
+        if let Err(e) = self.watch(owner.as_ref()) {
+            return (End::Host, Some(format!("the event loop can't be set up: {e}")));
+        }
+        tell(&mut owner, &Booted { timeline: timeline.into_marks() }.into());
+        let mut events: Vec<Event> = Vec::new();
+        let (end, detail) = loop {
+            if let Some(verdict) = self.shared.verdict.get() {
+                break verdict;
+            }
+            if let Err(e) = self.epoll.wait(self.devices.timeout_ms(), &mut events) {
+                break (End::Internal, Some(format!("epoll_wait failed: {e}")));
+            }
+            if let Some(end) = self.handle(&events, &mut owner) {
+                break end;
+            }
+        };
+        tell(&mut owner, &Ended { end, detail: detail.clone() }.into());
+        (end, detail)
+    }
+
+    fn watch(&self, owner: Option<&Connection>) -> std::io::Result<()> {
+        if let Some(owner) = owner {
+            self.epoll.add(owner, OWNER, Interest::READ)?;
+        }
+        if let Some(control) = &self.control {
+            self.epoll.add(control, CONTROL, Interest::READ)?;
+        }
+        self.epoll.add(&self.signals, SIGNALS, Interest::READ)?;
+        self.epoll.add(borrow(&self.shared.verdict.reached), VERDICT, Interest::READ)
+    }
+
+    fn handle(&mut self, events: &[Event], owner: &mut Option<Connection>) -> Option<(End, Option<String>)> {
+        for event in events {
+            match event.token {
+                VERDICT => return self.shared.verdict.get(),
+                SIGNALS => return Some((End::Stopped, Some("a signal asked".into()))),
+                OWNER => {
+                    if let Some(end) = self.hear(owner) {
+                        return Some(end);
+                    }
+                }
+                CONTROL => self.accept_owner(owner),
+                _ => self.devices.handle(event, &self.epoll),
+            }
+        }
+        self.devices.tick(&self.epoll);
+        for notice in self.devices.take_notices() {
+            match notice {
+                // Without an owner the descriptor is dropped here: the guest is refused.
+                Notice::Dialled(dialled, end) => tell_with(owner, &dialled.into(), &end),
+                Notice::Stopped(stopped) => tell(owner, &stopped.into()),
+            }
+        }
+        None
+    }
+
+    /// Carries out what the owner asks, until it has no more to say.
+    fn hear(&mut self, owner: &mut Option<Connection>) -> Option<(End, Option<String>)> {
+        loop {
+            let received = owner.as_ref()?.receive::<FromOwner>();
+            let answer: FromVmm = match received {
+                Ok(None) => return None,
+                Ok(Some(Packet { message, .. })) => match message {
+                    FromOwner::Stop(_) => return Some((End::Stopped, Some("the owner asked".into()))),
+                    FromOwner::Configure(_) => {
+                        Refused { reason: "the machine is configured already".into() }.into()
+                    }
+                    FromOwner::Pause(_) => {
+                        self.shared.gate.pause(|| self.vcpus.iter().for_each(vcpu::kick));
+                        self.devices.quiesce();
+                        Done {}.into()
+                    }
+                    FromOwner::Resume(_) => {
+                        self.devices.kick();
+                        self.shared.gate.resume();
+                        Done {}.into()
+                    }
+                    FromOwner::SetBalloon(set) => match self.devices.set_balloon(set.size_mib) {
+                        Ok(()) => Done {}.into(),
+                        Err(reason) => Refused { reason }.into(),
+                    },
+                    FromOwner::ReadMetrics(_) => self.metrics().into(),
+                },
+                Err(OwnerError::Frame(FrameError::Body { name, source })) => {
+                    Refused { reason: format!("the {name} message is malformed: {source}") }.into()
+                }
+                Err(e) => return self.lose_owner(owner, &e),
+            };
+            tell(owner, &answer);
+        }
+    }
+
+    /// With a control socket the machine goes on and waits for the next owner; without one nobody could ever reach it.
+    fn lose_owner(&self, owner: &mut Option<Connection>, why: &OwnerError) -> Option<(End, Option<String>)> {
+        if let Some(owner) = owner.take() {
+            let _ = self.epoll.remove(&owner);
+        }
+        match self.control {
+            Some(_) => None,
+            None => Some((End::Stopped, Some(why.to_string()))),
+        }
+    }
+
+    fn accept_owner(&self, owner: &mut Option<Connection>) {
+        let Some(control) = &self.control else { return };
+        if let Ok(socket) = crate::devices::accept(control.as_fd()) {
+            if let Some(old) = owner.take() {
+                let _ = self.epoll.remove(&old);
+            }
+            let new = Connection::new(socket);
+            if self.epoll.add(&new, OWNER, Interest::READ).is_ok() {
+                *owner = Some(new);
+            }
+        }
+    }
+
+    fn metrics(&self) -> Metrics {
+        let exits = &self.shared.exits;
+        Metrics {
+            exits: exits.all.load(Ordering::Relaxed),
+            mmio_exits: exits.mmio.load(Ordering::Relaxed),
+            port_exits: exits.ports.load(Ordering::Relaxed),
+            ..self.devices.metrics()
+        }
+    }
+}
+
+/// Tells the owner, if there is one. An owner that doesn't read misses it: the guest's room must not depend on it.
+fn tell(owner: &mut Option<Connection>, message: &FromVmm) {
+    if let Some(owner) = owner {
+        let _ = owner.send(message, &[]);
+    }
+}
+
+fn tell_with(owner: &mut Option<Connection>, message: &FromVmm, descriptor: &OwnedFd) {
+    if let Some(owner) = owner {
+        let _ = owner.send(message, &[descriptor.as_fd()]);
+    }
+}
