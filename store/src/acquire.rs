@@ -198,7 +198,16 @@ impl Store {
         self.fetch(origin, &chosen.manifest.layers, progress)?;
         put_document(&self.blobs, config_descriptor, &config_bytes)?;
         put_document(&self.blobs, &chosen.descriptor, &chosen.bytes)?;
-        let record = Record::new(name.to_owned(), chosen.descriptor, SystemTime::now());
+        let now = SystemTime::now();
+        // Unchanged, as a layout mostly is: nothing to write, and no fsync to wait for.
+        if let Some(mut record) = self.records.find(name)?
+            && record.manifest.digest == chosen.descriptor.digest
+        {
+            self.records.touch(name, now);
+            record.used = now;
+            return Ok(record.load(&self.blobs)?);
+        }
+        let record = Record::new(name.to_owned(), chosen.descriptor, now);
         self.records.put(&record)?;
         Ok(record.load(&self.blobs)?)
     }
@@ -210,8 +219,11 @@ impl Store {
         layers: &[Descriptor],
         progress: &dyn Progress,
     ) -> Result<(), StoreError> {
-        self.sweep();
         let missing = self.missing(layers)?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        self.sweep();
         let needed = missing.iter().fold(0_u64, |sum, layer| sum.saturating_add(layer.size));
         self.blobs.reserve(needed)?;
         let queue = Mutex::new(missing.into_iter());

@@ -52,7 +52,7 @@ pub enum BlobError {
         expected: u64,
     },
     /// The store's file system is full, or would be.
-    #[error("There is no space left in {}: {needed} bytes are needed. Free some, with `carrel prune` too.", .root.display())]
+    #[error("There is no space left in {}: {} MiB are needed. Free some, with `carrel prune` too.", .root.display(), .needed.div_ceil(1 << 20))]
     NoSpace {
         /// The store.
         root: PathBuf,

@@ -79,7 +79,7 @@ pub struct Image {
     pub layers: Vec<LayerBlob>,
     /// All distinct blobs together, in bytes, as they are stored (compressed).
     pub size_bytes: u64,
-    /// When its name was last resolved.
+    /// When its name was first resolved to this manifest.
     pub pulled: SystemTime,
     /// When it was last acquired.
     pub used: SystemTime,

@@ -230,6 +230,20 @@ impl Registry {
         }
     }
 
+    /// Tries again when the connection fails: for what comes after the first answer, when we know that there is a registry.
+    fn persist<T>(&self, attempt: impl Fn() -> Result<T, RegistryError>) -> Result<T, RegistryError> {
+        let mut tries = 0;
+        loop {
+            match attempt() {
+                Err(RegistryError::Unreachable { .. } | RegistryError::Stalled(_))
+                    if tries < self.patience.retries => {}
+                outcome => return outcome,
+            }
+            thread::sleep(self.pause(tries, None));
+            tries += 1;
+        }
+    }
+
     /// How long to wait before trying again: what the registry asks for, or twice as long as the last time.
     fn pause(&self, tries: u32, asked: Option<Duration>) -> Duration {
         let doubled = self.patience.pause.saturating_mul(1 << tries.min(10));
@@ -275,12 +289,14 @@ impl Origin for Registry {
             return Ok(images::document(&self.blobs, descriptor)?);
         }
         let what = if is_manifest_type(&descriptor.media_type) { "manifests" } else { "blobs" };
-        let answer = self.ask(&format!("{what}/{}", descriptor.digest), "*/*")?;
-        if answer.response.status() == StatusCode::NOT_FOUND {
-            let (host, digest) = (self.client.host().to_owned(), descriptor.digest.clone());
-            return Err(RegistryError::NoBlob { host, digest }.into());
-        }
-        let bytes = self.body(self.successful(answer)?)?;
+        let bytes = self.persist(|| {
+            let answer = self.ask(&format!("{what}/{}", descriptor.digest), "*/*")?;
+            if answer.response.status() == StatusCode::NOT_FOUND {
+                let (host, digest) = (self.client.host().to_owned(), descriptor.digest.clone());
+                return Err(RegistryError::NoBlob { host, digest });
+            }
+            self.body(self.successful(answer)?)
+        })?;
         let actual = bytes.len() as u64;
         if actual != descriptor.size {
             let (digest, expected) = (descriptor.digest.clone(), descriptor.size);

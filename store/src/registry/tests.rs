@@ -213,6 +213,20 @@ fn busy_registries_are_asked_again_and_broken_ones_given_up() {
 }
 
 #[test]
+fn a_document_that_breaks_off_is_asked_for_again() {
+    let (_folder, store) = store();
+    let sample = Sample::new("amd64", &[b"layer"]);
+    let answer = honest(&sample);
+    // 0 is the manifest, 1 the configuration.
+    let server = Server::start(move |request, number| match number {
+        1 => answer(request).broken(10),
+        _ => answer(request),
+    });
+    pull(&store, &server.name()).unwrap();
+    assert_eq!(server.requests("/blobs/").len(), 3);
+}
+
+#[test]
 fn what_does_not_exist_or_can_not_be_reached_is_told_apart() {
     let (_folder, store) = store();
     let mut sample = Sample::new("amd64", &[b"layer"]);
