@@ -14,7 +14,7 @@ use crate::archive::{Archive, ArchiveError};
 use crate::blobs::{BlobError, Blobs};
 use crate::config::{self, ConfigError};
 use crate::digest::Digest;
-use crate::document::{Descriptor, Manifest, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use crate::document::{Descriptor, MOST_LAYERS, Manifest, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
 use crate::origin::Origin;
 use crate::printable::Printable;
 use crate::progress::Transfer;
@@ -67,6 +67,16 @@ pub enum DockerArchiveError {
         path: String,
         /// What is missing.
         file: Printable,
+    },
+    /// More than an image may have.
+    #[error(
+        "The image in the archive {path} has {count} layers, and {MOST_LAYERS} is the most that is read."
+    )]
+    TooManyLayers {
+        /// The archive.
+        path: String,
+        /// How many it has.
+        count: usize,
     },
     /// The tar is broken.
     #[error(transparent)]
@@ -125,6 +135,10 @@ impl DockerArchive {
             .map_err(|source| DockerArchiveError::Malformed { path: path.clone(), source })?;
         let entry = choose(&path, entries, name)?;
         let files = entry.layers.unwrap_or_default();
+        // Before anything is hashed: a short list can name a long file many times.
+        if files.len() > MOST_LAYERS {
+            return Err(DockerArchiveError::TooManyLayers { path, count: files.len() });
+        }
 
         let bytes = file(&entry.config)?.document()?;
         let digest = Digest::of(&bytes);

@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::or_default;
 use crate::digest::Digest;
 use crate::platform::Platform;
 use crate::printable::Printable;
@@ -175,7 +176,8 @@ pub(crate) struct Annotations {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Index {
-    /// In the order of preference.
+    /// In the order of preference. Go writes an empty list as `null`.
+    #[serde(deserialize_with = "or_default")]
     pub(crate) manifests: Vec<Descriptor>,
 }
 
@@ -189,7 +191,8 @@ pub(crate) struct Manifest {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) artifact_type: Option<String>,
     pub(crate) config: Descriptor,
-    /// Lowest first.
+    /// Lowest first; `null` where there are none.
+    #[serde(deserialize_with = "or_default")]
     pub(crate) layers: Vec<Descriptor>,
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //!             ┌──────────── somebody else finished it meanwhile ───────────────▶ present
 //!   Ingest::named ─▶ open ROOT/ingest/<name>, wait for its lock
-//!                          └─▶ write… ─▶ commit: size, digest, fsync, 0400, rename into blobs/, fsync the folder ─▶ present
+//!                          └─▶ write… ─▶ commit: size, digest, fsync, rename into blobs/, 0400, fsync the folder ─▶ present
 //!                                 └───▶ drop:   a copy is removed, a download stays, to be resumed
 //! ```
 //!
@@ -186,14 +186,13 @@ impl<'a> Ingest<'a> {
                 return Err(BlobError::WrongDigest { expected: digest.clone(), actual });
             }
         }
-        self.file
-            .set_permissions(Permissions::from_mode(0o400))
-            .and_then(|()| self.file.sync_all())
-            .map_err(|error| self.failed(error))?;
+        self.file.sync_all().map_err(|error| self.failed(error))?;
         let to = self.blobs.path(&actual);
         fs::rename(&self.path, &to).map_err(|error| self.failed(error))?;
         // Renamed: nothing is left for `drop` to remove.
         self.keep = true;
+        // Not before: what a crash leaves in the way must stay writable for the next who tries.
+        self.file.set_permissions(Permissions::from_mode(0o400)).map_err(BlobError::io("protected", &to))?;
         if let Some(folder) = to.parent() {
             sync_folder(folder)?;
         }

@@ -35,7 +35,7 @@ mod download;
 use client::{Answer, Client};
 use credentials::CredentialsError;
 
-/// The longest pause between two tries, whatever the registry asks for.
+/// The longest pause between two tries. A registry that asks for more is not waited for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// How long a registry is waited for, and how often it is asked again.
@@ -223,9 +223,11 @@ impl Registry {
             if tries >= self.patience.retries || !is_passing(answer.response.status()) {
                 return Ok(answer);
             }
-            let asked = client::retry_after(&answer.response);
+            let Some(pause) = self.pause(tries, client::retry_after(&answer.response)) else {
+                return Ok(answer);
+            };
             drop(answer);
-            thread::sleep(self.pause(tries, asked));
+            thread::sleep(pause);
             tries += 1;
         }
     }
@@ -239,15 +241,16 @@ impl Registry {
                     if tries < self.patience.retries => {}
                 outcome => return outcome,
             }
-            thread::sleep(self.pause(tries, None));
+            thread::sleep(self.pause(tries, None).unwrap_or(LONGEST_PAUSE));
             tries += 1;
         }
     }
 
-    /// How long to wait before trying again: what the registry asks for, or twice as long as the last time.
-    fn pause(&self, tries: u32, asked: Option<Duration>) -> Duration {
-        let doubled = self.patience.pause.saturating_mul(1 << tries.min(10));
-        asked.unwrap_or(doubled).min(LONGEST_PAUSE)
+    /// How long to wait before trying again: what the registry asks for, or twice as long as the last time. `None` if it asks
+    /// for more than anybody waits.
+    fn pause(&self, tries: u32, asked: Option<Duration>) -> Option<Duration> {
+        let doubled = self.patience.pause.saturating_mul(1 << tries.min(10)).min(LONGEST_PAUSE);
+        Some(asked.unwrap_or(doubled)).filter(|pause| *pause <= LONGEST_PAUSE)
     }
 
     /// Sorts out failures.

@@ -96,6 +96,8 @@ fn files_that_are_missing_and_documents_that_lie_are_named() {
     assert!(refused(files.clone(), &[]).contains("no image"));
     entry["Layers"][0] = "../../etc/passwd".into();
     assert!(refused(files.clone(), std::slice::from_ref(&entry)).contains("etc/passwd"));
+    entry["Layers"] = json!(vec!["layer"; 129]);
+    assert!(refused(files.clone(), std::slice::from_ref(&entry)).contains("129 layers"));
     entry["Layers"] = json!([]);
     assert!(refused(files.clone(), std::slice::from_ref(&entry)).contains("1 layers"));
     entry["Config"] = "nowhere.json".into();

@@ -50,6 +50,11 @@ fn a_document_that_does_not_say_what_it_is_is_known_by_how_it_came_or_by_its_fie
     let index = json!({ "schemaVersion": 2, "manifests": [] });
     assert!(matches!(parse(&index, "application/json"), Ok(Document::Index(_))));
     assert!(parse(&manifest(OCI_LAYER), "text/html").is_err());
+    let mut empty = manifest(OCI_LAYER);
+    empty["layers"] = Value::Null;
+    assert!(parse(&empty, OCI_MANIFEST).is_ok(), "an image without layers, as Go writes it");
+    assert!(parse(&json!({ "manifests": null }), OCI_INDEX).is_ok());
+    assert!(parse(&json!({ "schemaVersion": 2 }), OCI_INDEX).is_err());
 }
 
 #[test]

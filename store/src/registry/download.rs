@@ -93,7 +93,9 @@ impl Registry {
             }
             tries += 1;
             in_vain = if ingest.written() > before { 0 } else { in_vain + 1 };
-            if in_vain > self.patience.retries || tries > MOST_TRIES {
+            let pause = self.pause(in_vain, asked);
+            let Some(pause) = pause.filter(|_| in_vain <= self.patience.retries && tries <= MOST_TRIES)
+            else {
                 return Err(RegistryError::Truncated {
                     host: self.client.host().to_owned(),
                     digest: descriptor.digest.clone(),
@@ -102,9 +104,9 @@ impl Registry {
                     source,
                 }
                 .into());
-            }
+            };
             tracing::debug!(digest = %descriptor.digest, there = ingest.written(), tries, "the download broke off");
-            wait(self.pause(in_vain, asked), cancelled);
+            wait(pause, cancelled);
         }
         Ok(())
     }

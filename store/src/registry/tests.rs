@@ -210,6 +210,9 @@ fn busy_registries_are_asked_again_and_broken_ones_given_up() {
     let said = sentence(pull(&store, &server.name()));
     assert!(said.contains("the disk[31m is on fire (UNKNOWN, 500)") && !said.contains('\u{1b}'), "{said}");
     assert_eq!(server.requests("").len(), 4);
+    let limited = Server::start(|_, _| reply(429, b"").with("Retry-After", "3600"));
+    assert!(sentence(pull(&store, &limited.name())).contains("429"));
+    assert_eq!(limited.requests("").len(), 1, "nobody waits for an hour");
 }
 
 #[test]
