@@ -43,7 +43,7 @@ pub enum StoreError {
         wanted: Platform,
     },
     /// The file that was given to be stored can't be read.
-    #[error("The file to be stored can't be read.")]
+    #[error("The file to be stored can't be read, or is no regular file.")]
     Unreadable(#[source] io::Error),
     /// A blob is missing, wrong or has no room.
     #[error(transparent)]
@@ -122,7 +122,7 @@ impl Store {
         self.blobs.path(digest)
     }
 
-    /// Stores a file's content, from its beginning, and returns its digest and its size in bytes.
+    /// Stores a regular file's content, from its beginning, and returns its digest and its size in bytes.
     ///
     /// # Errors
     ///
@@ -130,8 +130,12 @@ impl Store {
     pub fn add_file(&self, file: &mut File) -> Result<(Digest, u64), StoreError> {
         let _lease = self.lease()?;
         self.sweep();
-        let size = file.metadata().map_err(StoreError::Unreadable)?.len();
-        self.blobs.reserve(size)?;
+        let metadata = file.metadata().map_err(StoreError::Unreadable)?;
+        // A device may have no end, and a pipe no beginning.
+        if !metadata.is_file() {
+            return Err(StoreError::Unreadable(io::ErrorKind::InvalidInput.into()));
+        }
+        self.blobs.reserve(metadata.len())?;
         file.rewind().map_err(StoreError::Unreadable)?;
         let mut ingest = Ingest::unnamed(&self.blobs)?;
         let mut buffer = vec![0; CHUNK];

@@ -136,8 +136,8 @@ pub(crate) fn store() -> (tempfile::TempDir, Store) {
 /// Options for `linux/amd64`, wherever the tests run, without anybody's credentials and with little patience.
 pub(crate) fn options() -> PullOptions {
     let patience = Patience {
-        connect: Duration::from_secs(5),
-        stall: Duration::from_millis(500),
+        connect: Duration::from_secs(10),
+        stall: Duration::from_secs(10),
         retries: 3,
         pause: Duration::from_millis(10),
     };

@@ -262,4 +262,6 @@ fn a_file_is_stored_under_its_digest_from_its_beginning() {
     assert_eq!((digest.clone(), size), (Digest::of(b"a zip"), 5));
     assert_eq!(store.add_file(&mut file).unwrap(), (digest.clone(), 5));
     assert_eq!(content(&store, &digest), b"a zip");
+    let mut endless = fs::File::open("/dev/zero").unwrap();
+    assert!(sentence(store.add_file(&mut endless)).contains("regular file"));
 }

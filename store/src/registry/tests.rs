@@ -181,7 +181,8 @@ fn a_registry_that_stalls_is_given_up_in_time_and_what_came_is_kept() {
         reply
     });
     let begun = std::time::Instant::now();
-    let said = sentence(pull(&store, &server.name()));
+    let patience = Patience { stall: Duration::from_millis(500), ..options().patience };
+    let said = sentence(pull_with(&store, &server.name(), &PullOptions { patience, ..options() }));
     assert!(said.contains("truncated") && said.contains("300000 of 1600000"), "{said}");
     assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     let kept = fs::read_dir(store.root().join("ingest")).unwrap().next().unwrap().unwrap();
