@@ -12,6 +12,8 @@ const WRITE: u16 = 2;
 const MEMORY: usize = 16 << 20;
 /// Where buffers are laid; queues lie below, 64 KiB each.
 const BUFFERS: u64 = 1 << 20;
+/// Buffers of one queue.
+const REGION: u64 = 4 << 20;
 
 /// A descriptor as the driver wants it.
 pub(crate) enum Part<'a> {
@@ -31,6 +33,7 @@ pub(crate) struct Driver {
     next_descriptor: u16,
     available: u16,
     seen: u16,
+    first_buffer: u64,
     next_buffer: u64,
     /// First writable buffer of each chain, by head.
     writable: Vec<(u16, u64)>,
@@ -61,7 +64,8 @@ impl Driver {
             next_descriptor: 0,
             available: 0,
             seen: 0,
-            next_buffer: BUFFERS + index * (4 << 20),
+            first_buffer: BUFFERS + index * REGION,
+            next_buffer: BUFFERS + index * REGION,
             writable: Vec::new(),
         };
         (driver, Ring::new(queue, memory.clone(), interrupt))
@@ -114,7 +118,16 @@ impl Driver {
         self.memory.write_obj(self.available, GuestAddress(available + 2)).unwrap();
     }
 
+    /// Chains that the device has.
+    pub(crate) fn outstanding(&self) -> usize {
+        usize::from(self.available.wrapping_sub(self.seen))
+    }
+
+    /// Room for a buffer; old ones are used again after a while.
     fn buffer(&mut self, length: usize) -> u64 {
+        if self.next_buffer + u64::try_from(length).unwrap() > self.first_buffer + REGION {
+            self.next_buffer = self.first_buffer;
+        }
         let address = self.next_buffer;
         self.next_buffer += u64::try_from(length).unwrap().next_multiple_of(16);
         address

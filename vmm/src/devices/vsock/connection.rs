@@ -372,6 +372,3 @@ impl Connection {
         self.credit_due |= (self.fwd_cnt - self.fwd_told).0 >= BUF_ALLOC / 4;
     }
 }
-
-#[cfg(test)]
-mod tests;
