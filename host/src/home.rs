@@ -1,0 +1,408 @@
+//! The home: the directory under which all rooms are.
+//!
+//! ```text
+//!   HOME/rooms.lock          held for a moment while a room is made, so that no sweep takes it for a dead one
+//!   HOME/rooms/ID/lock       locked by the room's owner while it lives
+//!                 room.json  the order: specification and assets
+//!                 state.json the record
+//!                 owner.sock where commands find the owner
+//!                 log*       what a detached room wrote
+//!                 owner.log  what the owner has to say when the log level asks for it
+//! ```
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use carrel_protocol::vmm::MAX_DESCRIPTORS;
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::outcome::Outcome;
+use crate::owner::api::{FromClient, Supply};
+use crate::packet::{Connection, PacketError};
+use crate::record::{Phase, Record};
+use crate::session::{Session, SessionError};
+use crate::spec::{MOST_BLOBS, RoomId, RoomName, RoomSpec};
+use crate::timestamp::now_ms;
+
+mod sweep;
+
+/// The home, or a room in it, can't be used.
+#[derive(Debug, Error)]
+pub enum HomeError {
+    /// The operating system refused.
+    #[error("{} can't be {doing}", .path.display())]
+    Io {
+        /// `made`, `opened`, ….
+        doing: &'static str,
+        /// What.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file that every room needs isn't there.
+    #[error("the {what} {} can't be opened; run scripts/build, or set CARREL_ASSETS or CARREL_VMM", .path.display())]
+    Asset {
+        /// `kernel`, ….
+        what: &'static str,
+        /// Where it should be.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The name is taken.
+    #[error("there is a room named {0} already; remove it with `carrel rm {0}`, or choose another name")]
+    NameTaken(RoomName),
+    /// No room is called so.
+    #[error("there is no room {0:?}; see `carrel ps -a`")]
+    NoSuchRoom(String),
+    /// More than one room's id begins so.
+    #[error("{0:?} is the beginning of more than one room's id; give more of it")]
+    Ambiguous(String),
+    /// The room runs.
+    #[error("the room {0} still runs; stop it first, or use `rm --force`")]
+    Running(String),
+    /// The payload has too many parts.
+    #[error("the image has {0} layers; a room takes {MOST_BLOBS} at most")]
+    TooManyBlobs(usize),
+    /// Blobs and specification don't fit.
+    #[error("the room's payload has {expected} parts, but {given} were handed over")]
+    Blobs {
+        /// By the specification.
+        expected: usize,
+        /// Descriptors given.
+        given: usize,
+    },
+    /// The owner can't be started.
+    #[error("the room's owner can't be started")]
+    Owner(#[source] io::Error),
+    /// The owner doesn't take what it is handed.
+    #[error("the room's owner ended before the room began")]
+    Supply(#[source] PacketError),
+    /// The room's owner can't be reached.
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    /// A specification can't be written as JSON.
+    #[error("the room's specification can't be written")]
+    Json(#[from] serde_json::Error),
+}
+
+fn failed<'a>(doing: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> HomeError + use<'a> {
+    move |source| HomeError::Io { doing, path: path.to_owned(), source }
+}
+
+/// What every room needs, as files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assets {
+    /// The guest's kernel.
+    pub kernel: PathBuf,
+    /// The agent's initramfs.
+    pub initramfs: PathBuf,
+    /// The small, formatted, empty disk that every room's disk begins as.
+    pub scratch: PathBuf,
+    /// `carrel-vmm`.
+    pub vmm: PathBuf,
+}
+
+impl Assets {
+    /// Opens each, so that a missing one is named before a room is made.
+    pub fn check(&self) -> Result<(), HomeError> {
+        let all = [
+            ("guest kernel", &self.kernel),
+            ("initramfs", &self.initramfs),
+            ("empty disk", &self.scratch),
+            ("VMM", &self.vmm),
+        ];
+        all.into_iter().try_for_each(|(what, path)| check_file(what, path))
+    }
+}
+
+fn check_file(what: &'static str, path: &Path) -> Result<(), HomeError> {
+    let opened = File::open(path).and_then(|file| file.metadata());
+    let checked = opened.and_then(|found| match found.is_file() {
+        true => Ok(()),
+        false => Err(io::Error::other("it is no regular file")),
+    });
+    checked.map_err(|source| HomeError::Asset { what, path: path.to_owned(), source })
+}
+
+/// What an owner is told: `room.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Order {
+    pub(crate) spec: RoomSpec,
+    pub(crate) assets: Assets,
+}
+
+/// The directory of all rooms.
+#[derive(Clone, Debug)]
+pub struct Home {
+    root: PathBuf,
+    assets: Assets,
+    /// The program that is started as `PROGRAM owner DIR`.
+    owner: PathBuf,
+}
+
+impl Home {
+    /// Makes what is missing, and sweeps up what rooms left whose owner was killed.
+    ///
+    /// ```no_run
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let (spec, blobs, assets): (carrel_host::RoomSpec, Vec<std::os::fd::OwnedFd>, carrel_host::Assets) = todo!();
+    /// let home = carrel_host::Home::open("/var/lib/carrel".as_ref(), assets)?;
+    /// let (room, session) = home.create(spec, blobs)?;
+    /// let ended = session.run(carrel_host::session::Streams::standard()?, &mut |notice| eprintln!("{notice}"))?;
+    /// std::process::exit(ended.outcome.exit_status().into());
+    /// # }
+    /// ```
+    pub fn open(root: &Path, assets: Assets) -> Result<Self, HomeError> {
+        let home = Self { root: root.to_owned(), assets, owner: "/proc/self/exe".into() };
+        let rooms = home.rooms_directory();
+        DirBuilder::new().recursive(true).mode(0o700).create(&rooms).map_err(failed("made", &rooms))?;
+        home.sweep()?;
+        Ok(home)
+    }
+
+    /// Another program as the rooms' owner: it is started as `PROGRAM owner DIR`, standard input being its connection.
+    pub fn with_owner(self, owner: PathBuf) -> Self {
+        Self { owner, ..self }
+    }
+
+    /// Where it is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What its rooms need.
+    pub fn assets(&self) -> &Assets {
+        &self.assets
+    }
+
+    fn rooms_directory(&self) -> PathBuf {
+        self.root.join("rooms")
+    }
+
+    /// Makes a room and starts its owner. `blobs` are the payload's, layers then zips, opened for reading by somebody who made sure
+    /// that nobody collects them before this returns.
+    ///
+    /// The session is the workload's own: for an attached room it is run to the end, and the room ends with it; for a detached one
+    /// [`Session::wait_started`] tells whether the workload came up.
+    pub fn create(&self, mut spec: RoomSpec, blobs: Vec<OwnedFd>) -> Result<(Room, Session), HomeError> {
+        self.assets.check()?;
+        if let Some(kernel) = &spec.machine.kernel {
+            check_file("kernel", kernel)?;
+        }
+        let expected = spec.payload.layers.len() + spec.payload.zips.len();
+        if expected > MOST_BLOBS {
+            return Err(HomeError::TooManyBlobs(expected));
+        }
+        if expected != blobs.len() {
+            return Err(HomeError::Blobs { expected, given: blobs.len() });
+        }
+        let (room, lock) = self.make_directory(&mut spec)?;
+        let order = Order { spec, assets: self.assets.clone() };
+        let begun = room.begin(&order, &self.owner, lock, blobs);
+        match begun {
+            Ok(session) => Ok((room, session)),
+            Err(error) => {
+                let _ = fs::remove_dir_all(&room.directory);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes the directory of a fresh id, locked.
+    fn make_directory(&self, spec: &mut RoomSpec) -> Result<(Room, File), HomeError> {
+        let _making = self.lock_rooms(FlockOperation::LockExclusive)?;
+        if let Some(name) = &spec.name
+            && self.rooms()?.iter().any(|room| room.spec.name.as_ref() == Some(name))
+        {
+            return Err(HomeError::NameTaken(name.clone()));
+        }
+        loop {
+            let id = fresh_id().map_err(HomeError::Owner)?;
+            let directory = self.rooms_directory().join(id.as_str());
+            match DirBuilder::new().mode(0o700).create(&directory) {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => continue,
+                made => made.map_err(failed("made", &directory))?,
+            }
+            let path = directory.join("lock");
+            let lock = File::create(&path).map_err(failed("made", &path))?;
+            rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+                .map_err(|e| failed("locked", &path)(e.into()))?;
+            spec.id = Some(id.clone());
+            return Ok((Room { id, directory, spec: spec.clone() }, lock));
+        }
+    }
+
+    fn lock_rooms(&self, how: FlockOperation) -> Result<File, HomeError> {
+        let path = self.root.join("rooms.lock");
+        let lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&path)
+            .map_err(failed("opened", &path))?;
+        rustix::fs::flock(&lock, how).map_err(|e| failed("locked", &path)(e.into()))?;
+        Ok(lock)
+    }
+
+    /// Every room, oldest first.
+    pub fn rooms(&self) -> Result<Vec<Room>, HomeError> {
+        let folder = self.rooms_directory();
+        let mut rooms = Vec::new();
+        for entry in fs::read_dir(&folder).map_err(failed("read", &folder))? {
+            let entry = entry.map_err(failed("read", &folder))?;
+            // One that is just being made, or being removed, has no order.
+            rooms.extend(entry.file_name().to_str().and_then(|id| id.parse().ok()).and_then(|id| self.room(id)));
+        }
+        rooms.sort_by_key(|room| (room.record().created_ms, room.id.clone()));
+        Ok(rooms)
+    }
+
+    fn room(&self, id: RoomId) -> Option<Room> {
+        let directory = self.rooms_directory().join(id.as_str());
+        let order: Order = serde_json::from_slice(&fs::read(directory.join("room.json")).ok()?).ok()?;
+        Some(Room { id, directory, spec: order.spec })
+    }
+
+    /// The room of this name, this id, or whose id alone begins so.
+    pub fn find(&self, word: &str) -> Result<Room, HomeError> {
+        let rooms = self.rooms()?;
+        let by_name = |room: &&Room| room.spec.name.as_ref().is_some_and(|name| name.as_str() == word);
+        if let Some(room) = rooms.iter().find(by_name) {
+            return Ok(room.clone());
+        }
+        let mut beginning =
+            rooms.into_iter().filter(|room| !word.is_empty() && room.id.as_str().starts_with(word));
+        match (beginning.next(), beginning.next()) {
+            (Some(room), None) => Ok(room),
+            (Some(_), Some(_)) => Err(HomeError::Ambiguous(word.into())),
+            (None, _) => Err(HomeError::NoSuchRoom(word.into())),
+        }
+    }
+}
+
+fn fresh_id() -> io::Result<RoomId> {
+    let mut bytes = [0; 6];
+    random(&mut bytes)?;
+    Ok(RoomId::from_random(bytes))
+}
+
+/// Bytes from the kernel's generator.
+pub(crate) fn random(bytes: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while let Some(rest) = bytes.get_mut(filled..).filter(|rest| !rest.is_empty()) {
+        filled += rustix::rand::getrandom(rest, rustix::rand::GetRandomFlags::empty())?;
+    }
+    Ok(())
+}
+
+/// A room, as its directory shows it.
+#[derive(Clone, Debug)]
+pub struct Room {
+    id: RoomId,
+    directory: PathBuf,
+    spec: RoomSpec,
+}
+
+impl Room {
+    /// Its id.
+    pub fn id(&self) -> &RoomId {
+        &self.id
+    }
+
+    /// What it was to be.
+    pub fn spec(&self) -> &RoomSpec {
+        &self.spec
+    }
+
+    /// Where its files are.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Its name, or its id where it has none.
+    pub fn title(&self) -> &str {
+        self.spec.name.as_ref().map_or(self.id.as_str(), RoomName::as_str)
+    }
+
+    /// What is known about it now. A room that has no record yet is just being made.
+    pub fn record(&self) -> Record {
+        Record::read(&self.directory.join("state.json")).unwrap_or_else(|| Record::new(now_ms()))
+    }
+
+    /// Whether it is over.
+    pub fn has_ended(&self) -> bool {
+        self.record().phase == Phase::Ended
+    }
+
+    /// How it ended, if it has.
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.record().outcome
+    }
+
+    /// A connection to its owner.
+    pub fn connect(&self) -> Result<Session, SessionError> {
+        Session::connect(&self.directory, self.spec.clone())
+    }
+
+    /// Removes what is left of a room that has ended.
+    pub fn remove(&self) -> Result<(), HomeError> {
+        let path = self.directory.join("lock");
+        let lock = File::open(&path).map_err(failed("opened", &path))?;
+        match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {
+                fs::remove_dir_all(&self.directory).map_err(failed("removed", &self.directory))
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(HomeError::Running(self.title().to_owned())),
+            Err(e) => Err(failed("locked", &path)(e.into())),
+        }
+    }
+
+    /// Writes the order, starts the owner, and hands over lock and blobs.
+    fn begin(
+        &self,
+        order: &Order,
+        owner: &Path,
+        lock: File,
+        blobs: Vec<OwnedFd>,
+    ) -> Result<Session, HomeError> {
+        let path = self.directory.join("room.json");
+        Record::new(now_ms())
+            .write(&self.directory.join("state.json"))
+            .and_then(|()| fs::write(&path, serde_json::to_vec(order)?))
+            .map_err(failed("written", &path))?;
+        let (ours, theirs) = Connection::pair().map_err(HomeError::Owner)?;
+        let path = self.directory.join("owner.log");
+        let says = File::create(&path).map_err(failed("made", &path))?;
+        Command::new(owner)
+            .arg("owner")
+            .arg(&self.directory)
+            .current_dir("/")
+            .stdin(Stdio::from(theirs.into_inner()))
+            .stdout(Stdio::null())
+            .stderr(says)
+            .spawn()
+            .map_err(HomeError::Owner)?;
+        let all: Vec<OwnedFd> = std::iter::once(OwnedFd::from(lock)).chain(blobs).collect();
+        let mut parts = all.chunks(MAX_DESCRIPTORS).peekable();
+        while let Some(part) = parts.next() {
+            let borrowed: Vec<_> = part.iter().map(AsFd::as_fd).collect();
+            let supply = FromClient::from(Supply { last: parts.peek().is_none() });
+            ours.send_blocking(&supply, &borrowed).map_err(HomeError::Supply)?;
+        }
+        Ok(Session::new(ours, order.spec.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,187 @@
+//! Packets: one frame each, with descriptors beside it, over `SOCK_SEQPACKET` (unix(7), SCM_RIGHTS).
+//!
+//! The owner speaks so with its VMM ([`carrel_protocol::vmm`]) and with the commands ([`crate::owner::api`]).
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use carrel_protocol::vmm::{MAX_DESCRIPTORS, MAX_PACKET_BYTES};
+use carrel_protocol::{FrameError, Message};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+};
+use thiserror::Error;
+
+/// A packet connection failed.
+#[derive(Debug, Error)]
+pub enum PacketError {
+    /// The socket failed.
+    #[error("the connection failed")]
+    Io(#[from] io::Error),
+    /// What came is no message.
+    #[error("the peer sent something that is not a message of this version; install all of carrel from one build")]
+    Frame(#[from] FrameError),
+    /// The packet, or its descriptors, were cut short.
+    #[error("the peer sent a packet that is too large")]
+    Truncated,
+    /// The peer closed the connection.
+    #[error("the peer closed the connection")]
+    Closed,
+}
+
+impl PacketError {
+    /// The peer doesn't read as fast as it is told.
+    pub(crate) fn is_full(&self) -> bool {
+        matches!(self, Self::Io(e) if e.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
+/// What one packet brought.
+#[derive(Debug)]
+pub(crate) struct Packet<M> {
+    pub(crate) message: M,
+    pub(crate) descriptors: Vec<OwnedFd>,
+}
+
+/// A connected socket.
+#[derive(Debug)]
+pub(crate) struct Connection(OwnedFd);
+
+impl From<OwnedFd> for Connection {
+    fn from(socket: OwnedFd) -> Self {
+        Self(socket)
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Connection {
+    /// Two connected ends, closed on exec.
+    pub(crate) fn pair() -> io::Result<(Self, Self)> {
+        let (a, b) =
+            rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        Ok((Self(a), Self(b)))
+    }
+
+    /// The socket itself.
+    pub(crate) fn into_inner(self) -> OwnedFd {
+        self.0
+    }
+
+    /// Waits for a packet.
+    pub(crate) fn receive<M: Message>(&self) -> Result<Packet<M>, PacketError> {
+        let mut bytes = vec![0; MAX_PACKET_BYTES];
+        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let received = loop {
+            let parts = &mut [IoSliceMut::new(&mut bytes)];
+            match rustix::net::recvmsg(&self.0, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => break other.map_err(io::Error::from)?,
+            }
+        };
+        let mut descriptors = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                descriptors.extend(rights);
+            }
+        }
+        if received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+            return Err(PacketError::Truncated);
+        }
+        if received.bytes == 0 {
+            return Err(PacketError::Closed);
+        }
+        let message = M::decode(bytes.get(..received.bytes).unwrap_or_default())?;
+        Ok(Packet { message, descriptors })
+    }
+
+    /// Sends a packet; fails with `WouldBlock` when the peer doesn't read.
+    pub(crate) fn send(
+        &self,
+        message: &impl Message,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), PacketError> {
+        self.send_with(message, descriptors, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+    }
+
+    /// Sends a packet, and waits until the peer takes it.
+    pub(crate) fn send_blocking(
+        &self,
+        message: &impl Message,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), PacketError> {
+        self.send_with(message, descriptors, SendFlags::NOSIGNAL)
+    }
+
+    fn send_with(
+        &self,
+        message: &impl Message,
+        descriptors: &[BorrowedFd<'_>],
+        flags: SendFlags,
+    ) -> Result<(), PacketError> {
+        let bytes = message.encode()?;
+        let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+            return Err(PacketError::Truncated);
+        }
+        loop {
+            match rustix::net::sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, flags) {
+                Err(rustix::io::Errno::INTR) => {}
+                other => return Ok(other.map(drop).map_err(io::Error::from)?),
+            }
+        }
+    }
+
+    /// Ends both directions: a reader blocked on either end wakes up.
+    pub(crate) fn shut_down(&self) {
+        let _ = rustix::net::shutdown(&self.0, rustix::net::Shutdown::Both);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use carrel_protocol::vmm::{Dialled, Done, FromVmm};
+
+    use super::*;
+
+    #[test]
+    fn a_packet_arrives_with_its_descriptors() {
+        let (a, b) = Connection::pair().unwrap();
+        let files: Vec<File> = (0..MAX_DESCRIPTORS).map(|_| File::open("/dev/null").unwrap()).collect();
+        let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        a.send(&FromVmm::from(Dialled { port: 5 }), &borrowed).unwrap();
+        let packet = b.receive::<FromVmm>().unwrap();
+        assert_eq!(packet.message, Dialled { port: 5 }.into());
+        assert_eq!(packet.descriptors.len(), MAX_DESCRIPTORS);
+    }
+
+    #[test]
+    fn a_peer_that_does_not_read_is_noticed_and_one_that_left_too() {
+        let (a, b) = Connection::pair().unwrap();
+        let full = (0..100_000).find_map(|_| a.send(&FromVmm::from(Done {}), &[]).err());
+        assert!(full.is_some_and(|e| e.is_full()));
+        drop(a);
+        while let Ok(packet) = b.receive::<FromVmm>() {
+            assert_eq!(packet.message, Done {}.into());
+        }
+        assert!(matches!(b.receive::<FromVmm>(), Err(PacketError::Closed)));
+    }
+
+    #[test]
+    fn too_many_descriptors_are_refused() {
+        let (a, _b) = Connection::pair().unwrap();
+        let file = File::open("/dev/null").unwrap();
+        let borrowed = vec![file.as_fd(); MAX_DESCRIPTORS + 1];
+        assert!(matches!(a.send(&FromVmm::from(Done {}), &borrowed), Err(PacketError::Truncated)));
+    }
+}

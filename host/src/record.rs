@@ -1,0 +1,155 @@
+//! A room's record, `state.json`: written by its owner at every transition, read by every command.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::outcome::Outcome;
+use crate::usage::UsageReport;
+
+/// Where a room is in its life. See [`crate::owner`] for the transitions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// The VMM is being started.
+    Launching,
+    /// The guest boots; its agent has not been heard yet.
+    Handshaking,
+    /// The payload is fetched and unpacked.
+    Preparing,
+    /// The workload is being started.
+    Starting,
+    /// The workload runs.
+    Running,
+    /// The workload ended; its output is still being read.
+    Draining,
+    /// The guest is shutting down, or is being ended.
+    Ending,
+    /// It is over.
+    Ended,
+}
+
+impl Phase {
+    /// The state as `carrel ps` shows it: `starting`, `running`, `ending` or `exited`.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Launching | Self::Handshaking | Self::Preparing | Self::Starting => "starting",
+            Self::Running => "running",
+            Self::Draining | Self::Ending => "ending",
+            Self::Ended => "exited",
+        }
+    }
+}
+
+/// What is known about a room beside its specification. Times are ms since the epoch, by the host's clock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Where it is.
+    pub phase: Phase,
+    /// When it was made.
+    pub created_ms: u64,
+    /// When its workload began.
+    pub started_ms: Option<u64>,
+    /// When it was over.
+    pub ended_ms: Option<u64>,
+    /// How it ended.
+    pub outcome: Option<Outcome>,
+    /// The last usage report.
+    pub usage: Option<UsageReport>,
+    /// What must be cleared away if the owner dies.
+    pub remains: Remains,
+}
+
+/// What a room has outside of its directory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remains {
+    /// The VMM's cgroup.
+    pub cgroup: Option<std::path::PathBuf>,
+    /// The VMM's process.
+    pub vmm: Option<ProcessMark>,
+}
+
+/// A process that can't be mistaken for a later one of the same number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessMark {
+    /// Its number.
+    pub pid: u32,
+    /// When it started, in clock ticks since boot (proc(5), `/proc/pid/stat`, field 22).
+    pub started: u64,
+}
+
+impl ProcessMark {
+    /// The mark of a process that exists.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+        // The command's name, field 2, may hold anything; fields are counted from behind its parenthesis.
+        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
+        let started = fields.split_ascii_whitespace().nth(19).and_then(|field| field.parse().ok());
+        started.map(|started| Self { pid, started }).ok_or_else(|| io::Error::other("unknown form of /proc/pid/stat"))
+    }
+
+    /// Whether that process is still there.
+    pub fn is_alive(&self) -> bool {
+        Self::of(self.pid).is_ok_and(|now| now == *self)
+    }
+}
+
+impl Record {
+    /// A room that was just made.
+    pub fn new(created_ms: u64) -> Self {
+        Self {
+            phase: Phase::Launching,
+            created_ms,
+            started_ms: None,
+            ended_ms: None,
+            outcome: None,
+            usage: None,
+            remains: Remains::default(),
+        }
+    }
+
+    /// Reads a record; `None` if there is none, or one that can't be understood: a half-written one can't be, since it is renamed into place.
+    pub fn read(path: &Path) -> Option<Self> {
+        serde_json::from_slice(&fs::read(path).ok()?).ok()
+    }
+
+    /// Writes it whole or not at all.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
+        let fresh = path.with_extension("new");
+        let written = File::create(&fresh)
+            .and_then(|mut file| file.write_all(&serde_json::to_vec(self)?))
+            .and_then(|()| fs::rename(&fresh, path));
+        if written.is_err() {
+            let _ = fs::remove_file(&fresh);
+        }
+        written
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_known_by_its_start() {
+        let me = ProcessMark::of(std::process::id()).unwrap();
+        assert!(me.is_alive());
+        assert!(!ProcessMark { started: me.started + 1, ..me }.is_alive());
+        assert!(ProcessMark::of(u32::MAX).is_err());
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_was_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state.json");
+        assert_eq!(Record::read(&path), None);
+        let mut record = Record::new(7);
+        record.outcome = Some(Outcome::Lost);
+        record.write(&path).unwrap();
+        assert_eq!(Record::read(&path), Some(record));
+        fs::write(&path, "{").unwrap();
+        assert_eq!(Record::read(&path), None);
+    }
+}

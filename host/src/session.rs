@@ -1,0 +1,391 @@
+//! A command's side of a conversation with a room's owner.
+//!
+//! ```text
+//!   Home::create ─▶ Session ── run(streams) ─────────▶ Ended      the workload, attached
+//!                      └────── wait_started ─────────▶ running    … detached
+//!   Room::connect ─▶ Session ─ exec(process, streams) ▶ Ended     one more process
+//!                      ├────── remote().signal/stop/resize
+//!                      ├────── usage
+//!                      └────── wait ─────────────────▶ Ended
+//! ```
+//!
+//! The owner hands over a socket for each standard stream; bytes go between it and the caller's own files on a thread each and never
+//! pass through the owner.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use carrel_protocol::agent::TerminalSize;
+use rustix::fs::{Mode, OFlags};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use thiserror::Error;
+
+pub use crate::owner::api::{Ended, StreamKind};
+
+use crate::outcome::Outcome;
+use crate::owner::api::{
+    Connected, Drained, Exec, Exited, FromClient, Noticed, ReadUsage, Refused, Resize, Signal, Stop, ToClient,
+    Used, Wait,
+};
+use crate::packet::{Connection, Packet, PacketError};
+use crate::patience::Patience;
+use crate::spec::{ProcessSpec, RoomSpec};
+use crate::usage::UsageReport;
+
+/// Bytes that a pump moves at once.
+const PUMP_BYTES: usize = 128 << 10;
+
+/// The conversation failed.
+#[derive(Debug, Error)]
+pub enum SessionError {
+    /// No owner answers.
+    #[error("the room's owner can't be reached; if the room should run, see `carrel ps`")]
+    Unreachable(#[source] io::Error),
+    /// The connection broke before the room's end was told.
+    #[error("the room's owner ended unexpectedly; the next command sweeps up the room")]
+    OwnerGone(#[source] PacketError),
+    /// The owner said something that can't be at this point.
+    #[error("the room's owner is of another version than this command; install all of carrel from one build")]
+    Unexpected,
+    /// The owner does not answer in time.
+    #[error("the room's owner does not answer; see `carrel ps`")]
+    Silent,
+    /// The request was refused.
+    #[error("{0}")]
+    Refused(String),
+    /// A thread or a descriptor can't be had.
+    #[error("the room's streams can't be served")]
+    Streams(#[source] io::Error),
+}
+
+/// The caller's files for a process's standard streams.
+#[derive(Debug)]
+pub struct Streams {
+    /// What the process reads; asked for only where its specification is interactive or has a terminal.
+    pub stdin: Option<File>,
+    /// What the process writes.
+    pub stdout: File,
+    /// What the process writes; nothing with a terminal.
+    pub stderr: File,
+}
+
+impl Streams {
+    /// This process's own.
+    pub fn standard() -> io::Result<Self> {
+        Ok(Self {
+            stdin: Some(io::stdin().as_fd().try_clone_to_owned()?.into()),
+            stdout: io::stdout().as_fd().try_clone_to_owned()?.into(),
+            stderr: io::stderr().as_fd().try_clone_to_owned()?.into(),
+        })
+    }
+}
+
+/// Whether a detached workload came up.
+#[derive(Debug)]
+pub enum Beginning {
+    /// It runs.
+    Started,
+    /// It never did, or is over already.
+    Ended(Box<Ended>),
+}
+
+/// A conversation.
+#[derive(Debug)]
+pub struct Session {
+    connection: Arc<Connection>,
+    spec: RoomSpec,
+}
+
+/// The part of a session that other threads use meanwhile, such as one that receives signals.
+#[derive(Clone, Debug)]
+pub struct Remote(Arc<Connection>);
+
+impl Remote {
+    /// Sends a signal to the session's process: the workload, or what [`Session::exec`] started.
+    pub fn signal(&self, signal: u8) -> Result<(), SessionError> {
+        self.send(Signal { signal })
+    }
+
+    /// Tells the process's terminal its size.
+    pub fn resize(&self, size: TerminalSize) -> Result<(), SessionError> {
+        self.send(Resize { size })
+    }
+
+    /// Ends the workload: its stop signal, then, after `timeout_ms` or the room's own time, SIGKILL. Doesn't wait.
+    pub fn stop(&self, timeout_ms: Option<u64>) -> Result<(), SessionError> {
+        self.send(Stop { timeout_ms })
+    }
+
+    pub(crate) fn send(&self, message: impl Into<FromClient>) -> Result<(), SessionError> {
+        self.0.send_blocking(&message.into(), &[]).map_err(SessionError::OwnerGone)
+    }
+
+    pub(crate) fn send_with(&self, message: impl Into<FromClient>, file: &File) -> Result<(), SessionError> {
+        self.0.send_blocking(&message.into(), &[file.as_fd()]).map_err(SessionError::OwnerGone)
+    }
+}
+
+impl Session {
+    pub(crate) fn new(connection: Connection, spec: RoomSpec) -> Self {
+        Self { connection: Arc::new(connection), spec }
+    }
+
+    /// Connects to the socket in a room's directory, through a descriptor: its path may be longer than a socket's address.
+    pub(crate) fn connect(directory: &Path, spec: RoomSpec) -> Result<Self, SessionError> {
+        let connected = || -> io::Result<OwnedFd> {
+            let folder = rustix::fs::open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+            let socket = rustix::net::socket_with(
+                AddressFamily::UNIX,
+                SocketType::SEQPACKET,
+                SocketFlags::CLOEXEC,
+                None,
+            )?;
+            rustix::net::connect(&socket, &socket_address(&folder)?)?;
+            Ok(socket)
+        };
+        let socket = connected().map_err(SessionError::Unreachable)?;
+        Ok(Self::new(Connection::from(socket), spec))
+    }
+
+    /// The part for other threads.
+    pub fn remote(&self) -> Remote {
+        Remote(Arc::clone(&self.connection))
+    }
+
+    pub(crate) fn receive(&self) -> Result<Packet<ToClient>, SessionError> {
+        self.connection.receive().map_err(SessionError::OwnerGone)
+    }
+
+    /// Serves the workload's streams until the room has ended. `notice` is told what the user should know meanwhile.
+    pub fn run(self, streams: Streams, notice: &mut dyn FnMut(&str)) -> Result<Ended, SessionError> {
+        self.serve(streams, true, notice)
+    }
+
+    /// Starts one more process in the room and serves it to its end. Its environment is put after the workload's; an empty working directory or
+    /// user is the workload's. The outcome is the process's, or the room's if that ended first.
+    pub fn exec(
+        self,
+        process: &ProcessSpec,
+        streams: Streams,
+        notice: &mut dyn FnMut(&str),
+    ) -> Result<Ended, SessionError> {
+        self.remote().send(Exec { process: beside(&self.spec.process, process) })?;
+        self.serve(streams, false, notice)
+    }
+
+    /// Waits until the workload of a room that was just made runs, or is over.
+    pub fn wait_started(&self) -> Result<Beginning, SessionError> {
+        loop {
+            match self.receive()?.message {
+                ToClient::Started(_) => return Ok(Beginning::Started),
+                ToClient::Ended(ended) => return Ok(Beginning::Ended(Box::new(ended))),
+                ToClient::Connected(_)
+                | ToClient::Exited(_)
+                | ToClient::Refused(_)
+                | ToClient::Used(_)
+                | ToClient::Noticed(_)
+                | ToClient::Invoked(_)
+                | ToClient::Done(_) => {}
+            }
+        }
+    }
+
+    /// What the room uses now.
+    pub fn usage(&self) -> Result<UsageReport, SessionError> {
+        self.remote().send(ReadUsage {})?;
+        let patience = Patience::from_environment();
+        self.limit(Some(patience.usage() + patience.identify()))?;
+        loop {
+            match self.receive_in_time()?.message {
+                ToClient::Used(Used { report }) => return Ok(report),
+                ToClient::Ended(Ended { usage: Some(report), .. }) => return Ok(report),
+                ToClient::Ended(Ended { outcome, usage: None }) => {
+                    return Err(SessionError::Refused(outcome.sentence().unwrap_or_default()));
+                }
+                ToClient::Refused(Refused { message, .. }) => return Err(SessionError::Refused(message)),
+                ToClient::Connected(_)
+                | ToClient::Started(_)
+                | ToClient::Exited(_)
+                | ToClient::Noticed(_)
+                | ToClient::Invoked(_)
+                | ToClient::Done(_) => {}
+            }
+        }
+    }
+
+    /// Waits until the room has ended and nothing of it runs any more.
+    pub fn wait(&self) -> Result<Ended, SessionError> {
+        self.remote().send(Wait {})?;
+        loop {
+            if let ToClient::Ended(ended) = self.receive()?.message {
+                return Ok(ended);
+            }
+        }
+    }
+
+    fn limit(&self, timeout: Option<std::time::Duration>) -> Result<(), SessionError> {
+        let set = rustix::net::sockopt::set_socket_timeout(
+            self.connection.as_fd(),
+            rustix::net::sockopt::Timeout::Recv,
+            timeout,
+        );
+        set.map_err(|e| SessionError::Streams(e.into()))
+    }
+
+    fn receive_in_time(&self) -> Result<Packet<ToClient>, SessionError> {
+        self.connection.receive().map_err(|e| if e.is_full() { SessionError::Silent } else { SessionError::OwnerGone(e) })
+    }
+
+    fn serve(
+        self,
+        streams: Streams,
+        to_the_rooms_end: bool,
+        notice: &mut dyn FnMut(&str),
+    ) -> Result<Ended, SessionError> {
+        let mut pumps = Pumps::new(streams);
+        let mut own: Option<Outcome> = None;
+        loop {
+            let Packet { message, descriptors } = match self.receive() {
+                Ok(packet) => packet,
+                Err(error) => {
+                    pumps.drain();
+                    return Err(error);
+                }
+            };
+            match message {
+                ToClient::Connected(Connected { stream }) => {
+                    for socket in descriptors {
+                        pumps.connect(stream, socket.into())?;
+                    }
+                }
+                ToClient::Exited(Exited { status, out_of_memory }) => {
+                    pumps.drain();
+                    let outcome = Outcome::Exited { status, out_of_memory };
+                    if !to_the_rooms_end {
+                        return Ok(Ended { outcome, usage: None });
+                    }
+                    own = Some(outcome);
+                    // The owner may have ended the room meanwhile; its last word is waiting then.
+                    let _ = self.remote().send(Drained {});
+                }
+                ToClient::Refused(Refused { failure, message }) if !to_the_rooms_end => {
+                    return Ok(Ended { outcome: Outcome::Refused { failure, message }, usage: None });
+                }
+                ToClient::Noticed(Noticed { message }) => notice(&message),
+                ToClient::Ended(ended) => {
+                    if own.is_none() {
+                        pumps.drain();
+                    }
+                    return Ok(ended);
+                }
+                ToClient::Refused(_)
+                | ToClient::Started(_)
+                | ToClient::Used(_)
+                | ToClient::Invoked(_)
+                | ToClient::Done(_) => {}
+            }
+        }
+    }
+}
+
+/// What an exec's process is, where it doesn't say: as the workload.
+fn beside(workload: &ProcessSpec, process: &ProcessSpec) -> ProcessSpec {
+    let or = |own: &String, inherited: &String| if own.is_empty() { inherited } else { own }.clone();
+    ProcessSpec {
+        environment: workload.environment.iter().chain(&process.environment).cloned().collect(),
+        working_directory: or(&process.working_directory, &workload.working_directory),
+        user: or(&process.user, &workload.user),
+        ..process.clone()
+    }
+}
+
+/// The owner's socket below an open directory.
+pub(crate) fn socket_address(folder: &OwnedFd) -> io::Result<SocketAddrUnix> {
+    use std::os::fd::AsRawFd;
+    Ok(SocketAddrUnix::new(format!("/proc/self/fd/{}/owner.sock", folder.as_raw_fd()))?)
+}
+
+/// The threads that move bytes.
+pub(crate) struct Pumps {
+    stdin: Option<File>,
+    stdout: Option<File>,
+    stderr: Option<File>,
+    outputs: Vec<JoinHandle<()>>,
+}
+
+impl Pumps {
+    pub(crate) fn new(streams: Streams) -> Self {
+        let Streams { stdin, stdout, stderr } = streams;
+        Self { stdin, stdout: Some(stdout), stderr: Some(stderr), outputs: Vec::new() }
+    }
+
+    pub(crate) fn connect(&mut self, stream: StreamKind, socket: UnixStream) -> Result<(), SessionError> {
+        socket.set_nonblocking(false).map_err(SessionError::Streams)?;
+        let output = match stream {
+            StreamKind::Stdin => {
+                if let Some(stdin) = self.stdin.take() {
+                    // Not joined: it may wait for a terminal when all else is over, and ends with this process.
+                    spawn("stdin", move || to_guest(stdin, socket))?;
+                }
+                return Ok(());
+            }
+            StreamKind::Stdout => self.stdout.take(),
+            StreamKind::Stderr => self.stderr.take(),
+            StreamKind::Response => None,
+        };
+        if let Some(output) = output {
+            self.outputs.push(spawn("output", move || from_guest(socket, output))?);
+        }
+        Ok(())
+    }
+
+    /// Waits until all output was written, or nobody reads it.
+    pub(crate) fn drain(&mut self) {
+        for pump in self.outputs.drain(..) {
+            let _ = pump.join();
+        }
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, SessionError> {
+    thread::Builder::new().name(name.into()).spawn(body).map_err(SessionError::Streams)
+}
+
+fn to_guest(mut from: File, mut to: UnixStream) {
+    let mut buffer = vec![0; PUMP_BYTES];
+    while let Some(bytes) = read(&mut from, &mut buffer) {
+        if to.write_all(bytes).is_err() {
+            return;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+fn from_guest(mut from: UnixStream, mut to: File) {
+    let mut buffer = vec![0; PUMP_BYTES];
+    while let Some(bytes) = read(&mut from, &mut buffer) {
+        if to.write_all(bytes).is_err() {
+            // Nobody reads any more: the guest's writer gets EPIPE.
+            let _ = from.shutdown(Shutdown::Both);
+            return;
+        }
+    }
+}
+
+/// The next bytes; `None` at the end or after an error, which to a stream is the same.
+fn read<'a>(from: &mut impl Read, buffer: &'a mut [u8]) -> Option<&'a [u8]> {
+    loop {
+        match from.read(buffer) {
+            Ok(0) => return None,
+            Ok(n) => return buffer.get(..n),
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
+    }
+}
