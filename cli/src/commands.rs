@@ -1,5 +1,13 @@
 //! One function a command: what was asked, one call into store or host, what came back.
 
+mod images;
+mod payload;
+mod place;
+mod report;
+mod rooms;
+mod run;
+mod signals;
+
 use anyhow::Result;
 use clap::CommandFactory;
 
@@ -10,8 +18,21 @@ use crate::failure;
 /// Carries out a command and returns carrel's exit status.
 pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8> {
     match command {
+        Command::Run(args) => run::run(&args, configuration),
+        Command::Exec(args) => run::exec(&args, configuration),
+        Command::Ps(args) => rooms::ps(&args, configuration),
+        Command::Stop(args) => rooms::stop(&args, configuration),
+        Command::Kill(args) => rooms::kill(&args, configuration),
+        Command::Rm(args) => rooms::rm(&args, configuration),
+        Command::Wait(args) => rooms::wait(&args, configuration),
+        Command::Stats(args) => rooms::stats(&args, configuration),
+        Command::Pull(args) => images::pull(&args, configuration),
+        Command::Images(args) => images::images(&args, configuration),
+        Command::Rmi(args) => images::rmi(&args, configuration),
+        Command::Prune(args) => images::prune(&args, configuration),
         Command::Completions(args) => completions(&args),
         Command::Version(args) => version(&args),
+        Command::Owner(args) => Ok(carrel_host::owner::run(&args.room)?),
         _ => todo!(),
     }
 }

@@ -1,0 +1,280 @@
+//! Commands on rooms that exist.
+
+use std::io::IsTerminal;
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Result, bail, ensure};
+use carrel_host::record::Record;
+use carrel_host::{Home, Room, SessionError, UsageReport};
+use serde_json::{Value, json};
+
+use super::place;
+use crate::arguments::rooms::{KillArgs, PsArgs, RmArgs, StatsArgs, StopArgs, WaitArgs};
+use crate::configuration::Configuration;
+use crate::failure;
+use crate::table::{Align, Table};
+use crate::values::{size, span};
+
+const SIGKILL: u8 = 9;
+
+/// `carrel ps`.
+pub(crate) fn ps(args: &PsArgs, configuration: &Configuration) -> Result<u8> {
+    let mut rooms = place::home(configuration)?.rooms()?;
+    // Newest first, as people look for it.
+    rooms.reverse();
+    let shown = rooms.iter().map(|room| (room, room.record())).filter(|(_, record)| args.all || !over(record));
+    if args.quiet {
+        return print_lines(shown.map(|(room, _)| room.id().to_string()));
+    }
+    if args.json {
+        let all: Vec<Value> = shown.map(|(room, record)| as_json(room, &record)).collect();
+        failure::print(format_args!("{}\n", serde_json::to_string_pretty(&all)?))?;
+        return Ok(0);
+    }
+    let mut table = Table::new(&[
+        ("ROOM", Align::Left),
+        ("NAME", Align::Left),
+        ("IMAGE", Align::Left),
+        ("COMMAND", Align::Left),
+        ("CREATED", Align::Left),
+        ("STATE", Align::Left),
+    ]);
+    let now = SystemTime::now();
+    for (room, record) in shown {
+        let state = match record.outcome.as_ref() {
+            Some(outcome) => format!("{} ({})", record.phase.word(), outcome.exit_status()),
+            None => record.phase.word().to_owned(),
+        };
+        table.row([
+            room.id().to_string(),
+            room.spec().name.as_ref().map_or_else(String::new, ToString::to_string),
+            shortened(&room.spec().image, 40),
+            shortened(&room.spec().process.arguments.join(" "), 30),
+            span::ago(moment(record.created_ms), now),
+            state,
+        ]);
+    }
+    failure::print(table)?;
+    Ok(0)
+}
+
+fn over(record: &Record) -> bool {
+    record.phase == carrel_host::record::Phase::Ended
+}
+
+fn as_json(room: &Room, record: &Record) -> Value {
+    let time = |ms: Option<u64>| ms.map(|ms| span::rfc3339(moment(ms)));
+    let spec = room.spec();
+    json!({
+        "id": room.id().as_str(),
+        "name": spec.name.as_ref().map(|name| name.as_str()),
+        "image": spec.image,
+        "command": spec.process.arguments,
+        "state": record.phase.word(),
+        "created": time(Some(record.created_ms)),
+        "started": time(record.started_ms),
+        "ended": time(record.ended_ms),
+        "exit_status": record.outcome.as_ref().map(|outcome| outcome.exit_status()),
+        "reason": record.outcome.as_ref().and_then(|outcome| outcome.sentence()),
+        "vcpus": spec.machine.vcpus,
+        "memory_bytes": spec.machine.memory_mib.bytes(),
+        "detached": spec.detached,
+    })
+}
+
+fn moment(ms: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_millis(ms)
+}
+
+fn shortened(text: &str, most: usize) -> String {
+    if text.chars().count() <= most {
+        return text.to_owned();
+    }
+    text.chars().take(most.saturating_sub(1)).chain(['…']).collect()
+}
+
+fn print_lines(lines: impl Iterator<Item = String>) -> Result<u8> {
+    let text: String = lines.map(|line| line + "\n").collect();
+    failure::print(text)?;
+    Ok(0)
+}
+
+/// Every room is found before anything is done to one.
+fn find_all(home: &Home, words: &[String]) -> Result<Vec<Room>> {
+    Ok(words.iter().map(|word| home.find(word)).collect::<Result<_, _>>()?)
+}
+
+/// An owner that is gone has ended its room: that is no failure for who wants the room ended.
+fn unless_gone<T>(asked: Result<T, SessionError>) -> Result<Option<T>> {
+    match asked {
+        Ok(answer) => Ok(Some(answer)),
+        Err(SessionError::Unreachable(_) | SessionError::OwnerGone(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// `carrel stop`.
+pub(crate) fn stop(args: &StopArgs, configuration: &Configuration) -> Result<u8> {
+    let rooms = find_all(&place::home(configuration)?, &args.rooms)?;
+    let timeout = args.time.map(super::run::millis);
+    // All are told before any is waited for.
+    let mut sessions = Vec::new();
+    for room in rooms.iter().filter(|room| !room.has_ended()) {
+        if let Some(session) = unless_gone(room.connect())?
+            && unless_gone(session.remote().stop(timeout))?.is_some()
+        {
+            sessions.push(session);
+        }
+    }
+    for session in sessions {
+        unless_gone(session.wait())?;
+    }
+    print_lines(args.rooms.iter().cloned())
+}
+
+/// `carrel kill`.
+pub(crate) fn kill(args: &KillArgs, configuration: &Configuration) -> Result<u8> {
+    let rooms = find_all(&place::home(configuration)?, &args.rooms)?;
+    for room in &rooms {
+        ensure!(!room.has_ended(), "The room {} has ended.", room.title());
+        room.connect()?.remote().signal(args.signal.0)?;
+    }
+    print_lines(args.rooms.iter().cloned())
+}
+
+/// `carrel rm`.
+pub(crate) fn rm(args: &RmArgs, configuration: &Configuration) -> Result<u8> {
+    let rooms = find_all(&place::home(configuration)?, &args.rooms)?;
+    for room in &rooms {
+        if args.force && !room.has_ended() {
+            end_by_force(room)?;
+        }
+        room.remove()?;
+    }
+    print_lines(args.rooms.iter().cloned())
+}
+
+fn end_by_force(room: &Room) -> Result<()> {
+    if let Some(session) = unless_gone(room.connect())? {
+        unless_gone(session.remote().signal(SIGKILL))?;
+        unless_gone(session.wait())?;
+    }
+    Ok(())
+}
+
+/// `carrel wait`.
+pub(crate) fn wait(args: &WaitArgs, configuration: &Configuration) -> Result<u8> {
+    let home = place::home(configuration)?;
+    for room in find_all(&home, &args.rooms)? {
+        if !room.has_ended()
+            && let Some(session) = unless_gone(room.connect())?
+            && let Some(ended) = unless_gone(session.wait())?
+        {
+            failure::print(format_args!("{}\n", ended.outcome.exit_status()))?;
+            continue;
+        }
+        // It ended meanwhile, or its owner did: what is known is in its record.
+        home.sweep()?;
+        match room.outcome() {
+            Some(outcome) => failure::print(format_args!("{}\n", outcome.exit_status()))?,
+            None => bail!("The room {} is gone, and nobody knows how it ended.", room.title()),
+        }
+    }
+    Ok(0)
+}
+
+/// `carrel stats`.
+pub(crate) fn stats(args: &StatsArgs, configuration: &Configuration) -> Result<u8> {
+    let home = place::home(configuration)?;
+    let mut before: Vec<UsageReport> = Vec::new();
+    loop {
+        let rooms = match &args.rooms[..] {
+            [] => home.rooms()?,
+            some => find_all(&home, some)?,
+        };
+        let mut reports = Vec::new();
+        for room in rooms.iter().filter(|room| !room.has_ended()) {
+            // One that ends while it is asked drops out.
+            if let Ok(report) = room.connect().and_then(|session| session.usage()) {
+                reports.push(report);
+            }
+        }
+        if args.json {
+            failure::print(format_args!("{}\n", serde_json::to_string(&reports)?))?;
+        } else {
+            // Home and clear below, so that the table stays where it is.
+            let again = !args.no_stream && std::io::stdout().is_terminal();
+            let clear = if again { "\x1b[H\x1b[J" } else { "" };
+            failure::print(format_args!("{clear}{}", stats_table(&reports, &before)))?;
+        }
+        if args.no_stream || !args.rooms.is_empty() && reports.is_empty() {
+            return Ok(0);
+        }
+        before = reports;
+        thread::sleep(args.interval);
+    }
+}
+
+fn stats_table(reports: &[UsageReport], before: &[UsageReport]) -> Table {
+    let mut table = Table::new(&[
+        ("ROOM", Align::Left),
+        ("NAME", Align::Left),
+        ("CPU", Align::Right),
+        ("MEMORY", Align::Right),
+        ("HOST MEMORY", Align::Right),
+        ("READ", Align::Right),
+        ("WRITTEN", Align::Right),
+        ("PROCESSES", Align::Right),
+    ]);
+    for report in reports {
+        let guest = report.guest.as_ref();
+        let bytes = |n: Option<u64>| n.map_or_else(|| "-".to_owned(), size::human);
+        let earlier = before.iter().find(|earlier| earlier.room == report.room);
+        table.row([
+            report.room.clone(),
+            report.name.clone().unwrap_or_default(),
+            cpu_share(report, earlier),
+            bytes(guest.map(|guest| guest.memory.current_bytes)),
+            bytes(report.host.pss_bytes.or(report.host.memory_current_bytes)),
+            bytes(guest.map(|guest| guest.io.read_bytes)),
+            bytes(guest.map(|guest| guest.io.write_bytes)),
+            guest.map_or_else(|| "-".to_owned(), |guest| guest.processes.current.to_string()),
+        ]);
+    }
+    table
+}
+
+/// What the host metered since the last look, or since the start, in per cent of one CPU.
+fn cpu_share(report: &UsageReport, earlier: Option<&UsageReport>) -> String {
+    let of = |report: &UsageReport| report.host.cpu_user_us + report.host.cpu_system_us;
+    let used = of(report).saturating_sub(earlier.map_or(0, of));
+    let passed = report.wall_us.saturating_sub(earlier.map_or(0, |earlier| earlier.wall_us)).max(1);
+    let tenths = used.saturating_mul(1000) / passed;
+    format!("{}.{} %", tenths / 10, tenths % 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_words_are_shortened_visibly() {
+        assert_eq!(shortened("short", 5), "short");
+        assert_eq!(shortened("longer", 5), "long…");
+    }
+
+    #[test]
+    fn cpu_is_a_share_of_the_time_between_two_looks() {
+        let report = |cpu_user_us, wall_us| UsageReport {
+            room: "0123456789ab".into(),
+            name: None,
+            wall_us,
+            guest: None,
+            host: carrel_host::usage::HostUsage { cpu_user_us, ..Default::default() },
+        };
+        let (first, second) = (report(500, 1000), report(2000, 2000));
+        assert_eq!(cpu_share(&first, None), "50.0 %");
+        assert_eq!(cpu_share(&second, Some(&first)), "150.0 %");
+    }
+}
