@@ -26,8 +26,8 @@ use crate::outcome::Outcome;
 use crate::owner::api::{FromClient, Supply};
 use crate::packet::{Connection, PacketError};
 use crate::record::{Phase, Record};
-use crate::session::{Session, SessionError};
-use crate::spec::{MOST_BLOBS, RoomId, RoomName, RoomSpec};
+use crate::session::{Ended, Session, SessionError};
+use crate::spec::{LEAST_DISK_BYTES, MOST_BLOBS, RoomId, RoomName, RoomSpec};
 use crate::timestamp::now_ms;
 
 mod sweep;
@@ -69,6 +69,9 @@ pub enum HomeError {
     /// The room runs.
     #[error("the room {0} still runs; stop it first, or use `rm --force`")]
     Running(String),
+    /// The disk is too small for any file system.
+    #[error("a room's disk needs 64 MiB at least, not {0} bytes; see --disk")]
+    DiskTooSmall(u64),
     /// The payload has too many parts.
     #[error("the image has {0} layers; a room takes {MOST_BLOBS} at most")]
     TooManyBlobs(usize),
@@ -198,6 +201,9 @@ impl Home {
         self.assets.check()?;
         if let Some(kernel) = &spec.machine.kernel {
             check_file("kernel", kernel)?;
+        }
+        if spec.machine.disk_bytes < LEAST_DISK_BYTES {
+            return Err(HomeError::DiskTooSmall(spec.machine.disk_bytes));
         }
         let expected = spec.payload.layers.len() + spec.payload.zips.len();
         if expected > MOST_BLOBS {
@@ -355,6 +361,19 @@ impl Room {
         Session::connect(&self.directory, self.spec.clone())
     }
 
+    /// Waits until it has ended, or reads how it did.
+    pub fn wait(&self) -> Result<Ended, SessionError> {
+        let ended = |room: &Self| {
+            let record = room.record();
+            record.outcome.filter(|_| record.phase == Phase::Ended).map(|outcome| Ended { outcome, usage: record.usage })
+        };
+        if let Some(ended) = ended(self) {
+            return Ok(ended);
+        }
+        // It may end between the look and the question.
+        self.connect().and_then(|session| session.wait()).or_else(|error| ended(self).ok_or(error))
+    }
+
     /// Removes what is left of a room that has ended.
     pub fn remove(&self) -> Result<(), HomeError> {
         let path = self.directory.join("lock");
@@ -404,5 +423,3 @@ impl Room {
     }
 }
 
-#[cfg(test)]
-mod tests;

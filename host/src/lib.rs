@@ -13,8 +13,8 @@
 
 #![deny(unsafe_code)]
 
-pub mod doctor;
-pub mod function;
+//DOCTOR
+//FUNCTION
 pub mod home;
 pub mod image;
 pub mod launch;
@@ -24,13 +24,13 @@ pub mod owner;
 pub mod record;
 pub mod session;
 pub mod spec;
+pub mod timestamp;
 pub mod usage;
 
 mod cgroup;
 mod meter;
 mod packet;
 mod patience;
-mod timestamp;
 
 pub use home::{Assets, Home, HomeError, Room};
 pub use outcome::Outcome;

@@ -20,8 +20,11 @@ pub enum Outcome {
         /// The timeout, ms.
         after_ms: u64,
     },
-    /// Somebody asked for the end before the workload began.
-    Stopped,
+    /// Somebody asked for the end before the workload began, or its command was killed.
+    Stopped {
+        /// The signal that asked, or would have.
+        signal: u8,
+    },
     /// The payload, the command or the user were refused by the guest's agent.
     Refused {
         /// What was wrong.
@@ -93,7 +96,7 @@ impl Outcome {
         match self {
             Self::Exited { status, .. } => exit_status(*status),
             Self::TimedOut { .. } => 124,
-            Self::Stopped => 128 + 9,
+            Self::Stopped { signal } => 128_u8.saturating_add(*signal),
             Self::Refused { failure, .. } => failure_status(*failure),
             Self::VmmFailed { .. }
             | Self::VmmKilled { .. }
@@ -116,7 +119,7 @@ impl Outcome {
             Self::TimedOut { after_ms } => {
                 format!("The room was ended because its timeout of {} ran out.", seconds(*after_ms))
             }
-            Self::Stopped => "The room was ended before its workload began.".into(),
+            Self::Stopped { .. } => "The room was ended before its workload began.".into(),
             Self::Refused { failure, message } => {
                 let what = match failure {
                     Failure::BadPayload => "A layer or zip of the room's payload is damaged or not allowed",

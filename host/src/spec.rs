@@ -14,7 +14,7 @@ pub const MOST_BLOBS: usize = 256;
 /// A room's disk where nobody says otherwise, bytes.
 pub const DEFAULT_DISK_BYTES: u64 = 10 << 30;
 /// The smallest disk: the empty one that rooms start from must fit.
-pub const LEAST_DISK_BYTES: u64 = 16 << 20;
+pub const LEAST_DISK_BYTES: u64 = 64 << 20;
 
 /// A word that names no room.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]

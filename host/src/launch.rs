@@ -1,0 +1,302 @@
+//! Launching: from a room's order to a confined VMM that was told its machine.
+//!
+//! ```text
+//!   open kernel, initramfs, disks, /dev/kvm ─▶ cgroup ─▶ clone3 into it and into new namespaces ─▶ map its user
+//!                                                          └─ child: become that user, close all, execveat carrel-vmm
+//!   Configure + descriptors ─▶ its socket
+//! ```
+//!
+//! Whatever fails takes back what was made before it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use carrel_protocol::agent::GUEST_CID;
+use carrel_protocol::vmm::{
+    self, BalloonConfig, BlockConfig, Configure, Descriptor, EntropyConfig, FromOwner, Kernel, SerialConfig,
+    VmConfig, VsockConfig,
+};
+use rustix::fs::{Mode, OFlags};
+use thiserror::Error;
+
+use crate::cgroup::{Cgroup, CgroupError, Limits};
+use crate::home::Order;
+use crate::packet::{Connection, PacketError};
+use crate::spec::{Machine, Part, RoomId};
+
+#[expect(unsafe_code, reason = "clone3 and what a child may do before execve have no safe form")]
+mod process;
+
+pub(crate) use process::{Child, ChildEnd, wait_until_ended};
+
+/// What the VMM itself takes beside the guest's memory, at most: its own pages, KVM's, and dirty pages of the room's disk.
+const VMM_BYTES: u64 = 96 << 20;
+/// Threads of a VMM beside its vCPUs.
+const VMM_THREADS: u64 = 16;
+/// What the VMM's own threads may use beside the guest, in thousandths of one CPU.
+const VMM_CPU_MILLIS: u64 = 250;
+/// What the guest's kernel may say on its console, bytes.
+const CONSOLE_BYTES: u64 = 1 << 20;
+/// The first of the users that VMMs run as when root starts them: far above what systems give to people and subordinate ranges.
+const FIRST_USER: u32 = 0x7000_0000;
+/// So many there are.
+const USERS: u32 = 0x0800_0000;
+
+/// A room can't be launched.
+#[derive(Debug, Error)]
+pub enum LaunchError {
+    /// A file can't be opened.
+    #[error("{} can't be opened{}", .path.display(), hint(.path))]
+    Open {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The room's disk can't be made.
+    #[error("the room's disk can't be made below {}", .path.display())]
+    Disk {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// No cgroup.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// A part of the confinement can't be had.
+    #[error("the host can't give this part of the confinement: {part}; see `carrel doctor`, or use --unconfined")]
+    Part {
+        /// Which.
+        part: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The VMM can't be executed.
+    #[error("the VMM {} can't be executed: it must be readable and executable for everybody", .path.display())]
+    Execute {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The socket to the VMM failed.
+    #[error("the VMM ended before it was told its machine")]
+    Packet(#[from] PacketError),
+    /// Something else of the host's.
+    #[error("the host failed")]
+    Io(#[from] io::Error),
+}
+
+fn hint(path: &Path) -> &'static str {
+    match path.to_str() {
+        Some("/dev/kvm") => "; enable virtualisation, load kvm_intel or kvm_amd, and let your user use it (group kvm)",
+        Some(_) | None => "",
+    }
+}
+
+/// A VMM that was launched.
+#[derive(Debug)]
+pub(crate) struct Launched {
+    pub(crate) connection: Connection,
+    pub(crate) child: Child,
+    pub(crate) cgroup: Option<Cgroup>,
+}
+
+/// Launches a room's VMM. Its directory is where the disk goes, and the console's output if `verbose`.
+pub(crate) fn launch(order: &Order, id: &RoomId, directory: &Path, verbose: bool) -> Result<Launched, LaunchError> {
+    let machine = &order.spec.machine;
+    let mut parts = Parts::default();
+    let kernel = machine.kernel.as_ref().unwrap_or(&order.assets.kernel);
+    let vm = VmConfig {
+        kvm: parts.add(open("/dev/kvm".as_ref(), true)?),
+        vcpus: machine.vcpus,
+        memory_mib: machine.memory_mib,
+        huge_pages: true,
+        kernel: Kernel { image: parts.add(open(kernel, false)?), command_line: command_line(verbose) },
+        initramfs: Some(parts.add(open(&order.assets.initramfs, false)?)),
+        vsock: Some(VsockConfig { guest_cid: GUEST_CID, socket: None, connections: 256 }),
+        blocks: vec![BlockConfig {
+            id: "room".into(),
+            base: Some(parts.add(open(&order.assets.scratch, false)?)),
+            overlay: Some(parts.add(overlay(directory, disk_bytes(machine))?)),
+            size_bytes: disk_bytes(machine),
+            limit: None,
+        }],
+        entropy: Some(EntropyConfig {}),
+        balloon: Some(BalloonConfig { size_mib: 0, free_page_reporting: true }),
+        serial: match verbose {
+            true => {
+                let output = parts.add(console(&directory.join("console"))?);
+                Some(SerialConfig { output, limit_bytes: CONSOLE_BYTES })
+            }
+            false => None,
+        },
+        control: None,
+    };
+    start(id, &order.spec.without, &order.assets.vmm, limits(machine), vm, &parts.0)
+}
+
+/// Starts a VMM, confined, and tells it its machine.
+pub(crate) fn start(
+    id: &RoomId,
+    without: &[Part],
+    vmm: &Path,
+    limits: Limits,
+    vm: VmConfig<Descriptor>,
+    descriptors: &[OwnedFd],
+) -> Result<Launched, LaunchError> {
+    let program = open(vmm, false)?;
+    let cgroup = match without.contains(&Part::Cgroup) {
+        true => None,
+        false => Some(Cgroup::create(id, limits)?),
+    };
+    let begun = || -> Result<(Connection, Child), LaunchError> {
+        let (ours, theirs) = Connection::pair()?;
+        let child = process::spawn(&process::Plan {
+            program: program.as_fd(),
+            path: vmm,
+            arguments: arguments(without),
+            socket: theirs.as_fd(),
+            cgroup: cgroup.as_ref().map(Cgroup::directory).transpose()?,
+            user: (!without.contains(&Part::Namespaces)).then(|| user_of(id)),
+        })?;
+        drop(theirs);
+        let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
+        ours.send_blocking(&FromOwner::from(Configure { version: vmm::VERSION, vm }), &borrowed)?;
+        Ok((ours, child))
+    };
+    match begun() {
+        Ok((connection, child)) => Ok(Launched { connection, child, cgroup }),
+        Err(error) => {
+            if let Some(cgroup) = &cgroup {
+                cgroup.remove();
+            }
+            Err(error)
+        }
+    }
+}
+
+fn arguments(without: &[Part]) -> Vec<String> {
+    let mut arguments = vec!["carrel-vmm".to_owned(), "--owner-fd".to_owned(), process::OWNER_FD.to_string()];
+    if !without.is_empty() {
+        let list: Vec<String> = without.iter().map(ToString::to_string).collect();
+        arguments.push(format!("--unconfined={}", list.join(",")));
+    }
+    arguments
+}
+
+/// The user that the VMM is outside of its namespace: for root one of its own, found from the room's random id; else oneself.
+fn user_of(id: &RoomId) -> u32 {
+    let own = rustix::process::geteuid();
+    if !own.is_root() {
+        return own.as_raw();
+    }
+    let digits = id.as_str().get(..8).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or(0);
+    FIRST_USER + digits % USERS
+}
+
+/// What a room's VMM may take from the host. While it boots it may use all of its vCPUs; see [`running_cpu_millis`].
+pub(crate) fn limits(machine: &Machine) -> Limits {
+    let memory = machine.memory_mib.bytes();
+    let vcpus = u64::from(machine.vcpus.get());
+    Limits {
+        // KVM's page tables for the guest's memory are a 512th of it at most, its metadata as much.
+        memory_bytes: memory + memory / 128 + VMM_BYTES,
+        cpu_millis: vcpus * 1000 + VMM_CPU_MILLIS,
+        threads: vcpus + VMM_THREADS,
+    }
+}
+
+/// The quota once the workload runs: what the user asked for, and what the VMM's own threads need to serve it.
+pub(crate) fn running_cpu_millis(machine: &Machine) -> u64 {
+    u64::from(machine.cpu_millis) + VMM_CPU_MILLIS
+}
+
+/// The guest's command line: docs/host.md says why each word is there.
+fn command_line(verbose: bool) -> String {
+    let console = if verbose { "console=ttyS0" } else { "quiet 8250.nr_uarts=0" };
+    format!("reboot=t,panic_warm panic=-1 {console} swiotlb=noforce")
+}
+
+/// Descriptors in the order in which they are sent.
+#[derive(Default)]
+struct Parts(Vec<OwnedFd>);
+
+impl Parts {
+    fn add(&mut self, file: OwnedFd) -> Descriptor {
+        self.0.push(file);
+        Descriptor(u8::try_from(self.0.len() - 1).unwrap_or(u8::MAX))
+    }
+}
+
+/// Opens what the operator named: links of theirs are followed, so the path is resolved first, and then opened without following any.
+fn open(path: &Path, writable: bool) -> Result<OwnedFd, LaunchError> {
+    let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
+    let opened = || -> io::Result<OwnedFd> {
+        let real = fs::canonicalize(path)?;
+        Ok(rustix::fs::open(&real, access | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NOCTTY, Mode::empty())?)
+    };
+    opened().map_err(|source| LaunchError::Open { path: path.to_owned(), source })
+}
+
+fn disk_bytes(machine: &Machine) -> u64 {
+    machine.disk_bytes.next_multiple_of(4096)
+}
+
+/// The room's writes: a sparse file that has no name, so that it is gone with its last descriptor.
+fn overlay(directory: &Path, bytes: u64) -> Result<OwnedFd, LaunchError> {
+    let made = || -> io::Result<OwnedFd> {
+        let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::EXCL;
+        let file = match rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(file) => File::from(file),
+            // Not every file system has nameless files.
+            Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
+                let path = directory.join("disk");
+                let file =
+                    OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+                fs::remove_file(&path)?;
+                file
+            }
+            Err(e) => return Err(e.into()),
+        };
+        file.set_len(bytes)?;
+        Ok(file.into())
+    };
+    made().map_err(|source| LaunchError::Disk { path: directory.to_owned(), source })
+}
+
+fn console(path: &Path) -> Result<OwnedFd, LaunchError> {
+    let made = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path);
+    made.map(OwnedFd::from).map_err(|source| LaunchError::Open { path: path.to_owned(), source })
+}
+
+#[cfg(test)]
+mod tests;
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// A process in the VMM's place that ends when its socket does, with the status of a guest that restarted.
+    pub(crate) fn stand_in(socket: BorrowedFd<'_>) -> Child {
+        let program = File::open(fs::canonicalize("/bin/sh").unwrap()).unwrap();
+        process::spawn(&process::Plan {
+            program: program.as_fd(),
+            path: "/bin/sh".as_ref(),
+            // Reading would take the owner's packets; the test's end is shut down, which a poll by `read -t` never sees without data.
+            arguments: ["sh", "-c", "while [ -e /proc/$PPID ]; do sleep 0.05; done"].map(str::to_owned).into(),
+            socket,
+            cgroup: None,
+            user: None,
+        })
+        .unwrap()
+    }
+}

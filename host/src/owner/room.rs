@@ -1,0 +1,491 @@
+//! The room's state, and what each event does to it. The states and their transitions are drawn in [`crate::owner`].
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal};
+use carrel_protocol::usage::GuestUsage;
+use carrel_protocol::vmm::{DeviceStopReason, Ended, FromVmm};
+use carrel_protocol::Message;
+
+use super::api::{self, StreamKind, ToClient};
+use super::events::{ClientId, Event, Teller, channel};
+use super::streams::{Purpose, Streams};
+use super::{blobs, chain};
+use crate::launch::{self, ChildEnd, Launched};
+use crate::log::LogWriter;
+use crate::meter::Meter;
+use crate::outcome::{Outcome, Step};
+use crate::packet::{Connection, Packet};
+use crate::patience::Patience;
+use crate::record::{Phase, ProcessMark, Record, Remains};
+use crate::spec::{RoomId, RoomSpec};
+use crate::timestamp::now_ms;
+use crate::usage::UsageReport;
+
+mod agent;
+mod clients;
+mod ending;
+
+pub(crate) use ending::end_without_vmm;
+
+/// The workload.
+const WORKLOAD: ProcessId = ProcessId(0);
+const SIGKILL: u8 = 9;
+const SIGTERM: u8 = 15;
+/// How often the host's meter is read, and how often the guest reports.
+const SAMPLE: Duration = Duration::from_secs(5);
+/// How long a message to the agent may take.
+const AGENT_WRITE: Duration = Duration::from_secs(10);
+
+/// All that makes an owner a room's owner.
+#[derive(Debug)]
+pub(crate) struct Ownership {
+    pub(crate) id: RoomId,
+    pub(crate) spec: RoomSpec,
+    pub(crate) directory: PathBuf,
+    /// The payload's, layers then zips.
+    pub(crate) blobs: Vec<File>,
+    /// Locked while the room lives.
+    pub(crate) lock: OwnedFd,
+    pub(crate) patience: Patience,
+    pub(crate) listener: OwnedFd,
+}
+
+/// A process in the guest: the workload, or an exec.
+#[derive(Debug, Default)]
+struct Process {
+    /// Who is told, and gets its streams. Nobody for a detached workload: its log does.
+    client: Option<ClientId>,
+    /// Streams that were agreed on and not dialled yet.
+    awaited: HashSet<StreamKind>,
+    /// Streams that the log still reads.
+    logged: HashSet<StreamKind>,
+    /// How it ended; told when all its streams are connected.
+    exited: Option<(ExitStatus, bool)>,
+}
+
+/// A command's connection.
+#[derive(Debug)]
+struct Client {
+    connection: Arc<Connection>,
+    process: Option<ProcessId>,
+}
+
+/// Steps of a VMM's end, each harder than the one before.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pressure {
+    /// The agent was asked to shut down.
+    Asked,
+    /// The VMM was told to stop.
+    Stopped,
+    /// It was killed.
+    Killed,
+}
+
+/// Moments at which something is due.
+#[derive(Debug, Default)]
+struct Deadlines {
+    /// The current step is overdue.
+    step: Option<(Instant, Step, Duration)>,
+    /// The room's timeout.
+    timeout: Option<Instant>,
+    /// The stop signal was not enough.
+    kill: Option<Instant>,
+    /// An ended process's streams were not all dialled, or a log not finished.
+    flush: Option<Instant>,
+    /// The end needs more pressure.
+    pressure: Option<Instant>,
+    /// Usage was asked for and not reported.
+    usage: Option<Instant>,
+    /// The meter is to be read.
+    sample: Option<Instant>,
+}
+
+/// A room in its owner's hands.
+pub(crate) struct Room {
+    own: Ownership,
+    record: Record,
+    events: Receiver<Event>,
+    teller: Teller,
+    vmm: Arc<Connection>,
+    child: launch::Child,
+    cgroup: Option<crate::cgroup::Cgroup>,
+    meter: Meter,
+    begun: Instant,
+    /// The control connection's writing end.
+    control: Option<UnixStream>,
+    control_taken: bool,
+    streams: Streams,
+    processes: BTreeMap<ProcessId, Process>,
+    next_process: u32,
+    clients: BTreeMap<ClientId, Client>,
+    next_client: u64,
+    creator: ClientId,
+    /// Clients that wait for a usage report.
+    usage_waiters: Vec<ClientId>,
+    guest_usage: Option<GuestUsage>,
+    /// A function's event, between its arrival and the guest's dial; and who sent it.
+    event: Option<(File, u64, ClientId)>,
+    log: Option<LogWriter>,
+    deadlines: Deadlines,
+    pressure: Option<Pressure>,
+    /// What the agent said before it gave up.
+    agent_said: Option<String>,
+    /// What the VMM said of its end.
+    vmm_said: Option<Ended>,
+    vmm_closed: bool,
+    vmm_end: Option<ChildEnd>,
+}
+
+impl Room {
+    /// Takes over a launched VMM and the connection of whoever made the room.
+    pub(crate) fn begin(own: Ownership, launched: Launched, creator: Connection) -> io::Result<Self> {
+        let Launched { connection, child, cgroup } = launched;
+        let (teller, events) = channel();
+        let vmm = Arc::new(connection);
+        teller.watch_vmm(&vmm, &child)?;
+        teller.accept_clients(own.listener.try_clone()?)?;
+        let log = match own.spec.detached {
+            true => Some(LogWriter::open(&own.directory)?),
+            false => None,
+        };
+        let now = Instant::now();
+        let mut record = Record::read(&own.directory.join("state.json")).unwrap_or_else(|| Record::new(now_ms()));
+        record.remains = Remains {
+            cgroup: cgroup.as_ref().map(|cgroup| cgroup.path().to_owned()),
+            vmm: ProcessMark::of(child.pid()).ok(),
+        };
+        let mut room = Self {
+            meter: Meter::new(child.pid(), cgroup.clone()),
+            streams: Streams::new(own.patience),
+            record,
+            events,
+            teller,
+            vmm,
+            child,
+            cgroup,
+            begun: now,
+            control: None,
+            control_taken: false,
+            processes: BTreeMap::new(),
+            next_process: WORKLOAD.0 + 1,
+            clients: BTreeMap::new(),
+            next_client: 0,
+            creator: ClientId(0),
+            usage_waiters: Vec::new(),
+            guest_usage: None,
+            event: None,
+            log,
+            deadlines: Deadlines { sample: Some(now + SAMPLE), ..Deadlines::default() },
+            pressure: None,
+            agent_said: None,
+            vmm_said: None,
+            vmm_closed: false,
+            vmm_end: None,
+            own,
+        };
+        room.creator = room.add_client(creator)?;
+        let boot = room.own.patience.boot();
+        room.enter(Phase::Handshaking, Some((Step::Boot, boot)));
+        Ok(room)
+    }
+
+    /// Owns the room to its end.
+    pub(crate) fn serve(mut self) {
+        while !(self.vmm_closed && self.vmm_end.is_some()) {
+            let event = match self.next_deadline() {
+                None => self.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
+                Some(at) => self.events.recv_timeout(at.saturating_duration_since(Instant::now())),
+            };
+            match event {
+                Ok(event) => self.handle(event),
+                Err(RecvTimeoutError::Timeout) => {}
+                // Impossible while this holds a teller itself.
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            self.meet_deadlines(Instant::now());
+        }
+        self.finish();
+    }
+
+    fn handle(&mut self, event: Event) {
+        match event {
+            Event::Vmm(packet) => self.hear_vmm(packet),
+            Event::VmmClosed => self.vmm_closed = true,
+            Event::VmmEnded(end) => self.vmm_end = Some(end),
+            Event::Agent(message) => self.hear_agent(message),
+            Event::AgentClosed(why) => self.lose_agent(&why),
+            Event::Identified { port, socket } => self.connect_stream(port, socket),
+            Event::NewClient(connection) => {
+                if let Err(error) = self.add_client(connection) {
+                    tracing::warn!(%error, "a command can't be served");
+                }
+            }
+            Event::Client(id, packet) => self.hear_client(id, packet),
+            Event::ClientClosed(id) => self.lose_client(id),
+            Event::Logged(stream) => {
+                if let Some(workload) = self.processes.get_mut(&WORKLOAD) {
+                    workload.logged.remove(&stream);
+                }
+                self.end_if_drained();
+            }
+        }
+    }
+
+    /// Enters a phase; whoever looks at the record sees it.
+    fn enter(&mut self, phase: Phase, step: Option<(Step, Duration)>) {
+        tracing::debug!(?phase, "the room enters a phase");
+        self.record.phase = phase;
+        self.deadlines.step = step.map(|(step, time)| (Instant::now() + time, step, time));
+        self.write_record();
+    }
+
+    fn write_record(&self) {
+        // A full disk must not end a room: the record is then of the phase before.
+        if let Err(error) = self.record.write(&self.own.directory.join("state.json")) {
+            tracing::warn!(%error, "the room's record can't be written");
+        }
+    }
+
+    fn hear_vmm(&mut self, packet: Packet<FromVmm>) {
+        match packet.message {
+            FromVmm::Booted(booted) => tracing::debug!(?booted, "the VMM runs its guest"),
+            FromVmm::Dialled(dialled) => {
+                for socket in packet.descriptors {
+                    self.hear_dial(dialled.port, socket);
+                }
+            }
+            FromVmm::Broken(broken) => {
+                self.vmm_said = Some(Ended { end: broken.end, detail: Some(broken.message) });
+            }
+            FromVmm::Ended(ended) => self.vmm_said = Some(ended),
+            FromVmm::DeviceStopped(stopped) => {
+                let message = match stopped.reason {
+                    DeviceStopReason::HostDiskFull => format!(
+                        "The host has no space left on the disk that holds {}, so the room's own disk can't grow: its writes fail.",
+                        self.own.directory.display()
+                    ),
+                    DeviceStopReason::HostIo => {
+                        format!("The host failed to read or write for the room's {}.", stopped.device)
+                    }
+                    DeviceStopReason::DriverFault => format!(
+                        "The guest's driver broke the rules of its {}, which serves it no more.",
+                        stopped.device
+                    ),
+                };
+                self.notice(&message);
+            }
+            FromVmm::Done(_) | FromVmm::Refused(_) | FromVmm::Metrics(_) => {}
+        }
+    }
+
+    /// The first dial to the control port is the agent's, for no workload exists yet; there is no second one.
+    fn hear_dial(&mut self, port: u32, socket: OwnedFd) {
+        if port != CONTROL_PORT {
+            return self.streams.dialled(port, socket, &self.teller);
+        }
+        if std::mem::replace(&mut self.control_taken, true) {
+            return tracing::debug!("the guest dialled the control port again");
+        }
+        let control = UnixStream::from(socket);
+        let taken = control
+            .set_nonblocking(false)
+            .and_then(|()| control.set_write_timeout(Some(AGENT_WRITE)))
+            .and_then(|()| self.teller.watch_agent(control.try_clone()?));
+        match taken {
+            Ok(()) => self.control = Some(control),
+            Err(error) => self.give_up(Outcome::OwnerFailed { message: chain(&error) }),
+        }
+    }
+
+    /// Tells the agent something. One that doesn't listen ends the room.
+    fn tell_agent(&mut self, message: impl Into<FromHost>) {
+        let Some(control) = &mut self.control else { return };
+        if let Err(error) = message.into().write_to(control) {
+            let why = chain(&error);
+            self.lose_agent(&why);
+        }
+    }
+
+    /// A stream that the guest dialled and proved to be the agent's goes where it belongs.
+    fn connect_stream(&mut self, port: u32, socket: UnixStream) {
+        let Some(purpose) = self.streams.take(port) else { return };
+        match purpose {
+            Purpose::Blob(n) => self.send_blob(n, socket),
+            Purpose::Event => {
+                if let Some((file, size, _)) = self.event.take() {
+                    self.check_thread(blobs::send(&self.teller, file, size, socket));
+                }
+            }
+            Purpose::Response(client) => {
+                let message = api::Connected { stream: StreamKind::Response };
+                self.tell_client_with(client, message, socket.into());
+            }
+            Purpose::Process(id, stream) => self.connect_process(id, stream, socket),
+        }
+    }
+
+    fn send_blob(&mut self, n: usize, socket: UnixStream) {
+        let payload = &self.own.spec.payload;
+        let sizes = payload.layers.iter().map(|layer| layer.size).chain(payload.zips.iter().map(|zip| zip.size));
+        let (Some(file), Some(size)) = (self.own.blobs.get(n), sizes.clone().nth(n)) else { return };
+        let sent = file.try_clone().and_then(|file| blobs::send(&self.teller, file, size, socket));
+        self.check_thread(sent);
+    }
+
+    /// A room whose owner has no thread or descriptor left can't go on.
+    fn check_thread(&mut self, spawned: io::Result<()>) {
+        if let Err(error) = spawned {
+            self.give_up(Outcome::OwnerFailed { message: chain(&error) });
+        }
+    }
+
+    fn connect_process(&mut self, id: ProcessId, stream: StreamKind, socket: UnixStream) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        process.awaited.remove(&stream);
+        match (process.client, &self.log) {
+            (Some(client), _) => {
+                self.tell_client_with(client, api::Connected { stream }, socket.into());
+            }
+            (None, Some(log)) if id == WORKLOAD => {
+                process.logged.insert(stream);
+                let log = log.clone();
+                let spawned = self.teller.spawn("log", move |teller| {
+                    log.copy(stream, socket);
+                    teller.tell(Event::Logged(stream));
+                });
+                self.check_thread(spawned);
+            }
+            // Its command is gone: the guest's writer gets EPIPE.
+            (None, _) => {}
+        }
+        self.tell_exit(id);
+    }
+
+    /// Tells of a process's end, once all its streams are connected: the guest says the end over another connection than it dials them.
+    fn tell_exit(&mut self, id: ProcessId) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let Some((status, out_of_memory)) = process.exited else { return };
+        let late = self.deadlines.flush.is_none_or(|at| Instant::now() >= at);
+        if !process.awaited.is_empty() && !late {
+            return;
+        }
+        process.awaited.clear();
+        if let Some(client) = process.client {
+            self.tell_client(client, api::Exited { status, out_of_memory });
+        }
+        if id != WORKLOAD {
+            self.processes.remove(&id);
+            return;
+        }
+        self.record.outcome.get_or_insert(Outcome::Exited { status, out_of_memory });
+        if self.record.phase == Phase::Running {
+            self.deadlines.timeout = None;
+            self.deadlines.kill = None;
+            self.enter(Phase::Draining, None);
+        }
+        self.end_if_drained();
+    }
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let due = &self.deadlines;
+        let step = due.step.map(|(at, ..)| at);
+        [step, due.timeout, due.kill, due.flush, due.pressure, due.usage, due.sample].into_iter().flatten().min()
+    }
+
+    fn meet_deadlines(&mut self, now: Instant) {
+        let due = |at: &mut Option<Instant>| at.take_if(|at| *at <= now).is_some();
+        if let Some((_, step, time)) = self.deadlines.step.take_if(|(at, ..)| *at <= now) {
+            self.give_up(Outcome::Overdue { step, seconds: time.as_secs() });
+        }
+        if due(&mut self.deadlines.timeout)
+            && let Some(after_ms) = self.own.spec.timeout_ms
+        {
+            self.record.outcome.get_or_insert(Outcome::TimedOut { after_ms });
+            self.stop_workload(None);
+        }
+        if due(&mut self.deadlines.kill) {
+            self.signal_workload(SIGKILL);
+            let time = self.own.patience.kill();
+            self.deadlines.step = Some((now + time, Step::Kill, time));
+        }
+        if self.deadlines.flush.is_some_and(|at| at <= now) {
+            let ended: Vec<_> =
+                self.processes.iter().filter(|(_, p)| p.exited.is_some()).map(|(id, _)| *id).collect();
+            ended.into_iter().for_each(|id| self.tell_exit(id));
+            self.deadlines.flush = None;
+            if let Some(workload) = self.processes.get_mut(&WORKLOAD) {
+                workload.logged.clear();
+            }
+            self.end_if_drained();
+        }
+        if due(&mut self.deadlines.pressure) {
+            self.press();
+        }
+        if due(&mut self.deadlines.usage) {
+            self.answer_usage();
+        }
+        if due(&mut self.deadlines.sample) {
+            self.meter.sample();
+            self.meter.sample_memory();
+            self.deadlines.sample = Some(now + SAMPLE);
+        }
+    }
+
+    fn signal_workload(&mut self, signal: u8) {
+        self.tell_agent(Signal { process: WORKLOAD, signal });
+    }
+
+    /// What the room has used so far.
+    fn report(&self) -> UsageReport {
+        UsageReport {
+            room: self.own.id.to_string(),
+            name: self.own.spec.name.as_ref().map(ToString::to_string),
+            wall_us: u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX),
+            guest: self.guest_usage.clone(),
+            host: self.meter.usage().clone(),
+        }
+    }
+
+    /// Says something that the user should know to every command that listens, and to the log.
+    fn notice(&mut self, message: &str) {
+        tracing::warn!(message, "notice");
+        if let Some(log) = &self.log {
+            log.write(StreamKind::Stderr, format!("carrel: {message}\n").as_bytes());
+        }
+        let clients: Vec<ClientId> = self.clients.keys().copied().collect();
+        for client in clients {
+            self.tell_client(client, api::Noticed { message: message.to_owned() });
+        }
+    }
+
+    fn tell_client(&mut self, id: ClientId, message: impl Into<ToClient>) {
+        self.tell(id, &message.into(), None);
+    }
+
+    fn tell_client_with(&mut self, id: ClientId, message: impl Into<ToClient>, descriptor: OwnedFd) {
+        self.tell(id, &message.into(), Some(descriptor));
+    }
+
+    /// A command that doesn't read its messages is as good as gone.
+    fn tell(&mut self, id: ClientId, message: &ToClient, descriptor: Option<OwnedFd>) {
+        use std::os::fd::AsFd;
+        let Some(client) = self.clients.get(&id) else { return };
+        let beside: Vec<_> = descriptor.iter().map(AsFd::as_fd).collect();
+        if let Err(error) = client.connection.send(message, &beside) {
+            tracing::debug!(?id, error = %chain(&error), "a command doesn't listen");
+            client.connection.shut_down();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

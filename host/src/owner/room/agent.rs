@@ -1,0 +1,235 @@
+//! What the agent says, and what follows from it. All of it is a claim.
+
+use std::time::{Duration, Instant};
+
+use carrel_protocol::agent::{
+    self, Blob, ContainerId, EndingReason, Entropy, Failed, FromAgent, Function, Hello, Identity, Layer,
+    Prepare, ProcessId, Refused, ReportUsage, Request, Start, Stdio, UnpackLimits, Welcome, Zip,
+};
+
+use super::super::api::{self, StreamKind};
+use super::super::streams::Purpose;
+use super::super::chain;
+use super::{Process, Room, SAMPLE, WORKLOAD};
+use crate::home::random;
+use crate::launch;
+use crate::outcome::{Outcome, Step, clean};
+use crate::record::Phase;
+use crate::spec::{MOST_ENTRIES, ProcessSpec};
+use crate::timestamp::{now_ms, now_ns};
+
+/// The room's only container.
+const CONTAINER: ContainerId = ContainerId(0);
+/// From the agent's silence to the VMM's end: a guest that restarts or panics takes a moment.
+const AFTER_THE_AGENT: Duration = Duration::from_secs(5);
+/// How a time is told to the agent, ms.
+const REPORT_MS: u32 = 5000;
+
+impl Room {
+    pub(super) fn hear_agent(&mut self, message: FromAgent) {
+        match (message, self.record.phase) {
+            (FromAgent::Hello(hello), Phase::Handshaking) if self.pressure.is_none() => self.welcome(&hello),
+            (FromAgent::Prepared(prepared), Phase::Preparing) => {
+                tracing::debug!(?prepared, "the payload is in place");
+                if let Err(error) = self.start() {
+                    self.give_up(Outcome::OwnerFailed { message: chain(&error) });
+                }
+            }
+            (FromAgent::Started(started), _) => self.started(started.process),
+            (FromAgent::Exited(exited), _) => {
+                if let Some(process) = self.processes.get_mut(&exited.process) {
+                    process.exited = Some((exited.status, exited.out_of_memory));
+                    self.deadlines.flush = Some(Instant::now() + self.own.patience.identify());
+                    self.tell_exit(exited.process);
+                }
+            }
+            (FromAgent::Failed(failed), _) => self.failed(failed),
+            (FromAgent::Usage(mut usage), _) => {
+                if let Some(usage) = usage.containers.remove(&CONTAINER.0) {
+                    self.guest_usage = Some(usage);
+                }
+                self.answer_usage();
+            }
+            (FromAgent::Invoked(invoked), _) => {
+                if let Some((_, _, client)) = self.event.take() {
+                    // An event that was never fetched: the runtime was gone before.
+                    tracing::debug!(?client, "the function did not take its event");
+                }
+                let creator = self.creator;
+                self.tell_client(creator, api::Invoked { invoked });
+            }
+            (FromAgent::Ending(ending), _) => {
+                if let EndingReason::Broken { message } = ending.reason {
+                    self.agent_said = Some(clean(&message));
+                }
+            }
+            (FromAgent::Hello(_) | FromAgent::Prepared(_), phase) => {
+                self.give_up(Outcome::AgentFailed { message: format!("it spoke out of turn ({phase:?})") });
+            }
+        }
+    }
+
+    fn welcome(&mut self, hello: &Hello) {
+        if hello.version != agent::VERSION {
+            let reason = format!(
+                "the agent speaks version {} and this host version {}; build the initramfs anew (scripts/build)",
+                hello.version,
+                agent::VERSION
+            );
+            self.tell_agent(Refused { reason: reason.clone() });
+            return self.give_up(Outcome::AgentFailed { message: reason });
+        }
+        tracing::debug!(booted_us = hello.booted_us, kernel = %clean(&hello.kernel), "the agent is there");
+        let mut entropy = Entropy([0; 64]);
+        if let Err(error) = random(&mut entropy.0) {
+            return self.give_up(Outcome::OwnerFailed { message: chain(&error) });
+        }
+        let hostname = self.own.spec.surroundings.hostname.clone();
+        let identity = Identity {
+            id: self.own.id.to_string(),
+            hostname: hostname.unwrap_or_else(|| self.own.id.to_string()),
+            realtime_ns: now_ns(),
+            entropy,
+        };
+        self.tell_agent(Welcome { version: agent::VERSION, identity });
+        match self.preparation() {
+            Ok(prepare) => {
+                let bytes = prepare.layers.iter().map(|l| l.blob.size).chain(prepare.zips.iter().map(|z| z.blob.size)).sum();
+                let time = self.own.patience.prepare(bytes);
+                self.enter(Phase::Preparing, Some((Step::Prepare, time)));
+                self.tell_agent(prepare);
+            }
+            Err(error) => self.give_up(Outcome::OwnerFailed { message: chain(&error) }),
+        }
+    }
+
+    fn preparation(&mut self) -> std::io::Result<Prepare> {
+        let payload = self.own.spec.payload.clone();
+        let (mut layers, mut zips) = (Vec::new(), Vec::new());
+        for (n, layer) in payload.layers.iter().enumerate() {
+            let stream = self.streams.agree(Purpose::Blob(n))?;
+            let blob = Blob { digest: layer.digest.clone(), size: layer.size, stream };
+            layers.push(Layer { compression: layer.compression, blob, diff_id: layer.diff_id.clone() });
+        }
+        for (n, zip) in payload.zips.iter().enumerate() {
+            let stream = self.streams.agree(Purpose::Blob(layers.len() + n))?;
+            zips.push(Zip { blob: Blob { digest: zip.digest.clone(), size: zip.size, stream }, at: zip.at.clone() });
+        }
+        let bytes = payload.unpacked_bytes.unwrap_or(self.own.spec.machine.disk_bytes);
+        Ok(Prepare { container: CONTAINER, layers, zips, limits: UnpackLimits { bytes, entries: MOST_ENTRIES } })
+    }
+
+    fn start(&mut self) -> std::io::Result<()> {
+        let spec = self.own.spec.process.clone();
+        let client = (!self.own.spec.detached).then_some(self.creator);
+        let process = self.add_process(WORKLOAD, &spec, client)?;
+        let function = self.own.spec.function.as_ref().map(|function| Function {
+            init_timeout_ms: function.init_timeout_ms,
+            response_bytes: function.response_bytes,
+        });
+        let time = self.own.patience.start();
+        self.enter(Phase::Starting, Some((Step::Start, time)));
+        let surroundings = self.own.spec.surroundings.clone();
+        self.tell_agent(Start { container: CONTAINER, surroundings, process, function });
+        Ok(())
+    }
+
+    /// A process as the agent is told of it, with its streams agreed on.
+    pub(super) fn add_process(
+        &mut self,
+        id: ProcessId,
+        spec: &ProcessSpec,
+        client: Option<super::ClientId>,
+    ) -> std::io::Result<agent::Process> {
+        let mut process = Process { client, ..Process::default() };
+        let mut agree = |stream: StreamKind, wanted: bool| {
+            if !wanted {
+                return Ok(None);
+            }
+            process.awaited.insert(stream);
+            self.streams.agree(Purpose::Process(id, stream)).map(Some)
+        };
+        let stdio = Stdio {
+            stdin: agree(StreamKind::Stdin, spec.interactive)?,
+            stdout: agree(StreamKind::Stdout, true)?,
+            stderr: agree(StreamKind::Stderr, spec.terminal.is_none())?,
+            terminal: spec.terminal,
+        };
+        self.processes.insert(id, process);
+        Ok(agent::Process {
+            id,
+            arguments: spec.arguments.clone(),
+            environment: spec.environment.clone(),
+            working_directory: spec.working_directory.clone(),
+            user: spec.user.clone(),
+            stdio,
+        })
+    }
+
+    /// Tells the agent of one more process in the container.
+    pub(super) fn exec(&mut self, process: agent::Process) {
+        self.tell_agent(agent::Exec { container: CONTAINER, process });
+    }
+
+    fn started(&mut self, id: ProcessId) {
+        let Some(process) = self.processes.get(&id) else { return };
+        if let Some(client) = process.client.or((id == WORKLOAD).then_some(self.creator)) {
+            self.tell_client(client, api::Started {});
+        }
+        if id != WORKLOAD || self.record.phase != Phase::Starting {
+            return;
+        }
+        self.record.started_ms = Some(now_ms());
+        self.enter(Phase::Running, None);
+        self.deadlines.timeout =
+            self.own.spec.timeout_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+        if let Some(cgroup) = &self.cgroup
+            && let Err(error) = cgroup.limit_cpu(launch::running_cpu_millis(&self.own.spec.machine))
+        {
+            tracing::warn!(error = %chain(&error), "the room keeps its boot's share of the CPUs");
+        }
+        debug_assert_eq!(u128::from(REPORT_MS), SAMPLE.as_millis());
+        self.ask_usage();
+    }
+
+    /// A report now, and from then on by itself.
+    pub(super) fn ask_usage(&mut self) {
+        self.tell_agent(ReportUsage { every_ms: Some(REPORT_MS) });
+    }
+
+    fn failed(&mut self, failed: Failed) {
+        let message = clean(&failed.message);
+        match failed.request {
+            Request::Prepare(_) | Request::Process(WORKLOAD)
+                if matches!(self.record.phase, Phase::Preparing | Phase::Starting) =>
+            {
+                self.streams.forget(WORKLOAD);
+                self.give_up(Outcome::Refused { failure: failed.failure, message });
+            }
+            Request::Process(id) if id != WORKLOAD => {
+                self.streams.forget(id);
+                if let Some(client) = self.processes.remove(&id).and_then(|process| process.client) {
+                    self.tell_client(client, api::Refused { failure: failed.failure, message });
+                }
+            }
+            Request::Invoke(_) => {
+                self.event = None;
+                let creator = self.creator;
+                self.tell_client(creator, api::Refused { failure: failed.failure, message });
+            }
+            // A signal or a size for a process that is gone already.
+            Request::Process(_) | Request::Prepare(_) => tracing::debug!(message, "the agent refused a request"),
+        }
+    }
+
+    /// The control connection is over. Before the room's own end that means the guest's: the VMM says which in a moment.
+    pub(super) fn lose_agent(&mut self, why: &str) {
+        self.control = None;
+        if self.pressure.is_none() {
+            tracing::debug!(why, "the agent is gone");
+            self.agent_said.get_or_insert_with(|| clean(why));
+            self.pressure = Some(super::Pressure::Asked);
+            self.deadlines.pressure = Some(Instant::now() + AFTER_THE_AGENT);
+        }
+    }
+}

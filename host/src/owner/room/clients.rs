@@ -1,0 +1,189 @@
+//! What commands ask of the room.
+
+use std::fs::File;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use carrel_protocol::agent::{Failure, Invoke, ProcessId, Resize, Signal};
+
+use super::super::api::{self, FromClient};
+use super::super::chain;
+use super::super::events::ClientId;
+use super::super::streams::Purpose;
+use super::{Client, Room, SIGKILL, WORKLOAD};
+use crate::outcome::Outcome;
+use crate::packet::{Connection, Packet};
+use crate::record::Phase;
+
+/// Commands at once.
+const MOST_CLIENTS: usize = 128;
+/// Signals that end a room whose workload does not run yet: HUP, INT, QUIT, KILL, TERM.
+const ENDING_SIGNALS: [u8; 5] = [1, 2, 3, 9, 15];
+
+impl Room {
+    pub(super) fn add_client(&mut self, connection: Connection) -> std::io::Result<ClientId> {
+        if self.clients.len() >= MOST_CLIENTS {
+            return Err(std::io::Error::other("there are too many commands at once"));
+        }
+        let id = ClientId(self.next_client);
+        self.next_client += 1;
+        let connection = Arc::new(connection);
+        self.teller.watch_client(id, &connection)?;
+        self.clients.insert(id, Client { connection, process: (id.0 == 0).then_some(WORKLOAD) });
+        Ok(id)
+    }
+
+    pub(super) fn hear_client(&mut self, id: ClientId, packet: Packet<FromClient>) {
+        match packet.message {
+            FromClient::Supply(_) => {}
+            FromClient::Exec(exec) => self.start_exec(id, &exec.process),
+            FromClient::Signal(api::Signal { signal }) => self.signal(id, signal),
+            FromClient::Resize(api::Resize { size }) => {
+                let process = self.process_of(id);
+                if self.processes.contains_key(&process) {
+                    self.tell_agent(Resize { process, size });
+                }
+            }
+            FromClient::Stop(api::Stop { timeout_ms }) => {
+                self.stop_workload(timeout_ms);
+                self.tell_client(id, api::Done {});
+            }
+            FromClient::ReadUsage(_) => {
+                self.usage_waiters.push(id);
+                if self.record.phase == Phase::Running {
+                    let time = self.own.patience.usage();
+                    self.deadlines.usage.get_or_insert(Instant::now() + time);
+                    self.ask_usage();
+                } else {
+                    self.answer_usage();
+                }
+            }
+            // Everybody is told of the end.
+            FromClient::Wait(_) => {}
+            FromClient::Drained(_) => {
+                if id == self.creator && self.record.phase == Phase::Draining {
+                    self.shut_down();
+                }
+            }
+            FromClient::Invoke(invoke) => {
+                let event = packet.descriptors.into_iter().next().map(File::from);
+                match event {
+                    Some(event) if id == self.creator && self.event.is_none() => self.invoke(id, invoke, event),
+                    Some(_) | None => self.refuse(id, "the room takes one event at a time, from its creator"),
+                }
+            }
+        }
+    }
+
+    fn process_of(&self, id: ClientId) -> ProcessId {
+        self.clients.get(&id).and_then(|client| client.process).unwrap_or(WORKLOAD)
+    }
+
+    fn refuse(&mut self, id: ClientId, message: &str) {
+        self.tell_client(id, api::Refused { failure: Failure::BadRequest, message: message.to_owned() });
+    }
+
+    fn start_exec(&mut self, id: ClientId, spec: &crate::spec::ProcessSpec) {
+        if self.record.phase != Phase::Running {
+            return self.refuse(id, "the room's workload does not run");
+        }
+        if self.clients.get(&id).is_none_or(|client| client.process.is_some()) {
+            return self.refuse(id, "a connection has one process");
+        }
+        let process = ProcessId(self.next_process);
+        self.next_process = self.next_process.saturating_add(1);
+        match self.add_process(process, spec, Some(id)) {
+            Ok(told) => {
+                if let Some(client) = self.clients.get_mut(&id) {
+                    client.process = Some(process);
+                }
+                self.exec(told);
+            }
+            Err(error) => self.refuse(id, &chain(&error)),
+        }
+    }
+
+    fn signal(&mut self, id: ClientId, signal: u8) {
+        let process = self.process_of(id);
+        let begins = matches!(
+            self.record.phase,
+            Phase::Launching | Phase::Handshaking | Phase::Preparing | Phase::Starting
+        );
+        if process == WORKLOAD && begins {
+            if ENDING_SIGNALS.contains(&signal) {
+                self.give_up(Outcome::Stopped { signal });
+            }
+        } else if self.processes.get(&process).is_some_and(|process| process.exited.is_none()) {
+            self.tell_agent(Signal { process, signal });
+        }
+    }
+
+    /// The stop signal now, SIGKILL after a time.
+    pub(super) fn stop_workload(&mut self, timeout_ms: Option<u64>) {
+        match self.record.phase {
+            Phase::Launching | Phase::Handshaking | Phase::Preparing | Phase::Starting => {
+                self.give_up(Outcome::Stopped { signal: self.own.spec.stop_signal });
+            }
+            Phase::Running => {
+                let time = Duration::from_millis(timeout_ms.unwrap_or(self.own.spec.stop_timeout_ms));
+                let at = Instant::now() + time;
+                self.deadlines.kill = Some(self.deadlines.kill.map_or(at, |other| other.min(at)));
+                self.signal_workload(self.own.spec.stop_signal);
+            }
+            Phase::Draining | Phase::Ending | Phase::Ended => {}
+        }
+    }
+
+    fn invoke(&mut self, id: ClientId, invoke: api::Invoke, event: File) {
+        let api::Invoke { id: request, event_bytes, timeout_ms, headers } = invoke;
+        let streams = self
+            .streams
+            .agree(Purpose::Event)
+            .and_then(|event| Ok((event, self.streams.agree(Purpose::Response(id))?)));
+        match streams {
+            Ok((stream, response)) => {
+                self.event = Some((event, event_bytes, id));
+                self.tell_agent(Invoke { id: request, event: stream, event_bytes, response, timeout_ms, headers });
+            }
+            Err(error) => self.refuse(id, &chain(&error)),
+        }
+    }
+
+    /// Answers all that wait for a report, with the guest's last one.
+    pub(super) fn answer_usage(&mut self) {
+        self.deadlines.usage = None;
+        let waiters = std::mem::take(&mut self.usage_waiters);
+        if waiters.is_empty() {
+            return;
+        }
+        self.meter.sample();
+        self.meter.sample_memory();
+        let report = self.report();
+        for id in waiters {
+            self.tell_client(id, api::Used { report: report.clone() });
+        }
+    }
+
+    /// A command is gone. An attached room ends with the one that made it; an exec's process ends with its own.
+    pub(super) fn lose_client(&mut self, id: ClientId) {
+        let Some(client) = self.clients.remove(&id) else { return };
+        if id == self.creator {
+            if self.own.spec.detached || self.record.phase == Phase::Ending {
+                return;
+            }
+            tracing::debug!("the command that made the room is gone");
+            if let Some(workload) = self.processes.get_mut(&WORKLOAD) {
+                workload.client = None;
+            }
+            return self.give_up(Outcome::Stopped { signal: SIGKILL });
+        }
+        if let Some(id) = client.process
+            && let Some(process) = self.processes.get_mut(&id)
+        {
+            process.client = None;
+            if process.exited.is_none() {
+                self.tell_agent(Signal { process: id, signal: SIGKILL });
+            }
+        }
+    }
+}
