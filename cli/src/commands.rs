@@ -21,6 +21,7 @@ pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8>
         Command::Run(args) => run::run(&args, configuration),
         Command::Exec(args) => run::exec(&args, configuration),
         Command::Ps(args) => rooms::ps(&args, configuration),
+        Command::Logs(args) => rooms::logs(&args, configuration),
         Command::Stop(args) => rooms::stop(&args, configuration),
         Command::Kill(args) => rooms::kill(&args, configuration),
         Command::Rm(args) => rooms::rm(&args, configuration),
@@ -32,7 +33,7 @@ pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8>
         Command::Prune(args) => images::prune(&args, configuration),
         Command::Completions(args) => completions(&args),
         Command::Version(args) => version(&args),
-        Command::Owner(args) => Ok(carrel_host::owner::run(&args.room)?),
+        Command::Owner(args) => Ok(carrel_host::owner::run(&args.room).map(|()| 0)?),
         _ => todo!(),
     }
 }

@@ -26,7 +26,9 @@ const GONE: Duration = Duration::from_secs(10);
 #[derive(Debug, Error)]
 pub enum CgroupError {
     /// No cgroup v2 file system.
-    #[error("this host mounts no cgroup v2; mount one (`mount -t cgroup2 none /sys/fs/cgroup`), or use --unconfined")]
+    #[error(
+        "this host mounts no cgroup v2; mount one (`mount -t cgroup2 none /sys/fs/cgroup`), or use --unconfined"
+    )]
     NotMounted,
     /// Nowhere to make one.
     #[error("no cgroup may be made below {}; run carrel as root or in a delegated scope (`systemd-run --user --scope -p Delegate=yes`), or use --unconfined", .0.display())]

@@ -268,7 +268,9 @@ impl Home {
         for entry in fs::read_dir(&folder).map_err(failed("read", &folder))? {
             let entry = entry.map_err(failed("read", &folder))?;
             // One that is just being made, or being removed, has no order.
-            rooms.extend(entry.file_name().to_str().and_then(|id| id.parse().ok()).and_then(|id| self.room(id)));
+            rooms.extend(
+                entry.file_name().to_str().and_then(|id| id.parse().ok()).and_then(|id| self.room(id)),
+            );
         }
         rooms.sort_by_key(|room| (room.record().created_ms, room.id.clone()));
         Ok(rooms)
@@ -365,7 +367,10 @@ impl Room {
     pub fn wait(&self) -> Result<Ended, SessionError> {
         let ended = |room: &Self| {
             let record = room.record();
-            record.outcome.filter(|_| record.phase == Phase::Ended).map(|outcome| Ended { outcome, usage: record.usage })
+            record
+                .outcome
+                .filter(|_| record.phase == Phase::Ended)
+                .map(|outcome| Ended { outcome, usage: record.usage })
         };
         if let Some(ended) = ended(self) {
             return Ok(ended);
@@ -379,9 +384,7 @@ impl Room {
         let path = self.directory.join("lock");
         let lock = File::open(&path).map_err(failed("opened", &path))?;
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => {
-                fs::remove_dir_all(&self.directory).map_err(failed("removed", &self.directory))
-            }
+            Ok(()) => fs::remove_dir_all(&self.directory).map_err(failed("removed", &self.directory)),
             Err(rustix::io::Errno::WOULDBLOCK) => Err(HomeError::Running(self.title().to_owned())),
             Err(e) => Err(failed("locked", &path)(e.into())),
         }
@@ -422,4 +425,3 @@ impl Room {
         Ok(Session::new(ours, order.spec.clone()))
     }
 }
-

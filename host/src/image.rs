@@ -89,7 +89,9 @@ pub fn compose(image: &ImageDefaults, overrides: &Overrides) -> Result<ProcessSp
     let working_directory = match overrides.working_directory.as_ref().unwrap_or(&image.working_directory) {
         none if none.is_empty() => "/".to_owned(),
         // An image's relative directory is below its root, as runc has it; a user's is a slip.
-        relative if !relative.starts_with('/') && overrides.working_directory.is_none() => format!("/{relative}"),
+        relative if !relative.starts_with('/') && overrides.working_directory.is_none() => {
+            format!("/{relative}")
+        }
         relative if !relative.starts_with('/') => {
             return Err(ComposeError::RelativeDirectory(relative.clone()));
         }
@@ -114,7 +116,8 @@ pub fn compose(image: &ImageDefaults, overrides: &Overrides) -> Result<ProcessSp
 
 /// One value a name, the last one said, at the place where the name was first said. Images may hold what is no variable: that is left out.
 fn environment(image: &[String], own: &[String]) -> Result<Vec<String>, ComposeError> {
-    let name = |variable: &str| variable.split_once('=').map(|(name, _)| name.to_owned()).filter(|n| !n.is_empty());
+    let name =
+        |variable: &str| variable.split_once('=').map(|(name, _)| name.to_owned()).filter(|n| !n.is_empty());
     let mut all: Vec<(String, String)> = Vec::new();
     let mut set = |name: String, variable: &str| match all.iter_mut().find(|(known, _)| *known == name) {
         Some((_, value)) => variable.clone_into(value),
@@ -174,8 +177,11 @@ mod tests {
     }
 
     fn arguments(entrypoint: Option<&str>, command: &str) -> Result<Vec<String>, ComposeError> {
-        let overrides =
-            Overrides { entrypoint: entrypoint.map(Into::into), command: words(command), ..Default::default() };
+        let overrides = Overrides {
+            entrypoint: entrypoint.map(Into::into),
+            command: words(command),
+            ..Default::default()
+        };
         compose(&image(), &overrides).map(|process| process.arguments)
     }
 
@@ -209,8 +215,11 @@ mod tests {
 
     #[test]
     fn directories_and_users_are_replaced() {
-        let overrides =
-            Overrides { working_directory: Some("/w".into()), user: Some("1:2".into()), ..Default::default() };
+        let overrides = Overrides {
+            working_directory: Some("/w".into()),
+            user: Some("1:2".into()),
+            ..Default::default()
+        };
         let process = compose(&image(), &overrides).unwrap();
         assert_eq!((process.working_directory.as_str(), process.user.as_str()), ("/w", "1:2"));
         let relative = Overrides { working_directory: Some("w".into()), ..Default::default() };
@@ -225,9 +234,15 @@ mod tests {
 
     #[test]
     fn stop_signals_have_many_forms() {
-        for (text, number) in
-            [("SIGTERM", 15), ("quit", 3), ("9", 9), ("SIGRTMIN+3", 37), ("RTMIN", 34), ("SIGSYS", 31), ("", 15)]
-        {
+        for (text, number) in [
+            ("SIGTERM", 15),
+            ("quit", 3),
+            ("9", 9),
+            ("SIGRTMIN+3", 37),
+            ("RTMIN", 34),
+            ("SIGSYS", 31),
+            ("", 15),
+        ] {
             assert_eq!(stop_signal(Some(text)), Ok(number), "{text}");
         }
         assert_eq!(stop_signal(None), Ok(15));

@@ -50,8 +50,7 @@ fn from_cgroup(cgroup: &Cgroup, usage: &mut HostUsage) {
     usage.cpu_throttled_us = cgroup.keyed("cpu.stat", "throttled_usec").or(usage.cpu_throttled_us);
     usage.memory_current_bytes = cgroup.number("memory.current").or(usage.memory_current_bytes);
     usage.memory_peak_bytes = cgroup.number("memory.peak").or(usage.memory_peak_bytes);
-    usage.kernel_memory_bytes =
-        usage.kernel_memory_bytes.max(cgroup.keyed("memory.stat", "kernel"));
+    usage.kernel_memory_bytes = usage.kernel_memory_bytes.max(cgroup.keyed("memory.stat", "kernel"));
     for (field, value) in [
         ("rbytes", &mut usage.read_bytes),
         ("wbytes", &mut usage.write_bytes),

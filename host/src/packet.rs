@@ -21,7 +21,9 @@ pub enum PacketError {
     #[error("the connection failed")]
     Io(#[from] io::Error),
     /// What came is no message.
-    #[error("the peer sent something that is not a message of this version; install all of carrel from one build")]
+    #[error(
+        "the peer sent something that is not a message of this version; install all of carrel from one build"
+    )]
     Frame(#[from] FrameError),
     /// The packet, or its descriptors, were cut short.
     #[error("the peer sent a packet that is too large")]

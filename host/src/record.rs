@@ -87,7 +87,9 @@ impl ProcessMark {
         // The command's name, field 2, may hold anything; fields are counted from behind its parenthesis.
         let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
         let started = fields.split_ascii_whitespace().nth(19).and_then(|field| field.parse().ok());
-        started.map(|started| Self { pid, started }).ok_or_else(|| io::Error::other("unknown form of /proc/pid/stat"))
+        started
+            .map(|started| Self { pid, started })
+            .ok_or_else(|| io::Error::other("unknown form of /proc/pid/stat"))
     }
 
     /// Whether that process is still there.

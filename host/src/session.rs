@@ -30,8 +30,8 @@ pub use crate::owner::api::{Ended, StreamKind};
 
 use crate::outcome::Outcome;
 use crate::owner::api::{
-    Connected, Drained, Exec, Exited, FromClient, Noticed, ReadUsage, Refused, Resize, Signal, Stop, ToClient,
-    Used, Wait,
+    Connected, Drained, Exec, Exited, FromClient, Noticed, ReadUsage, Refused, Resize, Signal, Stop,
+    ToClient, Used, Wait,
 };
 use crate::packet::{Connection, Packet, PacketError};
 use crate::patience::Patience;
@@ -239,7 +239,9 @@ impl Session {
     }
 
     fn receive_in_time(&self) -> Result<Packet<ToClient>, SessionError> {
-        self.connection.receive().map_err(|e| if e.is_full() { SessionError::Silent } else { SessionError::OwnerGone(e) })
+        self.connection
+            .receive()
+            .map_err(|e| if e.is_full() { SessionError::Silent } else { SessionError::OwnerGone(e) })
     }
 
     fn serve(

@@ -23,7 +23,9 @@ pub enum NameError {
     #[error("{0:?} is no room's id: an id is 12 hexadecimal digits")]
     Id(String),
     /// Not a name.
-    #[error("{0:?} is no name for a room: use 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit")]
+    #[error(
+        "{0:?} is no name for a room: use 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+    )]
     Name(String),
 }
 
@@ -50,7 +52,8 @@ impl RoomId {
 impl FromStr for RoomId {
     type Err = NameError;
     fn from_str(text: &str) -> Result<Self, NameError> {
-        let digits = text.len() == Self::DIGITS && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let digits =
+            text.len() == Self::DIGITS && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
         if digits { Ok(Self(text.to_owned())) } else { Err(NameError::Id(text.to_owned())) }
     }
 }

@@ -32,7 +32,12 @@ pub(crate) fn pull(args: &PullArgs, configuration: &Configuration) -> Result<u8>
         if args.quiet {
             failure::print(format_args!("{}\n", pulled.digest))?;
         } else {
-            failure::print(format_args!("{}  {}  {}\n", pulled.name, pulled.digest, size::human(pulled.size_bytes)))?;
+            failure::print(format_args!(
+                "{}  {}  {}\n",
+                pulled.name,
+                pulled.digest,
+                size::human(pulled.size_bytes)
+            ))?;
         }
     }
     Ok(0)
@@ -105,10 +110,10 @@ pub(crate) fn prune(args: &PruneArgs, configuration: &Configuration) -> Result<u
     for room in home.rooms()? {
         let record = room.record();
         if room.has_ended() {
-            let ended = SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(record.ended_ms.unwrap_or(0));
-            let old = args
-                .older_than
-                .is_none_or(|least| now.duration_since(ended).is_ok_and(|age| age >= least));
+            let ended =
+                SystemTime::UNIX_EPOCH + std::time::Duration::from_millis(record.ended_ms.unwrap_or(0));
+            let old =
+                args.older_than.is_none_or(|least| now.duration_since(ended).is_ok_and(|age| age >= least));
             if old {
                 if !args.dry_run {
                     room.remove()?;
@@ -118,9 +123,14 @@ pub(crate) fn prune(args: &PruneArgs, configuration: &Configuration) -> Result<u
             continue;
         }
         let payload = &room.spec().payload;
-        let named = payload.layers.iter().map(|layer| &layer.digest).chain(payload.zips.iter().map(|zip| &zip.digest));
+        let named = payload
+            .layers
+            .iter()
+            .map(|layer| &layer.digest)
+            .chain(payload.zips.iter().map(|zip| &zip.digest));
         for digest in named {
-            let digest: Digest = digest.parse().context("A room's record names something that is no digest.")?;
+            let digest: Digest =
+                digest.parse().context("A room's record names something that is no digest.")?;
             keep.insert(digest);
         }
     }

@@ -37,7 +37,8 @@ pub(crate) fn acquire(store: &Store, wanted: &Wanted<'_>) -> Result<Image> {
         ..PullOptions::default()
     };
     if let Some(platform) = wanted.platform {
-        options.platform = platform.parse().with_context(|| format!("The platform '{platform}' is wrong."))?;
+        options.platform =
+            platform.parse().with_context(|| format!("The platform '{platform}' is wrong."))?;
     }
     Ok(store.acquire(&source, &options, &*Bars::stderr())?)
 }

@@ -56,8 +56,7 @@ fn render(report: &UsageReport, format: UsageFormat) -> Result<String> {
 
 /// One row a quantity: what the guest says, and what the host metered of the whole room.
 fn table(report: &UsageReport) -> Table {
-    let mut table =
-        Table::new(&[("USED", Align::Left), ("GUEST", Align::Right), ("HOST", Align::Right)]);
+    let mut table = Table::new(&[("USED", Align::Left), ("GUEST", Align::Right), ("HOST", Align::Right)]);
     let guest = report.guest.as_ref();
     let host = &report.host;
     let none = || "-".to_owned();

@@ -5,12 +5,13 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Result, bail, ensure};
+use carrel_host::log::{self, LogError, LogOptions};
 use carrel_host::record::Record;
 use carrel_host::{Home, Room, SessionError, UsageReport};
 use serde_json::{Value, json};
 
 use super::place;
-use crate::arguments::rooms::{KillArgs, PsArgs, RmArgs, StatsArgs, StopArgs, WaitArgs};
+use crate::arguments::rooms::{KillArgs, LogsArgs, PsArgs, RmArgs, StatsArgs, StopArgs, WaitArgs};
 use crate::configuration::Configuration;
 use crate::failure;
 use crate::table::{Align, Table};
@@ -23,7 +24,8 @@ pub(crate) fn ps(args: &PsArgs, configuration: &Configuration) -> Result<u8> {
     let mut rooms = place::home(configuration)?.rooms()?;
     // Newest first, as people look for it.
     rooms.reverse();
-    let shown = rooms.iter().map(|room| (room, room.record())).filter(|(_, record)| args.all || !over(record));
+    let shown =
+        rooms.iter().map(|room| (room, room.record())).filter(|(_, record)| args.all || !over(record));
     if args.quiet {
         return print_lines(shown.map(|(room, _)| room.id().to_string()));
     }
@@ -98,6 +100,18 @@ fn print_lines(lines: impl Iterator<Item = String>) -> Result<u8> {
     let text: String = lines.map(|line| line + "\n").collect();
     failure::print(text)?;
     Ok(0)
+}
+
+/// `carrel logs`.
+pub(crate) fn logs(args: &LogsArgs, configuration: &Configuration) -> Result<u8> {
+    let room = place::home(configuration)?.find(&args.room)?;
+    let options = LogOptions { follow: args.follow, tail: args.tail, timestamps: args.timestamps };
+    match log::print(&room, options, &mut std::io::stdout().lock(), &mut std::io::stderr().lock()) {
+        Err(LogError::Write(e)) if e.kind() == std::io::ErrorKind::BrokenPipe => {
+            Err(failure::OutputGone.into())
+        }
+        other => Ok(other.map(|()| 0)?),
+    }
 }
 
 /// Every room is found before anything is done to one.

@@ -56,7 +56,7 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
         name,
         image: image.name.clone(),
         machine: machine(&args.machine)?,
-        payload: Payload { layers, zips: Vec::new() },
+        payload: Payload { layers, zips: Vec::new(), unpacked_bytes: None },
         surroundings: surroundings(args, &image),
         process,
         stop_signal: image::stop_signal(image.config.stop_signal.as_deref())?,
@@ -125,11 +125,7 @@ fn terminal_for(attached: bool, wanted: bool) -> Result<Option<TerminalSize>> {
 fn attach(
     session: Session,
     has_terminal: bool,
-    serve: impl FnOnce(
-        Session,
-        Streams,
-        &mut dyn FnMut(&str),
-    ) -> Result<Ended, carrel_host::SessionError>,
+    serve: impl FnOnce(Session, Streams, &mut dyn FnMut(&str)) -> Result<Ended, carrel_host::SessionError>,
 ) -> Result<Ended> {
     let forwarding = Forwarding::begin(session.remote(), has_terminal)?;
     let raw = if has_terminal { Some(Raw::enter()?) } else { None };
@@ -155,7 +151,8 @@ pub(super) fn machine(args: &MachineArgs) -> Result<Machine> {
 }
 
 fn surroundings(args: &RunArgs, image: &Image) -> Surroundings {
-    let tmpfs = |tmpfs: &crate::values::Tmpfs| Tmpfs { path: tmpfs.path.clone(), options: tmpfs.options.clone() };
+    let tmpfs =
+        |tmpfs: &crate::values::Tmpfs| Tmpfs { path: tmpfs.path.clone(), options: tmpfs.options.clone() };
     Surroundings {
         read_only_root: args.machine.read_only,
         tmpfs: args.machine.tmpfs.iter().map(tmpfs).collect(),

@@ -24,7 +24,8 @@ impl Forwarding {
     /// Begins. With a terminal, its size is told at once and whenever it changes.
     pub(crate) fn begin(remote: Remote, has_terminal: bool) -> Result<Self> {
         let cannot = "Signals can't be received.";
-        let mut signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2]).context(cannot)?;
+        let mut signals =
+            Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2]).context(cannot)?;
         if has_terminal {
             signals.add_signal(SIGWINCH).context(cannot)?;
         }

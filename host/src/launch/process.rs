@@ -127,7 +127,8 @@ pub(crate) fn spawn(plan: &Plan<'_>) -> Result<Child, LaunchError> {
     let (mapped_read, mapped_write) = io::pipe()?;
     let (mut failure_read, failure_write) = io::pipe()?;
     // The child puts the socket at OWNER_FD: what it still needs after that must lie elsewhere.
-    let above = |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, OWNER_FD + 1).map_err(io::Error::from);
+    let above =
+        |fd: BorrowedFd<'_>| rustix::io::fcntl_dupfd_cloexec(fd, OWNER_FD + 1).map_err(io::Error::from);
     let (program, failure) = (above(plan.program)?, above(failure_write.as_fd())?);
     let words: Vec<CString> = plan
         .arguments
@@ -194,7 +195,8 @@ fn clone(plan: &Plan<'_>, prepared: &Prepared) -> Result<Child, LaunchError> {
     } else {
         "birth in its cgroup"
     };
-    let pid = u32::try_from(pid).map_err(|_| LaunchError::Part { part, source: io::Error::last_os_error() })?;
+    let pid =
+        u32::try_from(pid).map_err(|_| LaunchError::Part { part, source: io::Error::last_os_error() })?;
     // SAFETY: CLONE_PIDFD put a descriptor there that nobody else owns.
     Ok(Child { pid, descriptor: unsafe { OwnedFd::from_raw_fd(descriptor) } })
 }

@@ -44,13 +44,17 @@ fn shell(script: &str, namespaces: bool) -> (ChildEnd, String) {
 
 #[test]
 fn the_child_has_the_socket_and_nothing_else() {
-    let (end, said) = shell("for fd in 0 1 2 4 5 6 7 8 9; do [ -e /proc/self/fd/$fd ] && echo $fd >&3; done; echo done >&3", false);
+    let (end, said) = shell(
+        "for fd in 0 1 2 4 5 6 7 8 9; do [ -e /proc/self/fd/$fd ] && echo $fd >&3; done; echo done >&3",
+        false,
+    );
     assert_eq!((end, said.as_str()), (ChildEnd::Status(0), "done\n"));
 }
 
 #[test]
 fn the_child_is_user_0_of_namespaces_of_its_own() {
-    let (end, said) = shell("{ echo $$; while read -r line; do echo $line; done < /proc/self/uid_map; } >&3", true);
+    let (end, said) =
+        shell("{ echo $$; while read -r line; do echo $line; done < /proc/self/uid_map; } >&3", true);
     let own = user_of(&id());
     assert_eq!((end, said), (ChildEnd::Status(0), format!("1\n0 {own} 1\n")));
 }

@@ -104,7 +104,11 @@ fn keep(last: &mut VecDeque<Line>, line: Line, most: usize) {
 }
 
 fn write_line(line: &Line, out: &mut dyn Write, err: &mut dyn Write) -> Result<(), LogError> {
-    let written = if line.stream == StreamKind::Stderr { err.write_all(&line.bytes) } else { out.write_all(&line.bytes) };
+    let written = if line.stream == StreamKind::Stderr {
+        err.write_all(&line.bytes)
+    } else {
+        out.write_all(&line.bytes)
+    };
     written.map_err(LogError::Write)
 }
 

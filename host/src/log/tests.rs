@@ -54,8 +54,10 @@ fn a_flood_costs_two_files_and_the_newest_survives() {
     for n in 0..10_000 {
         log.write(StreamKind::Stdout, format!("{n}\n").as_bytes());
     }
-    let sizes: Vec<u64> =
-        fs::read_dir(directory.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).collect();
+    let sizes: Vec<u64> = fs::read_dir(directory.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().metadata().unwrap().len())
+        .collect();
     assert_eq!(sizes.len(), 2);
     assert!(sizes.iter().all(|size| *size <= 4096), "{sizes:?}");
     let (out, _) = shown(directory.path(), LogOptions::default());

@@ -36,7 +36,10 @@ pub(crate) enum Event {
     /// The control connection closed, or what came over it was no message.
     AgentClosed(String),
     /// A dialled stream said the right token.
-    Identified { port: u32, socket: UnixStream },
+    Identified {
+        port: u32,
+        socket: UnixStream,
+    },
     NewClient(Connection),
     Client(ClientId, Packet<FromClient>),
     ClientClosed(ClientId),

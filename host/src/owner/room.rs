@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use carrel_protocol::Message;
 use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal};
 use carrel_protocol::usage::GuestUsage;
 use carrel_protocol::vmm::{DeviceStopReason, Ended, FromVmm};
-use carrel_protocol::Message;
 
 use super::api::{self, StreamKind, ToClient};
 use super::events::{ClientId, Event, Teller, channel};
@@ -158,7 +158,8 @@ impl Room {
             false => None,
         };
         let now = Instant::now();
-        let mut record = Record::read(&own.directory.join("state.json")).unwrap_or_else(|| Record::new(now_ms()));
+        let mut record =
+            Record::read(&own.directory.join("state.json")).unwrap_or_else(|| Record::new(now_ms()));
         record.remains = Remains {
             cgroup: cgroup.as_ref().map(|cgroup| cgroup.path().to_owned()),
             vmm: ProcessMark::of(child.pid()).ok(),
@@ -335,7 +336,8 @@ impl Room {
 
     fn send_blob(&mut self, n: usize, socket: UnixStream) {
         let payload = &self.own.spec.payload;
-        let sizes = payload.layers.iter().map(|layer| layer.size).chain(payload.zips.iter().map(|zip| zip.size));
+        let sizes =
+            payload.layers.iter().map(|layer| layer.size).chain(payload.zips.iter().map(|zip| zip.size));
         let (Some(file), Some(size)) = (self.own.blobs.get(n), sizes.clone().nth(n)) else { return };
         let sent = file.try_clone().and_then(|file| blobs::send(&self.teller, file, size, socket));
         self.check_thread(sent);
@@ -398,7 +400,10 @@ impl Room {
     fn next_deadline(&self) -> Option<Instant> {
         let due = &self.deadlines;
         let step = due.step.map(|(at, ..)| at);
-        [step, due.timeout, due.kill, due.flush, due.pressure, due.usage, due.sample].into_iter().flatten().min()
+        [step, due.timeout, due.kill, due.flush, due.pressure, due.usage, due.sample]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn meet_deadlines(&mut self, now: Instant) {

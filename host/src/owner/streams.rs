@@ -46,7 +46,12 @@ pub(crate) struct Streams {
 
 impl Streams {
     pub(crate) fn new(patience: Patience) -> Self {
-        Self { next_port: FIRST_STREAM_PORT, expected: HashMap::new(), unidentified: Arc::default(), patience }
+        Self {
+            next_port: FIRST_STREAM_PORT,
+            expected: HashMap::new(),
+            unidentified: Arc::default(),
+            patience,
+        }
     }
 
     /// A new stream, for the agent to dial.
@@ -75,7 +80,8 @@ impl Streams {
             tracing::debug!(port, "the guest dials too much at once");
             return;
         }
-        let (token, waiting, time) = (token.clone(), Arc::clone(&self.unidentified), self.patience.identify());
+        let (token, waiting, time) =
+            (token.clone(), Arc::clone(&self.unidentified), self.patience.identify());
         let spawned = teller.spawn("token", move |teller| {
             let mut socket = UnixStream::from(socket);
             let identified = identify(&mut socket, &token, time);

@@ -8,8 +8,8 @@ use carrel_protocol::agent::{
 };
 
 use super::super::api::{self, StreamKind};
-use super::super::streams::Purpose;
 use super::super::chain;
+use super::super::streams::Purpose;
 use super::{Process, Room, SAMPLE, WORKLOAD};
 use crate::home::random;
 use crate::launch;
@@ -94,7 +94,12 @@ impl Room {
         self.tell_agent(Welcome { version: agent::VERSION, identity });
         match self.preparation() {
             Ok(prepare) => {
-                let bytes = prepare.layers.iter().map(|l| l.blob.size).chain(prepare.zips.iter().map(|z| z.blob.size)).sum();
+                let bytes = prepare
+                    .layers
+                    .iter()
+                    .map(|l| l.blob.size)
+                    .chain(prepare.zips.iter().map(|z| z.blob.size))
+                    .sum();
                 let time = self.own.patience.prepare(bytes);
                 self.enter(Phase::Preparing, Some((Step::Prepare, time)));
                 self.tell_agent(prepare);
@@ -113,10 +118,18 @@ impl Room {
         }
         for (n, zip) in payload.zips.iter().enumerate() {
             let stream = self.streams.agree(Purpose::Blob(layers.len() + n))?;
-            zips.push(Zip { blob: Blob { digest: zip.digest.clone(), size: zip.size, stream }, at: zip.at.clone() });
+            zips.push(Zip {
+                blob: Blob { digest: zip.digest.clone(), size: zip.size, stream },
+                at: zip.at.clone(),
+            });
         }
         let bytes = payload.unpacked_bytes.unwrap_or(self.own.spec.machine.disk_bytes);
-        Ok(Prepare { container: CONTAINER, layers, zips, limits: UnpackLimits { bytes, entries: MOST_ENTRIES } })
+        Ok(Prepare {
+            container: CONTAINER,
+            layers,
+            zips,
+            limits: UnpackLimits { bytes, entries: MOST_ENTRIES },
+        })
     }
 
     fn start(&mut self) -> std::io::Result<()> {
@@ -218,7 +231,9 @@ impl Room {
                 self.tell_client(creator, api::Refused { failure: failed.failure, message });
             }
             // A signal or a size for a process that is gone already.
-            Request::Process(_) | Request::Prepare(_) => tracing::debug!(message, "the agent refused a request"),
+            Request::Process(_) | Request::Prepare(_) => {
+                tracing::debug!(message, "the agent refused a request")
+            }
         }
     }
 

@@ -68,7 +68,9 @@ impl Room {
             FromClient::Invoke(invoke) => {
                 let event = packet.descriptors.into_iter().next().map(File::from);
                 match event {
-                    Some(event) if id == self.creator && self.event.is_none() => self.invoke(id, invoke, event),
+                    Some(event) if id == self.creator && self.event.is_none() => {
+                        self.invoke(id, invoke, event)
+                    }
                     Some(_) | None => self.refuse(id, "the room takes one event at a time, from its creator"),
                 }
             }
@@ -143,7 +145,14 @@ impl Room {
         match streams {
             Ok((stream, response)) => {
                 self.event = Some((event, event_bytes, id));
-                self.tell_agent(Invoke { id: request, event: stream, event_bytes, response, timeout_ms, headers });
+                self.tell_agent(Invoke {
+                    id: request,
+                    event: stream,
+                    event_bytes,
+                    response,
+                    timeout_ms,
+                    headers,
+                });
             }
             Err(error) => self.refuse(id, &chain(&error)),
         }

@@ -70,7 +70,8 @@ impl Room {
             None | Some(Pressure::Asked) => {
                 self.pressure = Some(Pressure::Stopped);
                 if self.control.is_none() && self.record.outcome.is_none() {
-                    let message = self.agent_said.clone().unwrap_or_else(|| "it ended the conversation".into());
+                    let message =
+                        self.agent_said.clone().unwrap_or_else(|| "it ended the conversation".into());
                     self.record.outcome = Some(Outcome::AgentFailed { message });
                 }
                 if self.vmm.send(&FromOwner::from(Stop {}), &[]).is_err() {
@@ -136,7 +137,8 @@ fn by_the_vmms_end(
         End::Shutdown | End::Reset | End::TripleFault => Outcome::GuestEnded { end, message: agent_said },
         End::Stopped => Outcome::Stopped { signal: SIGTERM },
         End::BadConfiguration | End::Kvm | End::Host | End::Internal => {
-            let message = detail.unwrap_or_else(|| "it gave no reason; see its owner.log with CARREL_LOG=debug".into());
+            let message =
+                detail.unwrap_or_else(|| "it gave no reason; see its owner.log with CARREL_LOG=debug".into());
             Outcome::VmmFailed { end, message }
         }
     }
@@ -183,7 +185,10 @@ mod tests {
     fn a_silent_end_is_read_from_its_status() {
         let end = |code| by_the_vmms_end(ChildEnd::Status(code), None, None, false);
         assert_eq!(end(End::Panic.status()), Outcome::GuestPanicked);
-        assert_eq!(end(End::TripleFault.status()), Outcome::GuestEnded { end: End::TripleFault, message: None });
+        assert_eq!(
+            end(End::TripleFault.status()),
+            Outcome::GuestEnded { end: End::TripleFault, message: None }
+        );
         assert!(matches!(end(99), Outcome::VmmFailed { end: End::Internal, .. }));
         assert_eq!(
             by_the_vmms_end(ChildEnd::Signal(9), None, None, true),

@@ -367,10 +367,14 @@ fn exec_has_streams_and_a_status_of_its_own() {
     let _workload = guest.boot();
     let session = Session::connect(&place.path(), spec(false)).unwrap();
     let (streams, out, _err) = files(b"");
-    let process = ProcessSpec { arguments: vec!["id".into()], environment: vec!["A=1".into()], ..Default::default() };
+    let process =
+        ProcessSpec { arguments: vec!["id".into()], environment: vec!["A=1".into()], ..Default::default() };
     let command = std::thread::spawn(move || session.exec(&process, streams, &mut |_| ()));
     let FromHost::Exec(exec) = guest.hear() else { panic!("no exec") };
-    assert_eq!((exec.process.arguments, exec.process.working_directory), (vec!["id".to_owned()], "/".to_owned()));
+    assert_eq!(
+        (exec.process.arguments, exec.process.working_directory),
+        (vec!["id".to_owned()], "/".to_owned())
+    );
     assert!(exec.process.stdio.stdin.is_none() && exec.process.id != WORKLOAD);
     for stream in [exec.process.stdio.stdout, exec.process.stdio.stderr].into_iter().flatten() {
         guest.dial(&stream).write_all(b"beside").unwrap();
