@@ -285,15 +285,14 @@ mod tests;
 pub(crate) mod testing {
     use super::*;
 
-    /// A process in the VMM's place that ends when its socket does, with the status of a guest that restarted.
-    pub(crate) fn stand_in(socket: BorrowedFd<'_>) -> Child {
+    /// A process in the VMM's place that ends when the other end of `life` closes, with the status of a guest that restarted.
+    pub(crate) fn stand_in(life: BorrowedFd<'_>) -> Child {
         let program = File::open(fs::canonicalize("/bin/sh").unwrap()).unwrap();
         process::spawn(&process::Plan {
             program: program.as_fd(),
             path: "/bin/sh".as_ref(),
-            // Reading would take the owner's packets; the test's end is shut down, which a poll by `read -t` never sees without data.
-            arguments: ["sh", "-c", "while [ -e /proc/$PPID ]; do sleep 0.05; done"].map(str::to_owned).into(),
-            socket,
+            arguments: ["sh", "-c", "read -r x <&3; exit 10"].map(str::to_owned).into(),
+            socket: life,
             cgroup: None,
             user: None,
         })
