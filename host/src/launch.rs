@@ -70,9 +70,7 @@ pub enum LaunchError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     /// A part of the confinement can't be had.
-    #[error(
-        "the host can't give this part of the confinement: {part}; see `carrel doctor`, or use --unconfined"
-    )]
+    #[error("the host can't give this part of the confinement: {part}; see `carrel doctor`, or use --unconfined")]
     Part {
         /// Which.
         part: &'static str,
@@ -99,9 +97,7 @@ pub enum LaunchError {
 
 fn hint(path: &Path) -> &'static str {
     match path.to_str() {
-        Some("/dev/kvm") => {
-            "; enable virtualisation, load kvm_intel or kvm_amd, and let your user use it (group kvm)"
-        }
+        Some("/dev/kvm") => "; enable virtualisation, load kvm_intel or kvm_amd, and let your user use it (group kvm)",
         Some(_) | None => "",
     }
 }
@@ -115,12 +111,7 @@ pub(crate) struct Launched {
 }
 
 /// Launches a room's VMM. Its directory is where the disk goes, and the console's output if `verbose`.
-pub(crate) fn launch(
-    order: &Order,
-    id: &RoomId,
-    directory: &Path,
-    verbose: bool,
-) -> Result<Launched, LaunchError> {
+pub(crate) fn launch(order: &Order, id: &RoomId, directory: &Path, verbose: bool) -> Result<Launched, LaunchError> {
     let machine = &order.spec.machine;
     let mut parts = Parts::default();
     let kernel = machine.kernel.as_ref().unwrap_or(&order.assets.kernel);
@@ -251,11 +242,7 @@ fn open(path: &Path, writable: bool) -> Result<OwnedFd, LaunchError> {
     let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
     let opened = || -> io::Result<OwnedFd> {
         let real = fs::canonicalize(path)?;
-        Ok(rustix::fs::open(
-            &real,
-            access | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NOCTTY,
-            Mode::empty(),
-        )?)
+        Ok(rustix::fs::open(&real, access | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NOCTTY, Mode::empty())?)
     };
     opened().map_err(|source| LaunchError::Open { path: path.to_owned(), source })
 }
@@ -298,17 +285,14 @@ mod tests;
 pub(crate) mod testing {
     use super::*;
 
-    /// A process in the VMM's place that ends when its socket does, with the status of a guest that restarted.
-    pub(crate) fn stand_in(socket: BorrowedFd<'_>) -> Child {
+    /// A process in the VMM's place that ends when the other end of `life` closes, with the status of a guest that restarted.
+    pub(crate) fn stand_in(life: BorrowedFd<'_>) -> Child {
         let program = File::open(fs::canonicalize("/bin/sh").unwrap()).unwrap();
         process::spawn(&process::Plan {
             program: program.as_fd(),
             path: "/bin/sh".as_ref(),
-            // Reading would take the owner's packets; the test's end is shut down, which a poll by `read -t` never sees without data.
-            arguments: ["sh", "-c", "while [ -e /proc/$PPID ]; do sleep 0.05; done"]
-                .map(str::to_owned)
-                .into(),
-            socket,
+            arguments: ["sh", "-c", "read -r x <&3; exit 10"].map(str::to_owned).into(),
+            socket: life,
             cgroup: None,
             user: None,
         })

@@ -1,4 +1,4 @@
-//! A room under a VMM and an agent that are played by the test. The VMM's process is a shell that waits for its socket to close.
+//! A room under a VMM and an agent that are played by the test. The VMM's process is a shell that waits for a socket to close.
 
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
@@ -59,6 +59,8 @@ fn spec(detached: bool) -> RoomSpec {
 struct Guest {
     vmm: Connection,
     control: UnixStream,
+    /// The VMM's process lives as long as this.
+    _life: UnixStream,
 }
 
 /// The files of a room whose owner runs on a thread.
@@ -97,14 +99,15 @@ fn begin(spec: RoomSpec) -> (Place, Guest) {
         patience: Patience::default(),
         listener: super::super::listen(&room).unwrap(),
     };
-    let child = testing::stand_in(vmm.as_fd());
+    let (life, held) = UnixStream::pair().unwrap();
+    let child = testing::stand_in(held.as_fd());
     let launched = Launched { connection: owners, child, cgroup: None };
     let owner = std::thread::spawn(move || Room::begin(ownership, launched, creator).unwrap().serve());
     let (control, theirs) = UnixStream::pair().unwrap();
     control.set_read_timeout(Some(TIME)).unwrap();
     dialled(&vmm, CONTROL_PORT, &theirs);
     let session = Session::new(command, spec);
-    (Place { directory, owner, session }, Guest { vmm, control })
+    (Place { directory, owner, session }, Guest { vmm, control, _life: life })
 }
 
 fn dialled(vmm: &Connection, port: u32, socket: &UnixStream) {

@@ -210,10 +210,10 @@ fn our_credit_is_told_when_half_the_way_is_gone_and_when_asked() {
         owner.read_exact(&mut sink).unwrap();
         told = guest.got().last().map_or(told, |packet| packet.fwd_cnt);
     }
-    assert!(told >= (32 * 16 << 10) - BUF_ALLOC / 2, "{told}");
+    assert!(told >= ((32 * 16) << 10) - BUF_ALLOC / 2, "{told}");
     guest.send(CREDIT_REQUEST, 0, &[]);
     let got = guest.got();
-    assert_eq!((got[0].operation, got[0].fwd_cnt), (CREDIT_UPDATE, 32 * 16 << 10));
+    assert_eq!((got[0].operation, got[0].fwd_cnt), (CREDIT_UPDATE, (32 * 16) << 10));
 }
 
 #[test]
