@@ -1,2 +1,5 @@
-//! See the crate.
-fn main() {}
+//! The guest's `/init`: see the library.
+
+fn main() {
+    carrel_agent::run();
+}

@@ -1,0 +1,83 @@
+//! Containers: a cgroup, namespaces, a root, an init that supervises, and the workload.
+//!
+//! ```text
+//!  agent ── fork (clone3 into the cgroup, new mount, pid, ipc, uts namespaces) ──▶ init, PID 1 of the container
+//!    │                                                         │ root: mounts, pivot_root
+//!    │ ◀══ seqpacket: Terminal, Started | Failed, Ended ═══════╡ fork ──▶ workload: user, capabilities, seccomp, exec
+//!    │ ═══ signals ═══════════════════════════════════════════▶│ reaps; ends when the workload does, and with it all others
+//!    │
+//!    └─── fork (clone3 into the cgroup, setns into the init's) ─▶ keeper: as the init, for one exec
+//! ```
+
+pub(crate) mod capabilities;
+pub(crate) mod cgroup;
+pub(crate) mod devices;
+pub(crate) mod launch;
+pub(crate) mod program;
+pub(crate) mod report;
+pub(crate) mod root;
+pub(crate) mod seccomp;
+pub(crate) mod supervise;
+pub(crate) mod tmpfs;
+pub(crate) mod user;
+
+use std::io;
+
+use carrel_protocol::agent::Failure;
+use thiserror::Error;
+
+/// Why a process can't be started. Told to the host as its failure and one sentence.
+#[derive(Debug, Error)]
+pub(crate) enum StartError {
+    /// See there.
+    #[error(transparent)]
+    User(#[from] user::UserError),
+    /// See there.
+    #[error(transparent)]
+    Tmpfs(#[from] tmpfs::TmpfsError),
+    /// The program's name leads nowhere.
+    #[error(
+        "the command '{0}' is not found in the container; look at its PATH, or at the interpreter that a script names"
+    )]
+    NotFound(String),
+    /// execve(2) refuses it.
+    #[error("the command '{program}' can't be executed; it must be an executable file for this machine")]
+    NotExecutable {
+        /// What was asked for.
+        program: String,
+        /// EACCES, ENOEXEC, ….
+        #[source]
+        source: io::Error,
+    },
+    /// The request names something impossible.
+    #[error("{0}")]
+    Request(String),
+    /// The kernel refused a step.
+    #[error("{step} failed")]
+    Step {
+        /// What was being done.
+        step: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl StartError {
+    /// For `map_err`: the step that failed.
+    pub(crate) fn step<E: Into<io::Error>>(step: impl Into<String>) -> impl FnOnce(E) -> Self {
+        move |error| Self::Step { step: step.into(), source: error.into() }
+    }
+
+    /// The class that decides the host's exit status.
+    pub(crate) fn failure(&self) -> Failure {
+        match self {
+            Self::User(_) => Failure::UnknownUser,
+            Self::NotFound(_) => Failure::CommandNotFound,
+            Self::NotExecutable { .. } => Failure::CommandNotExecutable,
+            Self::Tmpfs(_) | Self::Request(_) => Failure::BadRequest,
+            Self::Step { source, .. } if source.raw_os_error() == Some(libc::ENOSPC) => Failure::DiskFull,
+            Self::Step { .. } => Failure::System,
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! A container's cgroup (cgroup-v2.rst): made before its first process is born in it, kept until the room ends so that
+//! its counters can be read.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use carrel_protocol::agent::{ContainerId, Surroundings};
+use rustix::fs::{Mode, OFlags};
+
+/// Processes and threads of a container that names no limit of its own.
+const PROCESSES: u32 = 16_384;
+/// `cpu.max`'s period, µs.
+const PERIOD_US: u64 = 100_000;
+/// What is counted and limited.
+const CONTROLLERS: [&str; 4] = ["cpu", "memory", "io", "pids"];
+
+/// Where containers' cgroups are.
+#[derive(Clone, Debug)]
+pub(crate) struct Tree {
+    containers: PathBuf,
+}
+
+/// One container's cgroup.
+#[derive(Clone, Debug)]
+pub(crate) struct Cgroup {
+    path: PathBuf,
+}
+
+impl Tree {
+    /// Makes `containers` below the mounted hierarchy and hands the controllers down to it.
+    ///
+    /// # Errors
+    ///
+    /// The hierarchy isn't cgroup2 or can't be written.
+    pub(crate) fn new(mounted: &Path) -> io::Result<Self> {
+        let containers = mounted.join("containers");
+        if !containers.is_dir() {
+            fs::create_dir(&containers)?;
+        }
+        for group in [mounted, &containers] {
+            let has = fs::read_to_string(group.join("cgroup.controllers"))?;
+            for controller in
+                CONTROLLERS.iter().filter(|name| has.split_whitespace().any(|one| one == **name))
+            {
+                fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"))?;
+            }
+        }
+        Ok(Self { containers })
+    }
+
+    /// Makes a container's cgroup with its limits.
+    ///
+    /// # Errors
+    ///
+    /// It exists, or a limit can't be set.
+    pub(crate) fn make(&self, id: ContainerId, surroundings: &Surroundings) -> io::Result<Cgroup> {
+        let path = self.containers.join(id.0.to_string());
+        fs::create_dir(&path)?;
+        let group = Cgroup { path };
+        group.limit("pids.max", &surroundings.processes.unwrap_or(PROCESSES).to_string())?;
+        if let Some(bytes) = surroundings.memory_bytes {
+            group.limit("memory.max", &bytes.to_string())?;
+        }
+        if let Some(millis) = surroundings.cpu_millis {
+            // The kernel takes no quota below 1 ms.
+            let quota = (u64::from(millis) * PERIOD_US / 1000).max(1000);
+            group.limit("cpu.max", &format!("{quota} {PERIOD_US}"))?;
+        }
+        Ok(group)
+    }
+}
+
+impl Cgroup {
+    /// A limit whose controller isn't there can't be kept, and is an error.
+    fn limit(&self, file: &str, value: &str) -> io::Result<()> {
+        if cfg!(test) && !self.path.join(file).exists() {
+            return Ok(());
+        }
+        fs::write(self.path.join(file), value)
+    }
+
+    /// For `CLONE_INTO_CGROUP`.
+    pub(crate) fn open(&self) -> io::Result<OwnedFd> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(rustix::fs::open(&self.path, flags, Mode::empty())?)
+    }
+
+    /// One of its files; empty if there is none.
+    pub(crate) fn read(&self, file: &str) -> String {
+        fs::read_to_string(self.path.join(file)).unwrap_or_default()
+    }
+
+    /// SIGKILL to all in it. An empty one is no error.
+    pub(crate) fn kill(&self) {
+        let _ = fs::write(self.path.join("cgroup.kill"), "1");
+    }
+}

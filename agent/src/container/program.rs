@@ -1,0 +1,294 @@
+//! The last steps before a workload's own first instruction, in its process: streams, user, limits, `execve`.
+
+use std::collections::BTreeMap;
+use std::ffi::{CStr, CString};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use carrel_protocol::agent::Process;
+use rustix::fs::{Gid, Mode, Uid};
+use rustix::process::{Resource, Rlimit, setrlimit};
+use seccompiler::BpfProgram;
+
+use super::{StartError, capabilities, seccomp, user};
+use crate::fork;
+
+/// Where programs are looked for if the environment doesn't say (Docker's default).
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// Soft and hard limits. Descriptors as containerd's default service gives them; no core files unless asked for.
+const LIMITS: [(Resource, u64, Option<u64>); 3] = [
+    (Resource::Nofile, 65_536, Some(1 << 20)),
+    (Resource::Core, 0, None),
+    (Resource::Memlock, 8 << 20, Some(8 << 20)),
+];
+
+/// What a process is made of beside the request.
+#[derive(Debug)]
+pub(crate) struct Program<'a> {
+    pub(crate) process: &'a Process,
+    /// For `HOSTNAME`.
+    pub(crate) hostname: &'a str,
+    /// Added to the environment, winning over the request's.
+    pub(crate) extra: &'a [(String, String)],
+    pub(crate) filters: &'a [BpfProgram],
+}
+
+/// A workload's standard streams.
+#[derive(Debug)]
+pub(crate) enum Streams {
+    /// Pipes, or `/dev/null` where there is none.
+    Pipes([Option<OwnedFd>; 3]),
+    /// All three are this terminal, which becomes the controlling one.
+    Terminal(OwnedFd),
+}
+
+impl Program<'_> {
+    /// Becomes the program. Returns only what prevented it.
+    pub(crate) fn execute(&self, streams: &Streams) -> StartError {
+        match self.prepare(streams) {
+            Ok(image) => image.execute(self.process.arguments.first().map_or("", String::as_str)),
+            Err(error) => error,
+        }
+    }
+
+    fn prepare(&self, streams: &Streams) -> Result<Image, StartError> {
+        let who = user::look_up(&self.process.user)?;
+        let image = Image::new(self, &who)?;
+        rustix::process::setsid().map_err(StartError::step("making a session"))?;
+        streams.take(&who).map_err(StartError::step("connecting the standard streams"))?;
+        rustix::process::umask(Mode::from_raw_mode(0o022));
+        fs::write("/proc/self/oom_score_adj", "0").map_err(StartError::step("resetting the OOM score"))?;
+        for (resource, soft, hard) in LIMITS {
+            setrlimit(resource, Rlimit { current: Some(soft), maximum: hard })
+                .map_err(StartError::step("setting resource limits"))?;
+        }
+        working_directory(&self.process.working_directory, &who)?;
+        capabilities::bound().map_err(StartError::step("dropping capabilities"))?;
+        seccomp::apply(self.filters).map_err(StartError::step("filtering system calls"))?;
+        become_user(&who).map_err(StartError::step("changing to the user"))?;
+        fork::close_all_on_exec();
+        Ok(image)
+    }
+}
+
+impl Streams {
+    /// Makes them descriptors 0, 1 and 2, owned by the user so that `/dev/stdout` can be opened.
+    fn take(&self, who: &user::Identity) -> io::Result<()> {
+        let own = |fd: BorrowedFd<'_>| {
+            let _ = rustix::fs::fchown(fd, Some(Uid::from_raw(who.uid)), None);
+        };
+        match self {
+            Self::Terminal(terminal) => {
+                own(terminal.as_fd());
+                for number in 0..3 {
+                    duplicate(terminal.as_fd(), number)?;
+                }
+                Ok(rustix::process::ioctl_tiocsctty(terminal)?)
+            }
+            Self::Pipes(pipes) => {
+                for (number, pipe) in (0..).zip(pipes) {
+                    match pipe {
+                        Some(pipe) => {
+                            own(pipe.as_fd());
+                            duplicate(pipe.as_fd(), number)?;
+                        }
+                        None => duplicate(
+                            fs::OpenOptions::new().read(true).write(true).open("/dev/null")?.as_fd(),
+                            number,
+                        )?,
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// dup2(2), without close-on-exec.
+fn duplicate(from: BorrowedFd<'_>, to: i32) -> io::Result<()> {
+    // SAFETY: descriptors 0 to 2 are nobody's in this process, which is about to execute a program.
+    let done = unsafe { libc::dup2(from.as_raw_fd(), to) };
+    if done == to { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Changes to the directory; makes it, for the user, if it is missing.
+fn working_directory(path: &str, who: &user::Identity) -> Result<(), StartError> {
+    let path = if path.is_empty() { "/" } else { path };
+    if !path.starts_with('/') {
+        return Err(StartError::Request(format!("the working directory '{path}' is not absolute")));
+    }
+    let enter = || std::env::set_current_dir(path);
+    let entered = match enter() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            make_directories(Path::new(path), who).and_then(|()| enter())
+        }
+        other => other,
+    };
+    entered.map_err(StartError::step(format!("changing to the working directory '{path}'")))
+}
+
+fn make_directories(path: &Path, who: &user::Identity) -> io::Result<()> {
+    let missing: Vec<PathBuf> =
+        path.ancestors().take_while(|path| !path.exists()).map(Path::to_owned).collect();
+    for path in missing.iter().rev() {
+        fs::create_dir(path)?;
+        rustix::fs::chown(path, Some(Uid::from_raw(who.uid)), Some(Gid::from_raw(who.gid)))?;
+    }
+    Ok(())
+}
+
+fn become_user(who: &user::Identity) -> io::Result<()> {
+    let groups: Vec<Gid> = who.groups.iter().map(|&gid| Gid::from_raw(gid)).collect();
+    let (uid, gid) = (Uid::from_raw(who.uid), Gid::from_raw(who.gid));
+    rustix::thread::set_thread_groups(&groups)?;
+    rustix::thread::set_thread_res_gid(gid, gid, gid)?;
+    rustix::thread::set_thread_res_uid(uid, uid, uid)?;
+    capabilities::keep(uid.is_root())
+}
+
+/// What execve(2) takes.
+struct Image {
+    /// Candidates, in order.
+    paths: Vec<CString>,
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+}
+
+impl Image {
+    fn new(program: &Program<'_>, who: &user::Identity) -> Result<Self, StartError> {
+        let process = program.process;
+        let text = |text: &str| {
+            CString::new(text).map_err(|_| {
+                StartError::Request(format!("'{}' holds a zero byte", text.replace('\0', "\\0")))
+            })
+        };
+        let name = process.arguments.first().filter(|name| !name.is_empty());
+        let name = name.ok_or_else(|| StartError::Request("the container has no command to run".into()))?;
+        let environment = environment(program, &who.home);
+        let path = environment.get("PATH").map_or(PATH, String::as_str);
+        let paths = if name.contains('/') {
+            vec![text(name)?]
+        } else {
+            let at = |folder: &str| text(&format!("{}/{name}", if folder.is_empty() { "." } else { folder }));
+            path.split(':').map(at).collect::<Result<_, _>>()?
+        };
+        Ok(Self {
+            paths,
+            arguments: process.arguments.iter().map(|one| text(one)).collect::<Result<_, _>>()?,
+            environment: environment
+                .iter()
+                .map(|(name, value)| text(&format!("{name}={value}")))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// As execvp(3): the first that can be executed; one that exists but may not be is remembered. No shell is tried for what
+    /// has no known format.
+    fn execute(&self, name: &str) -> StartError {
+        let pointers = |texts: &[CString]| -> Vec<*const libc::c_char> {
+            texts.iter().map(|text| text.as_ptr()).chain([std::ptr::null()]).collect()
+        };
+        let (arguments, environment) = (pointers(&self.arguments), pointers(&self.environment));
+        let mut denied = None;
+        for path in &self.paths {
+            // SAFETY: both arrays end in a null pointer, and the strings that they point to are alive.
+            unsafe { libc::execve(path.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
+            let error = io::Error::last_os_error();
+            match error.raw_os_error() {
+                Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP | libc::ENAMETOOLONG) => {}
+                Some(libc::EACCES) => denied = denied.or(Some(explain(path, error))),
+                _ => return StartError::NotExecutable { program: name.to_owned(), source: error },
+            }
+        }
+        match denied {
+            Some(source) => StartError::NotExecutable { program: name.to_owned(), source },
+            None => StartError::NotFound(name.to_owned()),
+        }
+    }
+}
+
+/// A directory is "permission denied" to execve(2).
+fn explain(path: &CStr, error: io::Error) -> io::Error {
+    let path = Path::new(std::ffi::OsStr::from_bytes(path.to_bytes()));
+    if path.is_dir() { io::Error::from_raw_os_error(libc::EISDIR) } else { error }
+}
+
+/// Later entries win; what is no `NAME=value` is left out.
+fn environment(program: &Program<'_>, home: &str) -> BTreeMap<String, String> {
+    let mut all: BTreeMap<String, String> = BTreeMap::new();
+    for entry in &program.process.environment {
+        if let Some((name, value)) = entry.split_once('=').filter(|(name, _)| !name.is_empty()) {
+            all.insert(name.to_owned(), value.to_owned());
+        }
+    }
+    let mut default = |name: &str, value: &str| {
+        all.entry(name.to_owned()).or_insert_with(|| value.to_owned());
+    };
+    default("PATH", PATH);
+    default("HOSTNAME", program.hostname);
+    if program.process.stdio.terminal.is_some() {
+        default("TERM", "xterm");
+    }
+    if all.get("HOME").is_none_or(String::is_empty) {
+        all.insert("HOME".into(), home.to_owned());
+    }
+    all.extend(program.extra.iter().cloned());
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use carrel_protocol::agent::{ProcessId, Stdio, TerminalSize};
+
+    use super::*;
+
+    fn process(environment: &[&str], terminal: bool) -> Process {
+        let terminal = terminal.then_some(TerminalSize { rows: 24, columns: 80 });
+        Process {
+            id: ProcessId(0),
+            arguments: vec!["true".into()],
+            environment: environment.iter().map(|&one| one.to_owned()).collect(),
+            working_directory: "/".into(),
+            user: String::new(),
+            stdio: Stdio { terminal, ..Stdio::default() },
+        }
+    }
+
+    fn environment_of(
+        given: &[&str],
+        terminal: bool,
+        extra: &[(String, String)],
+    ) -> BTreeMap<String, String> {
+        let process = process(given, terminal);
+        let program = Program { process: &process, hostname: "room", extra, filters: &[] };
+        environment(&program, "/root")
+    }
+
+    #[test]
+    fn the_later_entry_wins_and_what_is_missing_is_added() {
+        let all = environment_of(&["A=1", "A=2=3", "=no", "neither", "HOME="], true, &[]);
+        let expected =
+            [("A", "2=3"), ("HOME", "/root"), ("HOSTNAME", "room"), ("PATH", PATH), ("TERM", "xterm")];
+        assert_eq!(all, expected.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
+    }
+
+    #[test]
+    fn what_is_given_stays() {
+        let all = environment_of(&["HOME=/h", "HOSTNAME=h", "PATH=/p"], false, &[("X".into(), "y".into())]);
+        let expected = [("HOME", "/h"), ("HOSTNAME", "h"), ("PATH", "/p"), ("X", "y")];
+        assert_eq!(all, expected.map(|(name, value)| (name.to_owned(), value.to_owned())).into());
+    }
+
+    #[test]
+    fn a_command_is_looked_for_in_every_folder_of_path() {
+        let process = process(&["PATH=/a::/b"], false);
+        let program = Program { process: &process, hostname: "room", extra: &[], filters: &[] };
+        let who = user::Identity { uid: 0, gid: 0, groups: vec![], home: "/".into() };
+        let image = Image::new(&program, &who).unwrap();
+        assert_eq!(image.paths, [c"/a/true", c"./true", c"/b/true"].map(CStr::to_owned));
+    }
+}

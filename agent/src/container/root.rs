@@ -1,0 +1,194 @@
+//! What a container's processes find around them: its root, `/proc`, `/sys`, `/dev`, volumes, tmpfs mounts, names, kernel
+//! settings. Runs in the init, in its own namespaces; the order of the steps is the order in which they depend on each other.
+//!
+//! All paths of the image are resolved after the root has been changed, so that its symbolic links lead nowhere else.
+
+use std::ffi::CStr;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+use carrel_protocol::agent::Surroundings;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_change,
+    mount_remount, unmount,
+};
+
+use super::{StartError, devices, tmpfs};
+
+/// One mount that every container has.
+struct Row {
+    kind: &'static str,
+    at: &'static str,
+    flags: MountFlags,
+    options: &'static CStr,
+}
+
+const QUIET: MountFlags = MountFlags::NOSUID.union(MountFlags::NOEXEC).union(MountFlags::NODEV);
+
+/// As runc mounts them (runtime-spec, config-linux.md, *Default Filesystems*).
+const MOUNTS: [Row; 7] = [
+    Row { kind: "proc", at: "/proc", flags: QUIET, options: c"" },
+    Row {
+        kind: "tmpfs",
+        at: "/dev",
+        flags: MountFlags::NOSUID.union(MountFlags::STRICTATIME),
+        options: c"mode=755,size=65536k",
+    },
+    Row {
+        kind: "devpts",
+        at: "/dev/pts",
+        flags: MountFlags::NOSUID.union(MountFlags::NOEXEC),
+        options: c"newinstance,ptmxmode=0666,mode=0620,gid=5",
+    },
+    Row { kind: "tmpfs", at: "/dev/shm", flags: QUIET, options: c"mode=1777,size=65536k" },
+    Row { kind: "mqueue", at: "/dev/mqueue", flags: QUIET, options: c"" },
+    Row { kind: "sysfs", at: "/sys", flags: QUIET.union(MountFlags::RDONLY), options: c"" },
+    Row { kind: "cgroup2", at: "/sys/fs/cgroup", flags: QUIET.union(MountFlags::RDONLY), options: c"" },
+];
+
+/// Covered, because they show or change the room rather than the container (runc's default).
+const MASKED: [&str; 8] = [
+    "/proc/acpi",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+];
+/// Read-only, likewise.
+const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
+/// Puts the calling process into the container's root at `rootfs`.
+///
+/// # Errors
+///
+/// Which step failed, in words.
+pub(crate) fn enter(rootfs: &Path, surroundings: &Surroundings, hostname: &str) -> Result<(), StartError> {
+    let options = surroundings
+        .tmpfs
+        .iter()
+        .map(|one| Ok((absolute(&one.path, "tmpfs")?, Some(tmpfs::parse(&one.options)?))))
+        .collect::<Result<Vec<_>, StartError>>()?;
+    let volumes = surroundings
+        .volumes
+        .iter()
+        .map(|path| Ok((absolute(path, "volume")?, None)))
+        .collect::<Result<Vec<_>, StartError>>()?;
+
+    pivot(rootfs).map_err(StartError::step("changing to the container's root"))?;
+    for row in &MOUNTS {
+        let step = || format!("mounting {} at {}", row.kind, row.at);
+        directory(Path::new(row.at)).map_err(StartError::step(step()))?;
+        mount(row.kind, row.at, row.kind, row.flags, row.options).map_err(StartError::step(step()))?;
+        if row.at == "/dev" {
+            devices::fill().map_err(StartError::step("making the devices"))?;
+        }
+    }
+    names(hostname).map_err(StartError::step("writing the container's hostname and hosts"))?;
+    settings(surroundings)?;
+    // Outer ones first, so that none hides another.
+    let mut extra: Vec<_> = volumes.into_iter().chain(options).collect();
+    extra.sort_by_key(|(path, _)| path.components().count());
+    for (path, options) in extra {
+        let step = format!("mounting a volume or tmpfs at {}", path.display());
+        place(&path, options).map_err(StartError::step(step))?;
+    }
+    if surroundings.read_only_root {
+        mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, c"")
+            .map_err(StartError::step("making the root read-only"))?;
+    }
+    cover().map_err(StartError::step("covering parts of /proc and /sys"))
+}
+
+fn absolute(path: &str, what: &str) -> Result<PathBuf, StartError> {
+    let parsed = Path::new(path);
+    let plain = parsed.components().skip(1).all(|part| matches!(part, std::path::Component::Normal(_)));
+    if parsed.is_absolute() && plain && parsed != Path::new("/") {
+        Ok(parsed.to_owned())
+    } else {
+        Err(StartError::Request(format!(
+            "'{path}' is no place for a {what}; expected an absolute path below /"
+        )))
+    }
+}
+
+/// Makes `rootfs` the root and leaves nothing of the old one.
+fn pivot(rootfs: &Path) -> io::Result<()> {
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
+    mount_bind_recursive(rootfs, rootfs)?;
+    std::env::set_current_dir(rootfs)?;
+    // Both roots at one place (pivot_root(2), *pivot_root(".", ".")*); the old one lies on top.
+    rustix::process::pivot_root(".", ".")?;
+    unmount(".", UnmountFlags::DETACH)?;
+    std::env::set_current_dir("/")
+}
+
+/// Makes a directory and those above it. Symbolic links are followed, within the new root.
+fn directory(path: &Path) -> io::Result<()> {
+    if path.is_dir() { Ok(()) } else { fs::create_dir_all(path) }
+}
+
+/// `/etc/hostname` and `/etc/hosts` belong to the container alone, so they are written rather than mounted: programs that
+/// replace them by renaming can.
+fn names(hostname: &str) -> io::Result<()> {
+    rustix::system::sethostname(hostname.as_bytes())?;
+    directory(Path::new("/etc"))?;
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n127.0.1.1\t{hostname}\n"
+    );
+    for (path, content) in [("/etc/hostname", format!("{hostname}\n")), ("/etc/hosts", hosts)] {
+        // Not through a link, and not into a file that has other names.
+        match fs::remove_file(path) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => fs::write(path, content)?,
+        }
+    }
+    Ok(())
+}
+
+/// Kernel settings that belong to a namespace of the container's, or, for `net.`, of the room's.
+fn settings(surroundings: &Surroundings) -> Result<(), StartError> {
+    for (name, value) in &surroundings.sysctls {
+        let own = ["kernel.shm", "kernel.msg", "fs.mqueue.", "net."].iter().any(|own| name.starts_with(own))
+            || name == "kernel.sem"
+            || name == "kernel.domainname";
+        let plain = name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+        if !own || !plain || name.contains("..") {
+            return Err(StartError::Request(format!(
+                "the kernel setting '{name}' is not a container's; there are kernel.shm*, kernel.msg*, kernel.sem, kernel.domainname, fs.mqueue.* and net.*"
+            )));
+        }
+        fs::write(format!("/proc/sys/{}", name.replace('.', "/")), value)
+            .map_err(StartError::step(format!("setting {name} to '{value}'")))?;
+    }
+    Ok(())
+}
+
+/// A tmpfs, or a volume: a directory of the image mounted onto itself, which stays writable when the root doesn't.
+fn place(path: &Path, options: Option<tmpfs::Options>) -> io::Result<()> {
+    directory(path)?;
+    match options {
+        Some(options) => Ok(mount("tmpfs", path, "tmpfs", options.flags, options.text.as_c_str())?),
+        None => Ok(mount_bind(path, path)?),
+    }
+}
+
+fn cover() -> io::Result<()> {
+    for path in READ_ONLY.map(Path::new) {
+        if path.exists() {
+            mount_bind_recursive(path, path)?;
+            mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | QUIET, c"")?;
+        }
+    }
+    for path in MASKED.map(Path::new) {
+        if path.is_dir() {
+            mount("tmpfs", path, "tmpfs", QUIET | MountFlags::RDONLY, c"size=0k")?;
+        } else if path.exists() {
+            mount_bind("/dev/null", path)?;
+        }
+    }
+    Ok(())
+}

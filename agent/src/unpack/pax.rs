@@ -1,0 +1,175 @@
+//! Extended headers (POSIX.1-2024, pax, *pax Extended Header*): `length name=value\n` records.
+
+use super::sparse::Sparse;
+
+/// What an extended header changes in the entry that follows. What isn't here is passed over: access times, comments, names of
+/// users.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Extension {
+    pub(super) path: Option<Vec<u8>>,
+    pub(super) link: Option<Vec<u8>>,
+    pub(super) size: Option<u64>,
+    pub(super) uid: Option<u32>,
+    pub(super) gid: Option<u32>,
+    /// Seconds and nanoseconds.
+    pub(super) mtime: Option<(i64, u32)>,
+    pub(super) attributes: Vec<(Vec<u8>, Vec<u8>)>,
+    pub(super) sparse: Sparse,
+}
+
+/// Largest extended attribute that Linux takes (`XATTR_SIZE_MAX`).
+const LARGEST_ATTRIBUTE: usize = 64 << 10;
+const LONGEST_ATTRIBUTE_NAME: usize = 255;
+
+impl Extension {
+    /// Adds the records of one header.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong, as a predicate of the entry.
+    pub(super) fn add(&mut self, mut records: &[u8]) -> Result<(), String> {
+        while !records.is_empty() {
+            let (name, value, rest) = record(records).ok_or("has a malformed extended header")?;
+            records = rest;
+            self.set(name, value)?;
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, name: &[u8], value: &[u8]) -> Result<(), String> {
+        let wrong =
+            || format!("has '{}' for {} in its extended header", super::shown(value), super::shown(name));
+        // "If the value is of zero length, any value that came before is deleted."
+        let bytes = (!value.is_empty()).then(|| value.to_vec());
+        match name {
+            b"path" => self.path = bytes,
+            b"linkpath" => self.link = bytes,
+            b"size" => self.size = number(value, wrong)?,
+            b"uid" => self.uid = number(value, wrong)?,
+            b"gid" => self.gid = number(value, wrong)?,
+            b"mtime" => {
+                self.mtime = if value.is_empty() { None } else { Some(time(value).ok_or_else(wrong)?) };
+            }
+            _ => {
+                if let Some(attribute) = name.strip_prefix(b"SCHILY.xattr.") {
+                    self.set_attribute(attribute, value)?;
+                } else if let Some(name) = name.strip_prefix(b"GNU.sparse.") {
+                    self.sparse.set(name, value)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn set_attribute(&mut self, name: &[u8], value: &[u8]) -> Result<(), String> {
+        if name.is_empty() || name.len() > LONGEST_ATTRIBUTE_NAME || value.len() > LARGEST_ATTRIBUTE {
+            return Err(format!(
+                "has the extended attribute '{}' of {} bytes; 255 bytes of name and 65536 of value are the most",
+                super::shown(name),
+                value.len()
+            ));
+        }
+        self.attributes.retain(|(other, _)| other != name);
+        self.attributes.push((name.to_vec(), value.to_vec()));
+        Ok(())
+    }
+}
+
+/// Name, value, and what follows. The length counts itself, the space, and the newline.
+fn record(records: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
+    let space = records.iter().take(20).position(|&byte| byte == b' ')?;
+    let length: usize = digits(records.get(..space)?)?.try_into().ok()?;
+    let (record, rest) = records.split_at_checked(length)?;
+    let body = record.get(space + 1..)?.strip_suffix(b"\n")?;
+    let equals = body.iter().position(|&byte| byte == b'=')?;
+    let (name, value) = body.split_at_checked(equals)?;
+    Some((name, value.get(1..)?, rest))
+}
+
+/// A decimal number without sign.
+pub(super) fn digits(text: &[u8]) -> Option<u64> {
+    let valid = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
+    str::from_utf8(text).ok().filter(|_| valid)?.parse().ok()
+}
+
+fn number<T: TryFrom<u64>>(text: &[u8], wrong: impl Fn() -> String) -> Result<Option<T>, String> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    let number = digits(text).and_then(|number| T::try_from(number).ok());
+    number.map(Some).ok_or_else(wrong)
+}
+
+/// Decimal seconds, perhaps negative, perhaps with a fraction, which counts away from zero.
+fn time(text: &[u8]) -> Option<(i64, u32)> {
+    let (negative, text) = match text.strip_prefix(b"-") {
+        Some(text) => (true, text),
+        None => (false, text),
+    };
+    let mut parts = text.splitn(2, |&byte| byte == b'.');
+    let seconds = i64::try_from(digits(parts.next()?)?).ok()?;
+    let mut nanoseconds = 0;
+    if let Some(fraction) = parts.next().filter(|fraction| !fraction.is_empty()) {
+        digits(fraction.get(..1)?)?;
+        if !fraction.iter().all(u8::is_ascii_digit) {
+            return None;
+        }
+        for place in 0..9 {
+            nanoseconds = nanoseconds * 10 + u32::from(fraction.get(place).map_or(0, |digit| digit - b'0'));
+        }
+    }
+    match (negative, nanoseconds) {
+        (false, _) => Some((seconds, nanoseconds)),
+        (true, 0) => Some((-seconds, 0)),
+        (true, _) => Some((-seconds - 1, 1_000_000_000 - nanoseconds)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_signs_and_fractions() {
+        assert_eq!(time(b"0"), Some((0, 0)));
+        assert_eq!(time(b"1700000000.25"), Some((1_700_000_000, 250_000_000)));
+        assert_eq!(time(b"-1.5"), Some((-2, 500_000_000)));
+        assert_eq!(time(b"1.1234567899"), Some((1, 123_456_789)));
+        for wrong in [&b""[..], b"x", b"--1", b"1.x", b"1.2x", b"99999999999999999999"] {
+            assert_eq!(time(wrong), None);
+        }
+    }
+
+    #[test]
+    fn the_later_record_wins_and_an_empty_one_deletes() {
+        let mut extension = Extension::default();
+        extension.add(b"9 path=a\n10 path=bc\n14 linkpath=x\n12 linkpath=\n").unwrap_err();
+        let mut extension = Extension::default();
+        extension.add(b"9 path=a\n11 path=bc\n").unwrap_err();
+        let mut extension = Extension::default();
+        extension.add(b"9 path=a\n10 path=bc\n14 linkpath=x\n13 linkpath=\n").unwrap_err();
+        let records = ["path=a", "path=bc", "linkpath=x", "linkpath=", "uid=7"].map(|body| {
+            let length = body.len() + 3 + usize::from(body.len() + 3 > 9);
+            format!("{length} {body}\n")
+        });
+        let mut extension = Extension::default();
+        extension.add(records.concat().as_bytes()).unwrap();
+        let expected = Extension { path: Some(b"bc".to_vec()), uid: Some(7), ..Extension::default() };
+        assert_eq!(extension, expected);
+    }
+
+    #[test]
+    fn lengths_that_lie_are_malformed() {
+        for wrong in [
+            &b"0 a=b\n"[..],
+            b"7 a=b\n",
+            b"99999999999999999999999 a=b\n",
+            b"5 a=b\n",
+            b"a=b\n",
+            b"6 ab\n",
+            b"\n",
+        ] {
+            Extension::default().add(wrong).unwrap_err();
+        }
+    }
+}
