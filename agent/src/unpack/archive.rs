@@ -421,6 +421,3 @@ impl Header {
         Ok((seconds, 0))
     }
 }
-
-#[cfg(test)]
-mod tests;

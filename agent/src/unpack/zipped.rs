@@ -142,7 +142,7 @@ fn times(file: &ZipFile<'_, impl Read>) -> Option<Timestamps> {
 }
 
 /// Of the Gregorian calendar, from 1970 to 2107, DOS's last year.
-fn days_since_epoch(year: i64, month: i64, day: i64) -> i64 {
+pub(super) fn days_since_epoch(year: i64, month: i64, day: i64) -> i64 {
     // Years begin in March, so that the odd day is the last.
     let year = if month > 2 { year } else { year - 1 };
     let in_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
