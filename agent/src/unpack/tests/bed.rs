@@ -7,6 +7,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
 use carrel_protocol::agent::{Blob, Compression, Layer, Stream, Token, UnpackLimits};
+use rustix::process::Resource;
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
@@ -166,6 +167,13 @@ fn listing(root: &Path) -> BTreeMap<PathBuf, Found> {
         }
     }
     all
+}
+
+/// As the process that unpacks has them: one for each component of a path.
+pub(super) fn with_many_descriptors() {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.maximum.map_or(Some(8192), |maximum| Some(maximum.min(8192)));
+    rustix::process::setrlimit(Resource::Nofile, limit).unwrap();
 }
 
 pub(super) fn sha256(bytes: &[u8]) -> String {

@@ -3,8 +3,6 @@
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 
-use rustix::process::{Resource, Rlimit};
-
 use super::bed::{Bed, said};
 use super::tarball::{MTIME, Member, tar};
 
@@ -379,9 +377,7 @@ fn names_are_bytes_and_long_ones_come_in_three_ways() {
 
 #[test]
 fn the_longest_path_is_unpacked_and_a_longer_one_refused() {
-    // As the process that unpacks: a descriptor for each component.
-    let descriptors = Rlimit { current: Some(8192), maximum: Some(8192) };
-    rustix::process::setrlimit(Resource::Nofile, descriptors).unwrap();
+    super::bed::with_many_descriptors();
     let bed = Bed::new();
     // 2,048 components, 4,095 bytes.
     let longest = vec!["d"; 2048].join("/");

@@ -90,21 +90,28 @@ impl Member {
 
     pub(super) fn bytes(&self) -> Vec<u8> {
         let mut all = Vec::new();
-        if !self.records.is_empty() {
-            let body: Vec<u8> = self.records.iter().flat_map(|(name, value)| record(name, value)).collect();
+        let mut records = self.records.clone();
+        // What doesn't fit the header goes before it.
+        for (name, value) in [("path", &self.name), ("linkpath", &self.link)] {
+            if value.len() > 100 {
+                records.push((name.into(), value.clone()));
+            }
+        }
+        if !records.is_empty() {
+            let body: Vec<u8> = records.iter().flat_map(|(name, value)| record(name, value)).collect();
             all.extend(Member { data: body, ..Member::new(b'x', "PaxHeaders/x", 0o644) }.bytes());
         }
         let size = self.size.unwrap_or(self.data.len().try_into().unwrap());
         let mut header = [0_u8; 512];
         let mut put = |at: usize, bytes: &[u8]| header[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &self.name);
+        put(0, &self.name[..self.name.len().min(100)]);
         put(100, format!("{:07o}\0", self.mode).as_bytes());
         put(108, format!("{:07o}\0", self.owner.0).as_bytes());
         put(116, format!("{:07o}\0", self.owner.1).as_bytes());
         put(124, format!("{size:011o}\0").as_bytes());
         put(136, format!("{:011o}\0", self.mtime).as_bytes());
         put(156, &[self.kind]);
-        put(157, &self.link);
+        put(157, &self.link[..self.link.len().min(100)]);
         put(257, b"ustar\x0000");
         put(329, format!("{:07o}\0", self.device.0).as_bytes());
         put(337, format!("{:07o}\0", self.device.1).as_bytes());
