@@ -91,14 +91,17 @@ fn confined(part: Part, shown: &Shown, readings: &Readings) -> Check {
         Conclusion::Enough | Conclusion::Ended(End::Shutdown | End::Kvm, _) | Conclusion::Overdue => {
             Check::ok(name, held(part))
         }
-        other => {
-            let mend = match other {
-                Conclusion::NotLaunched(LaunchError::Cgroup(error)) => cgroup_mend(error).to_owned(),
-                _ => part_mend(part, readings),
-            };
-            Check::missing(name, &format!("a VMM can't be confined so: {}", told(other)), &mend)
-        }
+        Conclusion::NotLaunched(LaunchError::Cgroup(error)) => not_confined(name, shown, cgroup_mend(error)),
+        Conclusion::Ended(..)
+        | Conclusion::Greeted(_)
+        | Conclusion::NotLaunched(_)
+        | Conclusion::Gone(_)
+        | Conclusion::Unwatched(_) => not_confined(name, shown, part_mend(part, readings)),
     }
+}
+
+fn not_confined(name: &str, shown: &Shown, mend: &str) -> Check {
+    Check::missing(name, &format!("a VMM can't be confined so: {}", told(&shown.conclusion)), mend)
 }
 
 fn held(part: Part) -> &'static str {
@@ -125,22 +128,27 @@ fn cgroup_mend(error: &CgroupError) -> &'static str {
     }
 }
 
-fn part_mend(part: Part, readings: &Readings) -> String {
+fn part_mend(part: Part, readings: &Readings) -> &'static str {
     let is = |path: &str, value: &str| readings.text(path).is_some_and(|text| text == value);
     match part {
-        Part::Namespaces if is("proc/sys/user/max_user_namespaces", "0") => "sysctl -w user.max_user_namespaces=15000",
+        Part::Namespaces if is("proc/sys/user/max_user_namespaces", "0") => {
+            "sysctl -w user.max_user_namespaces=15000"
+        }
         Part::Namespaces if is("proc/sys/kernel/unprivileged_userns_clone", "0") => {
             "sysctl -w kernel.unprivileged_userns_clone=1"
         }
         Part::Namespaces if is("proc/sys/kernel/apparmor_restrict_unprivileged_userns", "1") => {
             "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile that lets carrel make user namespaces"
         }
-        Part::Namespaces => "allow user namespaces (CONFIG_USER_NS); in a container, run it with `--privileged` or carrel outside",
-        Part::Capabilities => "run carrel where nothing forbids prctl(2) and capset(2); in a container, outside of it",
+        Part::Namespaces => {
+            "allow user namespaces (CONFIG_USER_NS); in a container, run it with `--privileged` or carrel outside"
+        }
+        Part::Capabilities => {
+            "run carrel where nothing forbids prctl(2) and capset(2); in a container, outside of it"
+        }
         Part::Seccomp => "boot a kernel with CONFIG_SECCOMP_FILTER",
         Part::Cgroup => "run carrel as root, or in a delegated scope",
     }
-    .to_owned()
 }
 
 /// What a conclusion that was not hoped for says, in words that follow a colon.
@@ -224,7 +232,11 @@ fn guest_kernel(shown: &Shown) -> Check {
             &format!("the guest's kernel and agent were not there after {}", milliseconds(shown.took)),
             OTHER_HOST,
         ),
-        other => Check::missing(
+        other @ (Conclusion::Ended(..)
+        | Conclusion::Enough
+        | Conclusion::NotLaunched(_)
+        | Conclusion::Gone(_)
+        | Conclusion::Unwatched(_)) => Check::missing(
             NAME,
             &format!("the guest's kernel and agent don't come up: {}", told(other)),
             "build kernel and initramfs anew (scripts/build), or use a host whose KVM is kvm_intel or kvm_amd",

@@ -42,27 +42,34 @@ pub(super) fn kernel() -> Vec<u8> {
         &[0xff, 0xc9],                                   // 0c dec ecx
         &[0x75, 0xfc],                                   // 0e jnz 0c
         &[0xb0, HAS_COUNTED, 0xee],                      // 10 out dx, HAS_COUNTED
-        &[0x48, 0x8d, 0x35, 0x26, 0, 0, 0],              // 13 lea rsi, [rip + OPERAND - 1a]
-        &[0xf0, 0x48, 0x0f, 0xc7, 0x0e],                 // 1a lock cmpxchg16b [rsi]
-        &[0xb0, HAS_EXCHANGED, 0xee],                    // 1f out dx, HAS_EXCHANGED
-        &[0x0f, 0x01, 0x1d, 0x67, 0, 0, 0],              // 22 lidt [rip + GATES_REGISTER - 29]
-        &[0xcc],                                         // 29 int3
-        &[0xb0, HAS_TRAPPED, 0xee],                      // 2a out dx, HAS_TRAPPED
-        &[0x66, 0xba, 0x04, 0x06],                       // 2d mov dx, 0x604
-        &[0x66, 0xb8, 0x00, 0x20],                       // 31 mov ax, 0x2000
-        &[0x66, 0xef],                                   // 35 out dx, ax: power off
-        &[0xf4],                                         // 37 hlt
-        &[0xeb, 0xfd],                                   // 38 jmp 37
-        &[0x48, 0xcf],                                   // 3a iretq: HANDLER
-        &[0; 4],                                         // 3c
-        &[0; 16],                                        // 40 OPERAND
-        &[0; 48],                                        // 50 GATES 0 to 2
-        &gate(BASE + CODE + HANDLER),                    // 80 gate 3, int3's
-        &63u16.to_le_bytes(),                            // 90 GATES_REGISTER: limit
-        &(BASE + CODE + GATES).to_le_bytes(),            // 92 and base
+        &[0x48, 0x8d, 0x35],
+        &relative(OPERAND, 0x1a),        // 13 lea rsi, [rip + …]
+        &[0xf0, 0x48, 0x0f, 0xc7, 0x0e], // 1a lock cmpxchg16b [rsi]
+        &[0xb0, HAS_EXCHANGED, 0xee],    // 1f out dx, HAS_EXCHANGED
+        &[0x0f, 0x01, 0x1d],
+        &relative(GATES_REGISTER, 0x29),      // 22 lidt [rip + …]
+        &[0xcc],                              // 29 int3
+        &[0xb0, HAS_TRAPPED, 0xee],           // 2a out dx, HAS_TRAPPED
+        &[0x66, 0xba, 0x04, 0x06],            // 2d mov dx, 0x604
+        &[0x66, 0xb8, 0x00, 0x20],            // 31 mov ax, 0x2000
+        &[0x66, 0xef],                        // 35 out dx, ax: power off
+        &[0xf4],                              // 37 hlt
+        &[0xeb, 0xfd],                        // 38 jmp 37
+        &[0x48, 0xcf],                        // 3a iretq: HANDLER
+        &[0; 4],                              // 3c
+        &[0; 16],                             // 40 OPERAND
+        &[0; 48],                             // 50 GATES 0 to 2
+        &gate(BASE + CODE + HANDLER),         // 80 gate 3, int3's
+        &63u16.to_le_bytes(),                 // 90 GATES_REGISTER: limit
+        &(BASE + CODE + GATES).to_le_bytes(), // 92 and base
     ]
     .concat();
     elf(&code)
+}
+
+/// The distance to `to` from the end of an instruction.
+fn relative(to: u64, end: u64) -> [u8; 4] {
+    u32::try_from(to - end).unwrap_or(0).to_le_bytes()
 }
 
 fn gate(handler: u64) -> [u8; 16] {
