@@ -27,7 +27,7 @@ const CODE: u64 = 128;
 const OPERAND: u64 = 0x40;
 const GATES: u64 = 0x50;
 const GATES_REGISTER: u64 = 0x90;
-const HANDLER: u64 = 0x3a;
+const HANDLER: u64 = 0x3e;
 /// The boot GDT's code segment, and a present interrupt gate (SDM volume 3, chapter 6.14.1).
 const CODE_SELECTOR: u16 = 0x08;
 const INTERRUPT_GATE: u16 = 0x8e00;
@@ -42,21 +42,23 @@ pub(super) fn kernel() -> Vec<u8> {
         &[0xff, 0xc9],                                   // 0c dec ecx
         &[0x75, 0xfc],                                   // 0e jnz 0c
         &[0xb0, HAS_COUNTED, 0xee],                      // 10 out dx, HAS_COUNTED
+        // 13 lea rsi, [rip + …]
         &[0x48, 0x8d, 0x35],
-        &relative(OPERAND, 0x1a),        // 13 lea rsi, [rip + …]
-        &[0xf0, 0x48, 0x0f, 0xc7, 0x0e], // 1a lock cmpxchg16b [rsi]
-        &[0xb0, HAS_EXCHANGED, 0xee],    // 1f out dx, HAS_EXCHANGED
+        &relative(OPERAND, 0x1a),
+        &[0xf0, 0x48, 0x0f, 0xc7, 0x0e], // 1a lock cmpxchg16b [rsi]; it differs, so rdx is lost
+        &[0x66, 0xba, 0xf8, 0x03],       // 1f mov dx, 0x3f8
+        &[0xb0, HAS_EXCHANGED, 0xee],    // 23 out dx, HAS_EXCHANGED
+        // 26 lidt [rip + …]
         &[0x0f, 0x01, 0x1d],
-        &relative(GATES_REGISTER, 0x29),      // 22 lidt [rip + …]
-        &[0xcc],                              // 29 int3
-        &[0xb0, HAS_TRAPPED, 0xee],           // 2a out dx, HAS_TRAPPED
-        &[0x66, 0xba, 0x04, 0x06],            // 2d mov dx, 0x604
-        &[0x66, 0xb8, 0x00, 0x20],            // 31 mov ax, 0x2000
-        &[0x66, 0xef],                        // 35 out dx, ax: power off
-        &[0xf4],                              // 37 hlt
-        &[0xeb, 0xfd],                        // 38 jmp 37
-        &[0x48, 0xcf],                        // 3a iretq: HANDLER
-        &[0; 4],                              // 3c
+        &relative(GATES_REGISTER, 0x2d),
+        &[0xcc],                              // 2d int3
+        &[0xb0, HAS_TRAPPED, 0xee],           // 2e out dx, HAS_TRAPPED
+        &[0x66, 0xba, 0x04, 0x06],            // 31 mov dx, 0x604
+        &[0x66, 0xb8, 0x00, 0x20],            // 35 mov ax, 0x2000
+        &[0x66, 0xef],                        // 39 out dx, ax: power off
+        &[0xf4],                              // 3b hlt
+        &[0xeb, 0xfd],                        // 3c jmp 3b
+        &[0x48, 0xcf],                        // 3e iretq: HANDLER
         &[0; 16],                             // 40 OPERAND
         &[0; 48],                             // 50 GATES 0 to 2
         &gate(BASE + CODE + HANDLER),         // 80 gate 3, int3's
@@ -119,9 +121,9 @@ mod tests {
         assert_eq!(at(&kernel, HANDLER, 2), [0x48, 0xcf], "iretq");
         let relative = |offset| u64::from(u32::from_le_bytes(at(&kernel, offset, 4).try_into().unwrap()));
         assert_eq!(0x1a + relative(0x16), OPERAND);
-        assert_eq!(0x29 + relative(0x25), GATES_REGISTER);
+        assert_eq!(0x2d + relative(0x29), GATES_REGISTER);
         assert_eq!(at(&kernel, GATES_REGISTER + 2, 8), (BASE + CODE + GATES).to_le_bytes());
-        assert_eq!(at(&kernel, GATES + 3 * 16, 2), [0xba, 0x00], "the gate's low half of 0x1000ba");
+        assert_eq!(at(&kernel, GATES + 3 * 16, 2), [0xbe, 0x00], "the low half of 0x1000be");
         assert_eq!(
             at(&kernel, GATES_REGISTER, 10).len() + usize::try_from(CODE + GATES_REGISTER).unwrap(),
             kernel.len()
