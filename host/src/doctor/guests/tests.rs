@@ -58,7 +58,11 @@ fn a_part_holds_when_its_guest_ran_or_only_kvm_was_missing() {
         assert_eq!(check.status, Status::Ok, "{check:?}");
     }
     let error = CgroupError::NotDelegated(PathBuf::from("/sys/fs/cgroup"));
+    let controller = |source| CgroupError::Controller { controller: "cpu", path: "/sys".into(), source };
+    let refused = Some(io::Error::from(io::ErrorKind::ResourceBusy));
     let missing = [
+        (Part::Cgroup, Conclusion::NotLaunched(controller(None).into()), "cgroup_no_v1"),
+        (Part::Cgroup, Conclusion::NotLaunched(controller(refused).into()), "leaf"),
         (Part::Cgroup, Conclusion::NotLaunched(error.into()), "Delegate=yes"),
         (Part::Namespaces, Conclusion::Ended(End::Host, Some("an empty root".into())), "CONFIG_USER_NS"),
         (Part::Seccomp, Conclusion::Gone(ChildEnd::Signal(31)), "CONFIG_SECCOMP_FILTER"),
