@@ -70,7 +70,9 @@ pub enum LaunchError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     /// A part of the confinement can't be had.
-    #[error("the host can't give this part of the confinement: {part}; see `carrel doctor`, or use --unconfined")]
+    #[error(
+        "the host can't give this part of the confinement: {part}; see `carrel doctor`, or use --unconfined"
+    )]
     Part {
         /// Which.
         part: &'static str,
@@ -97,7 +99,9 @@ pub enum LaunchError {
 
 fn hint(path: &Path) -> &'static str {
     match path.to_str() {
-        Some("/dev/kvm") => "; enable virtualisation, load kvm_intel or kvm_amd, and let your user use it (group kvm)",
+        Some("/dev/kvm") => {
+            "; enable virtualisation, load kvm_intel or kvm_amd, and let your user use it (group kvm)"
+        }
         Some(_) | None => "",
     }
 }
@@ -111,7 +115,12 @@ pub(crate) struct Launched {
 }
 
 /// Launches a room's VMM. Its directory is where the disk goes, and the console's output if `verbose`.
-pub(crate) fn launch(order: &Order, id: &RoomId, directory: &Path, verbose: bool) -> Result<Launched, LaunchError> {
+pub(crate) fn launch(
+    order: &Order,
+    id: &RoomId,
+    directory: &Path,
+    verbose: bool,
+) -> Result<Launched, LaunchError> {
     let machine = &order.spec.machine;
     let mut parts = Parts::default();
     let kernel = machine.kernel.as_ref().unwrap_or(&order.assets.kernel);
@@ -242,7 +251,11 @@ fn open(path: &Path, writable: bool) -> Result<OwnedFd, LaunchError> {
     let access = if writable { OFlags::RDWR } else { OFlags::RDONLY };
     let opened = || -> io::Result<OwnedFd> {
         let real = fs::canonicalize(path)?;
-        Ok(rustix::fs::open(&real, access | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NOCTTY, Mode::empty())?)
+        Ok(rustix::fs::open(
+            &real,
+            access | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NOCTTY,
+            Mode::empty(),
+        )?)
     };
     opened().map_err(|source| LaunchError::Open { path: path.to_owned(), source })
 }
