@@ -82,20 +82,10 @@ impl Child {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
-    /// Waits for its end, blocking the process.
-    pub(crate) fn wait_blocking(self) -> io::Result<ExitStatus> {
-        loop {
-            match rustix::process::waitid(WaitId::PidFd(self.pidfd.as_fd()), any_end()) {
-                Ok(status) => return exit_status(status.as_ref()),
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-    }
-
     /// Waits for its end.
     pub(crate) async fn wait(self) -> io::Result<ExitStatus> {
-        let pidfd = AsyncFd::with_interest(self.pidfd, tokio::io::Interest::READABLE)?;
+        // SAFETY: the AsyncFd owns the descriptor, so it stays open as long as it is registered.
+        let pidfd = unsafe { AsyncFd::register_with_interest(self.pidfd, tokio::io::Interest::READABLE) }?;
         // A pidfd is readable once its process is a zombie.
         let _ready = pidfd.readable().await?;
         let status = rustix::process::waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), any_end())?;

@@ -104,7 +104,9 @@ impl Socket {
     /// Takes a descriptor over and makes it non-blocking.
     pub(crate) fn new(fd: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true)?;
-        Ok(Self(AsyncFd::new(fd)?))
+        // SAFETY: the AsyncFd owns the descriptor, so it stays open as long as it is registered.
+        let fd = unsafe { AsyncFd::register(fd) }?;
+        Ok(Self(fd))
     }
 
     /// No more will be written: the host sees the end.
@@ -154,12 +156,6 @@ impl Socket {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
-    }
-
-    /// Waits until the other end can't be written to any more.
-    pub(crate) async fn closed(&self) -> io::Result<()> {
-        let _ready = self.0.ready(tokio::io::Interest::ERROR).await?;
         Ok(())
     }
 }

@@ -3,11 +3,13 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use carrel_protocol::agent::{ContainerId, Surroundings};
 use rustix::fs::{Mode, OFlags};
+
+use super::devices;
 
 /// Processes and threads of a container that names no limit of its own.
 const PROCESSES: u32 = 16_384;
@@ -29,11 +31,11 @@ pub(crate) struct Cgroup {
 }
 
 impl Tree {
-    /// Makes `containers` below the mounted hierarchy and hands the controllers down to it.
+    /// Makes `containers` below the mounted hierarchy, hands the controllers down to it, and takes the room's devices away from it.
     ///
     /// # Errors
     ///
-    /// The hierarchy isn't cgroup2 or can't be written.
+    /// The hierarchy isn't cgroup2, can't be written, or takes no program.
     pub(crate) fn new(mounted: &Path) -> io::Result<Self> {
         let containers = mounted.join("containers");
         if !containers.is_dir() {
@@ -47,6 +49,7 @@ impl Tree {
                 fs::write(group.join("cgroup.subtree_control"), format!("+{controller}"))?;
             }
         }
+        devices::confine(open(&containers)?.as_fd())?;
         Ok(Self { containers })
     }
 
@@ -83,8 +86,7 @@ impl Cgroup {
 
     /// For `CLONE_INTO_CGROUP`.
     pub(crate) fn open(&self) -> io::Result<OwnedFd> {
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(rustix::fs::open(&self.path, flags, Mode::empty())?)
+        open(&self.path)
     }
 
     /// One of its files; empty if there is none.
@@ -105,4 +107,8 @@ impl Cgroup {
     pub(crate) fn kill(&self) {
         let _ = fs::write(self.path.join("cgroup.kill"), "1");
     }
+}
+
+fn open(path: &Path) -> io::Result<OwnedFd> {
+    Ok(rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }

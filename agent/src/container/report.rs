@@ -53,7 +53,9 @@ pub(crate) fn pair() -> io::Result<(Reports, Reporter)> {
     let flags = SocketFlags::CLOEXEC;
     let (ours, theirs) = rustix::net::socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
     rustix::io::ioctl_fionbio(&ours, true)?;
-    Ok((Reports(AsyncFd::new(ours)?), Reporter(theirs)))
+    // SAFETY: the AsyncFd owns the descriptor, so it stays open as long as it is registered.
+    let ours = unsafe { AsyncFd::register(ours) }?;
+    Ok((Reports(ours), Reporter(theirs)))
 }
 
 impl Reporter {
