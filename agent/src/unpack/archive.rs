@@ -136,29 +136,24 @@ impl<R: Read> Archive<R> {
                 )));
             }
         };
-        let kind = match kind {
-            Kind::File { map: None } if sparse.is_set() => {
-                self.set_data(stored);
-                let numbers = if sparse.map_is_in_the_data().map_err(wrong)? {
-                    let numbers = self.map_before_data(&path)?;
-                    // What is left after the map; its blocks are data as far as padding is concerned.
-                    stored = self.left;
-                    numbers
-                } else {
-                    sparse.numbers.clone()
-                };
-                let real_size = sparse.real_size.ok_or_else(|| wrong("has holes and no size".into()))?;
-                Kind::File { map: Some(Map::new(&numbers, real_size, stored).map_err(wrong)?) }
-            }
-            Kind::File { map } => {
-                self.set_data(stored);
-                Kind::File { map }
-            }
-            other => {
-                self.set_data(0);
-                stored = 0;
-                other
-            }
+        // Nothing else has data, whatever its size says.
+        if !matches!(kind, Kind::File { .. }) {
+            stored = 0;
+        }
+        self.set_data(stored);
+        let kind = if kind == (Kind::File { map: None }) && sparse.is_set() {
+            let numbers = if sparse.map_is_in_the_data().map_err(wrong)? {
+                let numbers = self.map_before_data(&path)?;
+                // What is left after the map; its blocks are data as far as padding is concerned.
+                stored = self.left;
+                numbers
+            } else {
+                sparse.numbers.clone()
+            };
+            let real_size = sparse.real_size.ok_or_else(|| wrong("has holes and no size".into()))?;
+            Kind::File { map: Some(Map::new(&numbers, real_size, stored).map_err(wrong)?) }
+        } else {
+            kind
         };
         let owner = |id: u32| {
             // chown(2) takes it for "unchanged".
