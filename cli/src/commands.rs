@@ -1,6 +1,8 @@
 //! One function a command: what was asked, one call into store or host, what came back.
 
+mod doctor;
 mod images;
+mod invoke;
 mod payload;
 mod place;
 mod report;
@@ -18,8 +20,10 @@ use crate::failure;
 /// Carries out a command and returns carrel's exit status.
 pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8> {
     match command {
+        Command::Doctor(args) => doctor::doctor(&args, configuration),
         Command::Run(args) => run::run(&args, configuration),
         Command::Exec(args) => run::exec(&args, configuration),
+        Command::Invoke(args) => invoke::invoke(&args, configuration),
         Command::Ps(args) => rooms::ps(&args, configuration),
         Command::Logs(args) => rooms::logs(&args, configuration),
         Command::Stop(args) => rooms::stop(&args, configuration),

@@ -13,8 +13,8 @@
 
 #![deny(unsafe_code)]
 
-//DOCTOR
-//FUNCTION
+pub mod doctor;
+pub mod function;
 pub mod home;
 pub mod image;
 pub mod launch;

@@ -34,6 +34,16 @@ impl Patience {
         self.of(120 + (bytes >> 28) * 60)
     }
 
+    /// A function's INIT: Lambda's ten seconds.
+    pub(crate) fn init(self) -> Duration {
+        self.of(10)
+    }
+
+    /// What an invocation may take beyond INIT and its own timeout.
+    pub(crate) fn invoke(self) -> Duration {
+        self.of(30)
+    }
+
     /// Starting a process.
     pub(crate) fn start(self) -> Duration {
         self.of(60)
@@ -67,6 +77,16 @@ impl Patience {
     /// From a command's start of an owner to the owner's first sign of life.
     pub(crate) fn owner(self) -> Duration {
         self.of(30)
+    }
+
+    /// A guest of a few instructions, from its launch to its end.
+    pub(crate) fn probe(self) -> Duration {
+        self.of(3)
+    }
+
+    /// The doctor's trial of the guest's kernel and agent: three times what an emulated host takes at its worst.
+    pub(crate) fn first_boot(self) -> Duration {
+        self.of(20)
     }
 }
 

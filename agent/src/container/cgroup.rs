@@ -97,6 +97,15 @@ impl Cgroup {
         fs::read_to_string(self.path.join(file)).unwrap_or_default()
     }
 
+    /// Sets `cpu.max` while processes run in it.
+    ///
+    /// # Errors
+    ///
+    /// The kernel takes no such quota.
+    pub(crate) fn set_cpu(&self, quota: &str) -> io::Result<()> {
+        fs::write(self.path.join("cpu.max"), quota)
+    }
+
     /// SIGKILL to all in it. An empty one is no error.
     pub(crate) fn kill(&self) {
         let _ = fs::write(self.path.join("cgroup.kill"), "1");

@@ -142,8 +142,10 @@ fn make_directories(path: &Path, who: &user::Identity) -> io::Result<()> {
 }
 
 fn become_user(who: &user::Identity) -> io::Result<()> {
-    let groups: Vec<Gid> = who.groups.iter().map(|&gid| Gid::from_raw(gid)).collect();
     let (uid, gid) = (Uid::from_raw(who.uid), Gid::from_raw(who.gid));
+    // The primary one among them, as after login: a set-group-ID program can't be used to lose it (moby, CVE-2022-36109).
+    let further = who.groups.iter().filter(|group| **group != who.gid);
+    let groups: Vec<Gid> = [gid].into_iter().chain(further.map(|&group| Gid::from_raw(group))).collect();
     rustix::thread::set_thread_groups(&groups)?;
     rustix::thread::set_thread_res_gid(gid, gid, gid)?;
     rustix::thread::set_thread_res_uid(uid, uid, uid)?;
