@@ -111,31 +111,7 @@ impl<R: Read> Archive<R> {
         let path = sparse.name.clone().or(extension.path).unwrap_or_else(|| header.name());
         let wrong = |problem: String| ArchiveError::Entry(path.clone(), problem);
         let mut stored = extension.size.unwrap_or(size);
-        let target = || extension.link.clone().unwrap_or_else(|| text(header.field(157..257)).to_vec());
-        let device = || -> Result<(u32, u32), ArchiveError> {
-            Ok((header.small(329..337).map_err(wrong)?, header.small(337..345).map_err(wrong)?))
-        };
-        let kind = match header.kind() {
-            // The oldest archives mark directories by a slash.
-            0 if path.ends_with(b"/") => Kind::Directory,
-            b'0' | 0 | b'7' => Kind::File { map: None },
-            b'S' => {
-                let map = self.old_gnu_map(header, stored).map_err(|error| error.named(&path))?;
-                Kind::File { map: Some(map) }
-            }
-            b'1' => Kind::HardLink { target: target() },
-            b'2' => Kind::SymbolicLink { target: target() },
-            b'3' => device().map(|(major, minor)| Kind::CharacterDevice { major, minor })?,
-            b'4' => device().map(|(major, minor)| Kind::BlockDevice { major, minor })?,
-            b'5' => Kind::Directory,
-            b'6' => Kind::Fifo,
-            other => {
-                return Err(wrong(format!(
-                    "is of the unknown type '{}'",
-                    char::from(other).escape_default()
-                )));
-            }
-        };
+        let kind = self.kind(header, &path, extension.link, stored)?;
         // Nothing else has data, whatever its size says.
         if !matches!(kind, Kind::File { .. }) {
             stored = 0;
@@ -168,6 +144,39 @@ impl<R: Read> Archive<R> {
             attributes: extension.attributes,
             stored,
             path,
+        })
+    }
+
+    fn kind(
+        &mut self,
+        header: &Header,
+        path: &[u8],
+        link: Option<Vec<u8>>,
+        stored: u64,
+    ) -> Result<Kind, ArchiveError> {
+        let wrong = |problem: String| ArchiveError::Entry(path.to_vec(), problem);
+        let target = || link.unwrap_or_else(|| text(header.field(157..257)).to_vec());
+        let device = || -> Result<(u32, u32), ArchiveError> {
+            Ok((header.small(329..337).map_err(wrong)?, header.small(337..345).map_err(wrong)?))
+        };
+        Ok(match header.kind() {
+            // The oldest archives mark directories by a slash.
+            0 if path.ends_with(b"/") => Kind::Directory,
+            b'0' | 0 | b'7' => Kind::File { map: None },
+            b'S' => {
+                let map = self.old_gnu_map(header, stored).map_err(|error| error.named(path))?;
+                Kind::File { map: Some(map) }
+            }
+            b'1' => Kind::HardLink { target: target() },
+            b'2' => Kind::SymbolicLink { target: target() },
+            b'3' => device().map(|(major, minor)| Kind::CharacterDevice { major, minor })?,
+            b'4' => device().map(|(major, minor)| Kind::BlockDevice { major, minor })?,
+            b'5' => Kind::Directory,
+            b'6' => Kind::Fifo,
+            other => {
+                let shown = char::from(other).escape_default();
+                return Err(wrong(format!("is of the unknown type '{shown}'")));
+            }
         })
     }
 
