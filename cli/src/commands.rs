@@ -1,5 +1,6 @@
 //! One function a command: what was asked, one call into store or host, what came back.
 
+mod doctor;
 mod images;
 mod invoke;
 mod payload;
@@ -19,6 +20,7 @@ use crate::failure;
 /// Carries out a command and returns carrel's exit status.
 pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8> {
     match command {
+        Command::Doctor(args) => doctor::doctor(&args, configuration),
         Command::Run(args) => run::run(&args, configuration),
         Command::Exec(args) => run::exec(&args, configuration),
         Command::Invoke(args) => invoke::invoke(&args, configuration),

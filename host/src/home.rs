@@ -299,7 +299,7 @@ impl Home {
     }
 }
 
-fn fresh_id() -> io::Result<RoomId> {
+pub(crate) fn fresh_id() -> io::Result<RoomId> {
     let mut bytes = [0; 6];
     random(&mut bytes)?;
     Ok(RoomId::from_random(bytes))

@@ -13,7 +13,7 @@
 
 #![deny(unsafe_code)]
 
-//DOCTOR
+pub mod doctor;
 pub mod function;
 pub mod home;
 pub mod image;

@@ -78,6 +78,16 @@ impl Patience {
     pub(crate) fn owner(self) -> Duration {
         self.of(30)
     }
+
+    /// A guest of a few instructions, from its launch to its end.
+    pub(crate) fn probe(self) -> Duration {
+        self.of(3)
+    }
+
+    /// The doctor's trial of the guest's kernel and agent: three times what an emulated host takes at its worst.
+    pub(crate) fn first_boot(self) -> Duration {
+        self.of(20)
+    }
 }
 
 impl Default for Patience {

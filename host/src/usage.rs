@@ -61,3 +61,6 @@ pub enum MeterSource {
     #[default]
     Process,
 }
+
+#[cfg(test)]
+mod tests;

@@ -392,3 +392,29 @@ impl End {
         Self::ALL.into_iter().find(|end| end.status() == status)
     }
 }
+
+/// What `/dev/kvm` offers of what the VMM builds on: printed by `carrel-vmm --print-kvm` as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KvmSupport {
+    /// [`VERSION`] of the VMM's build.
+    pub version: u32,
+    /// KVM_GET_API_VERSION; 12 since 2007, and the VMM takes no other.
+    pub api_version: i32,
+    /// vCPUs that one VM may have.
+    pub vcpus: usize,
+    /// What the VMM wants of KVM, in a fixed order.
+    pub capabilities: Vec<KvmCapability>,
+}
+
+/// One capability (KVM API, KVM_CHECK_EXTENSION).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KvmCapability {
+    /// `KVM_CAP_…`.
+    pub name: String,
+    /// What the VMM does with it.
+    pub purpose: String,
+    /// No VM runs without it; else guests are slower, or poorer.
+    pub required: bool,
+    /// KVM has it.
+    pub present: bool,
+}

@@ -242,5 +242,23 @@ mod tests {
         fn no_bytes_make_the_parser_panic(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
             let _ = parse(&bytes, &Digest::of(b""), 1);
         }
+
+        #[test]
+        fn a_configuration_with_any_place_changed_is_read_or_refused(
+            at in any::<proptest::sample::Index>(),
+            text in "[-0-9a-z\\[\\]{}\",:\\\\]{0,6}",
+        ) {
+            let mut bytes = json!({
+                "os": "linux", "architecture": "amd64", "created": "2026-01-01T00:00:00Z",
+                "config": { "Env": ["A=b"], "Cmd": ["sh"], "User": "0:0", "Volumes": { "/v": {} }, "StopSignal": "SIGTERM" },
+                "rootfs": { "type": "layers", "diff_ids": [Digest::of(b"1")] },
+            }).to_string().into_bytes();
+            let at = at.index(bytes.len());
+            let end = (at + text.len()).min(bytes.len());
+            bytes.splice(at..end, text.bytes());
+            if let Ok((_, diff_ids)) = parse(&bytes, &Digest::of(b""), 1) {
+                prop_assert_eq!(diff_ids.len(), 1);
+            }
+        }
     }
 }

@@ -40,6 +40,8 @@ mod ingest;
 mod origin;
 mod store;
 #[cfg(test)]
+mod hostile;
+#[cfg(test)]
 mod testing;
 
 pub use acquire::{Policy, PullOptions};

@@ -12,6 +12,7 @@
 //! through its registers. What differs between architectures is in [`arch`].
 
 pub mod arch;
+pub mod capabilities;
 pub mod confined;
 pub mod devices;
 pub mod event;

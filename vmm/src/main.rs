@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use carrel_protocol::vmm::{End, VmFile};
+use carrel_vmm::capabilities;
 use carrel_vmm::confined;
 use carrel_vmm::jail::Without;
 use carrel_vmm::owner::Connection;
@@ -17,6 +18,7 @@ Runs one microVM in this process.
 Usage:
   carrel-vmm --config FILE [--cgroup DIR] [--unconfined[=PARTS]] [--timeline]
   carrel-vmm --owner-fd N [--unconfined[=PARTS]]
+  carrel-vmm --print-kvm
 
 Options:
   --config FILE         a machine's configuration as JSON; what it names is opened, then everything is confined
@@ -25,6 +27,7 @@ Options:
   --unconfined[=PARTS]  do without parts of the confinement: cgroup, namespaces, capabilities, seccomp; without PARTS: all
   --timeline            print to stderr how long each step of the start took
   --print-config        read the configuration, print it with its defaults, and exit
+  --print-kvm           print what /dev/kvm offers of what this program builds on, as JSON, and exit
   --help, --version
 
 Exit status:
@@ -51,6 +54,7 @@ struct Arguments {
     without: Without,
     timeline: bool,
     print_config: bool,
+    print_kvm: bool,
 }
 
 fn main() -> ExitCode {
@@ -80,6 +84,7 @@ fn parse() -> Result<Option<Arguments>, String> {
                 println!("carrel-vmm {}", env!("CARGO_PKG_VERSION"));
                 return Ok(None);
             }
+            "--print-kvm" => arguments.print_kvm = true,
             "--config" => arguments.config = Some(value()?.into()),
             "--cgroup" => arguments.cgroup = Some(value()?.into()),
             "--owner-fd" => {
@@ -97,7 +102,8 @@ fn parse() -> Result<Option<Arguments>, String> {
     }
     match (&arguments.config, arguments.owner) {
         (Some(_), None) | (None, Some(_)) => Ok(Some(arguments)),
-        _ => Err("one of --config and --owner-fd is needed".into()),
+        (None, None) if arguments.print_kvm => Ok(Some(arguments)),
+        _ => Err("one of --config, --owner-fd and --print-kvm is needed".into()),
     }
 }
 
@@ -106,6 +112,9 @@ fn run(arguments: &Arguments) -> End {
         // SAFETY: the descriptor was passed to this process for this use; nobody else here knows of it.
         let owner = unsafe { OwnedFd::from_raw_fd(fd) };
         return confined::run(Connection::new(owner), &arguments.without);
+    }
+    if arguments.print_kvm {
+        return print_kvm();
     }
     let Some(path) = &arguments.config else { return End::BadConfiguration };
     let vm: VmFile = match fs::read(path)
@@ -152,6 +161,20 @@ fn print_config(vm: &VmFile) -> End {
         Err(e) => {
             eprintln!("carrel-vmm: the configuration can't be printed: {e}");
             End::Internal
+        }
+    }
+}
+
+fn print_kvm() -> End {
+    let support = capabilities::of_this_host().map_err(|e| confined::chain(&e));
+    match support.and_then(|support| serde_json::to_string(&support).map_err(|e| e.to_string())) {
+        Ok(text) => {
+            println!("{text}");
+            End::Shutdown
+        }
+        Err(why) => {
+            eprintln!("carrel-vmm: {why}");
+            End::Kvm
         }
     }
 }

@@ -35,7 +35,8 @@ pub(crate) fn runtimes(configuration: &Configuration) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn assets(configuration: &Configuration) -> Result<Assets> {
+/// What every room needs, as files; they may not be there.
+pub(crate) fn assets(configuration: &Configuration) -> Result<Assets> {
     let folder = assets_directory(configuration)?;
     Ok(Assets {
         kernel: folder.join("vmlinux"),

@@ -22,6 +22,8 @@ pub mod vsock;
 
 #[cfg(test)]
 pub(crate) mod driver;
+#[cfg(test)]
+mod hostile;
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};

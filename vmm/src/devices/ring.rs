@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -69,9 +69,13 @@ impl Ring {
         Self { queue, memory, interrupt, pushed: false }
     }
 
-    /// The next chain that the driver made available.
+    /// The next chain that the driver made available. A driver whose index claims more chains than the queue has room for breaks a rule
+    /// (virtio §2.7.13.3): taken for an empty queue it would be one that has always something available and never gives it.
     pub fn pop(&mut self) -> Result<Option<Buffers>, Fault> {
-        match self.queue.pop_descriptor_chain(&self.memory) {
+        if !self.queue.ready() {
+            return Ok(None);
+        }
+        match self.queue.iter(&self.memory).map_err(|_| Fault)?.next() {
             Some(chain) => Buffers::parse(chain, &self.memory).map(Some),
             None => Ok(None),
         }
@@ -84,9 +88,11 @@ impl Ring {
 
     /// Whether the driver has made anything available.
     pub fn has_available(&self) -> bool {
-        self.queue
-            .avail_idx(&self.memory, Ordering::Acquire)
-            .is_ok_and(|idx| idx.0 != self.queue.next_avail())
+        self.queue.ready()
+            && self
+                .queue
+                .avail_idx(&self.memory, Ordering::Acquire)
+                .is_ok_and(|idx| idx.0 != self.queue.next_avail())
     }
 
     /// Gives a chain back with so many bytes written.
@@ -108,6 +114,9 @@ impl Ring {
 
     /// Asks for notifications again. True when something came in meanwhile, so that no notification will come for it.
     pub fn listen(&mut self) -> Result<bool, Fault> {
+        if !self.queue.ready() {
+            return Ok(false);
+        }
         self.queue.enable_notification(&self.memory).map_err(|_| Fault)
     }
 
@@ -119,5 +128,36 @@ impl Ring {
     /// The memory that the queue lies in.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::super::driver::{Driver, Part, memory};
+    use super::*;
+
+    #[test]
+    fn an_index_that_claims_more_than_the_queue_holds_is_a_fault_and_no_empty_queue() {
+        let memory = memory();
+        let (mut driver, mut ring) = Driver::new(&memory, 0, 16);
+        driver.add(&[Part::Writable(64)]);
+        assert!(ring.pop().unwrap().is_some() && ring.pop().unwrap().is_none());
+        for claimed in [1 + 17u16, 1 + 0x8000, 0] {
+            memory.write_obj(claimed, GuestAddress(0x8002)).unwrap();
+            assert!(matches!(ring.pop(), Err(Fault)), "{claimed}");
+        }
+        memory.write_obj(1u16 + 16, GuestAddress(0x8002)).unwrap();
+        assert!(ring.pop().unwrap().is_some(), "as many as it holds are allowed");
+    }
+
+    #[test]
+    fn a_queue_that_the_driver_left_alone_is_at_rest() {
+        let memory = memory();
+        memory.write_slice(&[0xff; 4096], GuestAddress(0)).unwrap();
+        let mut ring = Ring::new(Queue::new(16).unwrap(), memory, Arc::new(Interrupt::new().unwrap()));
+        assert!(ring.pop().unwrap().is_none());
+        assert!(!ring.has_available() && !ring.listen().unwrap());
     }
 }
