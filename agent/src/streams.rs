@@ -166,3 +166,6 @@ async fn output(process: Rc<Socket>, host: Socket, mut ended: watch::Receiver<bo
     }
     host.finish();
 }
+
+#[cfg(test)]
+mod tests;

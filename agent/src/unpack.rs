@@ -17,6 +17,7 @@ mod sparse;
 mod tree;
 mod zipped;
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -111,6 +112,19 @@ impl UnpackError {
     fn system(step: &'static str) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::System { step, source }
     }
+
+    /// A stream couldn't be read on: a cap was reached ([`blob::Plain`] says so as an [`io::Error`]), or it is damaged.
+    fn reading(what: &str, source: io::Error) -> Self {
+        source.downcast::<Self>().unwrap_or_else(|source| Self::Damaged { what: what.to_owned(), source })
+    }
+
+    /// Whether other bytes than were announced could have led to it.
+    fn may_come_from_other_bytes(&self) -> bool {
+        match self {
+            Self::Blob { .. } | Self::Damaged { .. } | Self::Entry { .. } => true,
+            Self::TooLarge(_) | Self::Write { .. } | Self::System { .. } => false,
+        }
+    }
 }
 
 /// An entry's name as it can be shown.
@@ -118,23 +132,23 @@ fn shown(name: &[u8]) -> String {
     String::from_utf8_lossy(name).escape_debug().take(200).collect()
 }
 
-/// What may still be used.
+/// What may still be used. Shared by whoever reads and whoever writes.
 #[derive(Debug)]
 struct Budget {
     limits: UnpackLimits,
-    bytes: u64,
-    entries: u64,
+    bytes: Cell<u64>,
+    entries: Cell<u64>,
 }
 
 impl Budget {
     fn new(limits: UnpackLimits) -> Self {
-        Self { limits, bytes: 0, entries: 0 }
+        Self { limits, bytes: Cell::new(0), entries: Cell::new(0) }
     }
 
-    /// Decompressed bytes were read.
-    fn take_bytes(&mut self, bytes: u64) -> Result<(), UnpackError> {
-        self.bytes = self.bytes.saturating_add(bytes);
-        if self.bytes > self.limits.bytes {
+    /// Decompressed bytes were read, or a hole was made: what a file's size says counts, not what it takes on the disk.
+    fn take_bytes(&self, bytes: u64) -> Result<(), UnpackError> {
+        self.bytes.set(self.bytes.get().saturating_add(bytes));
+        if self.bytes.get() > self.limits.bytes {
             return Err(UnpackError::TooLarge(format!("unpacks to more than {} bytes", self.limits.bytes)));
         }
         Ok(())
@@ -142,7 +156,7 @@ impl Budget {
 
     /// An entry says that so many bytes follow.
     fn expect_bytes(&self, entry: &[u8], bytes: u64) -> Result<(), UnpackError> {
-        if self.bytes.saturating_add(bytes) > self.limits.bytes {
+        if self.bytes.get().saturating_add(bytes) > self.limits.bytes {
             let entry = shown(entry);
             let message =
                 format!("exceeds {} bytes with the entry '{entry}' of {bytes} bytes", self.limits.bytes);
@@ -152,9 +166,9 @@ impl Budget {
     }
 
     /// Something was made.
-    fn take_entry(&mut self) -> Result<(), UnpackError> {
-        self.entries += 1;
-        if self.entries > self.limits.entries {
+    fn take_entry(&self) -> Result<(), UnpackError> {
+        self.entries.set(self.entries.get().saturating_add(1));
+        if self.entries.get() > self.limits.entries {
             return Err(UnpackError::TooLarge(format!("has more than {} entries", self.limits.entries)));
         }
         Ok(())
@@ -233,49 +247,49 @@ fn run(dialler: &Dialler, folder: &Path, request: &Prepare) -> Result<Done, Unpa
     // One descriptor for each component of the deepest path.
     let descriptors = Rlimit { current: Some(8192), maximum: Some(8192) };
     let _ = rustix::process::setrlimit(Resource::Nofile, descriptors);
-    let mut budget = Budget::new(request.limits);
+    let budget = Budget::new(request.limits);
     let open =
         |links| Tree::open(&rootfs, links).map_err(UnpackError::system("opening the container's directory"));
     let mut tree = open(Links::InsideRoot)?;
     for (number, layer) in request.layers.iter().enumerate() {
         let stream = dialler.open_blocking(&layer.blob.stream);
         let stream = stream.map_err(UnpackError::system("dialling the host for a layer"))?;
-        unpack_layer(stream, layer, number == 0, &mut tree, &mut budget)?;
+        unpack_layer(fs::File::from(stream), layer, number == 0, &mut tree, &budget)?;
     }
     for zip in &request.zips {
         let stream = dialler.open_blocking(&zip.blob.stream);
         let stream = stream.map_err(UnpackError::system("dialling the host for a zip"))?;
         let spool = spool(stream, &zip.blob, folder)?;
-        let at = tree.descend(zip.at.as_bytes(), &mut budget)?;
-        zipped::unpack(spool, &mut Tree::from_directory(at, Links::Refused), &mut budget)?;
+        let at = tree.descend(zip.at.as_bytes(), &budget)?;
+        zipped::unpack(spool, &mut Tree::from_directory(at, Links::Refused), &budget)?;
     }
-    Ok(Done { bytes: budget.bytes, entries: budget.entries })
+    Ok(Done { bytes: budget.bytes.get(), entries: budget.entries.get() })
 }
 
 /// One layer from its stream into the tree.
 fn unpack_layer(
-    stream: OwnedFd,
+    stream: impl Read,
     layer: &Layer,
     lowest: bool,
     tree: &mut Tree,
-    budget: &mut Budget,
+    budget: &Budget,
 ) -> Result<(), UnpackError> {
-    let mut blob = Blob::new(fs::File::from(stream), &layer.blob)?;
+    let mut blob = Blob::new(stream, &layer.blob)?;
     let unpacked = decode_layer(&mut blob, layer, lowest, tree, budget);
-    // A blob that isn't what it should be explains any other damage.
+    // A blob that isn't what it should be explains whatever else is wrong with it.
     match unpacked {
         Ok(()) => blob.finish(),
-        Err(damage @ UnpackError::Damaged { .. }) => blob.finish().and(Err(damage)),
-        Err(other) => Err(other),
+        Err(error) if error.may_come_from_other_bytes() => blob.finish().and(Err(error)),
+        Err(error) => Err(error),
     }
 }
 
 fn decode_layer(
-    blob: &mut Blob<fs::File>,
+    blob: &mut Blob<impl Read>,
     layer: &Layer,
     lowest: bool,
     tree: &mut Tree,
-    budget: &mut Budget,
+    budget: &Budget,
 ) -> Result<(), UnpackError> {
     let what = format!("the layer {}", layer.blob.digest);
     let damaged = |source| UnpackError::Damaged { what: what.clone(), source };
@@ -289,9 +303,9 @@ fn decode_layer(
             Box::new(decoder)
         }
     };
-    let mut plain = blob::Plain::new(decoder, &layer.diff_id, &what)?;
+    let mut plain = blob::Plain::new(decoder, layer, budget)?;
     layer::apply(&mut plain, &what, lowest, tree, budget)?;
-    plain.finish(budget)
+    plain.finish(&what)
 }
 
 /// A zip's directory is at its end, so the blob goes to the disk first, verified, and nameless.

@@ -47,7 +47,8 @@ impl Meter {
         let current = number(&self.cgroup.read("memory.current"));
         if let Some((then, before)) = self.sampled {
             let mean = u128::from(before).midpoint(u128::from(current));
-            self.integral += mean * now.saturating_duration_since(then).as_micros();
+            let area = mean.saturating_mul(now.saturating_duration_since(then).as_micros());
+            self.integral = self.integral.saturating_add(area);
         }
         self.sampled = Some((now, current));
     }
@@ -103,7 +104,11 @@ fn number(text: &str) -> u64 {
 
 /// `name value` lines (cgroup-v2.rst, *flat keyed*).
 fn keyed(text: &str) -> BTreeMap<&str, u64> {
-    text.lines().filter_map(|line| line.split_once(' ')).map(|(name, value)| (name, number(value))).collect()
+    let pair = |line| -> Option<_> {
+        let mut words = str::split_whitespace(line);
+        Some((words.next()?, number(words.next()?)))
+    };
+    text.lines().filter_map(pair).collect()
 }
 
 /// `major:minor rbytes=… wbytes=… rios=… wios=… …` lines (*nested keyed*), all devices together.
@@ -128,8 +133,10 @@ fn network(text: &str) -> Network {
     for (name, counters) in text.lines().skip(2).filter_map(|line| line.split_once(':')) {
         if name.trim() != "lo" {
             let mut counters = counters.split_whitespace().map(number);
-            sum.received_bytes += counters.next().unwrap_or_default();
-            sum.sent_bytes += counters.nth(7).unwrap_or_default();
+            let mut add =
+                |sum: &mut u64, count: Option<u64>| *sum = sum.saturating_add(count.unwrap_or_default());
+            add(&mut sum.received_bytes, counters.next());
+            add(&mut sum.sent_bytes, counters.nth(7));
         }
     }
     sum
@@ -143,6 +150,89 @@ mod tests {
     fn flat_keyed_files_are_read() {
         let stat = keyed("usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_periods 0\nodd\n");
         assert_eq!((stat["user_usec"], stat["system_usec"]), (20, 10));
+    }
+
+    /// A meter of a cgroup that is a folder.
+    fn metered(files: &[(&str, &str)]) -> (tempfile::TempDir, Meter) {
+        let folder = tempfile::TempDir::new().unwrap();
+        for (name, content) in files {
+            std::fs::write(folder.path().join(name), content).unwrap();
+        }
+        let cgroup = Cgroup::at(folder.path());
+        (folder, Meter::new(cgroup))
+    }
+
+    fn after(start: Instant, milliseconds: u64) -> Instant {
+        start + Duration::from_millis(milliseconds)
+    }
+
+    #[test]
+    fn memory_is_integrated_from_the_beginning_to_the_end_by_trapezia() {
+        let (folder, mut meter) = metered(&[("memory.current", "1000000\n")]);
+        let start = Instant::now();
+        meter.sample(start);
+        meter.begin(after(start, 5_000));
+        std::fs::write(folder.path().join("memory.current"), "3000000\n").unwrap();
+        meter.sample(after(start, 6_000));
+        // A clock that goes back adds nothing.
+        meter.sample(after(start, 5_500));
+        std::fs::write(folder.path().join("memory.current"), "0\n").unwrap();
+        meter.end(after(start, 7_500));
+        std::fs::write(folder.path().join("memory.current"), "9000000\n").unwrap();
+        meter.sample(after(start, 60_000));
+        let usage = meter.read(after(start, 90_000));
+        // 1 s at 2 MB on average, then 2 s at 1.5 MB.
+        assert_eq!((usage.memory.byte_seconds, usage.wall_us), (5_000_000, 2_500_000));
+        assert_eq!(usage.memory.current_bytes, 9_000_000);
+    }
+
+    #[test]
+    fn everything_is_read_from_its_own_file() {
+        let (_folder, mut meter) = metered(&[
+            ("cpu.stat", "usage_usec 30\nuser_usec 20\nsystem_usec 10\nnr_throttled 1\nthrottled_usec 5\n"),
+            ("memory.current", "4096\n"),
+            ("memory.peak", "8192\n"),
+            ("memory.events", "low 0\nhigh 0\nmax 3\noom 2\noom_kill 1\noom_group_kill 0\n"),
+            ("io.stat", "254:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6\n"),
+            ("pids.current", "2\n"),
+            ("pids.peak", "9\n"),
+        ]);
+        let usage = meter.read(Instant::now());
+        assert_eq!(usage.cpu, Cpu { user_us: 20, system_us: 10, throttled_us: 5 });
+        let memory = Memory { current_bytes: 4096, peak_bytes: 8192, byte_seconds: 0, oom_kills: 1 };
+        assert_eq!(usage.memory, memory);
+        assert_eq!(usage.io, Io { read_bytes: 1, write_bytes: 2, read_operations: 3, write_operations: 4 });
+        assert_eq!(usage.processes, Processes { current: 2, peak: 9 });
+        assert_eq!((usage.wall_us, meter.out_of_memory_kills(), meter.memory_peak()), (0, 1, 8192));
+    }
+
+    #[test]
+    fn files_that_are_missing_strange_or_longer_than_today_are_no_trouble() {
+        let nothing = metered(&[]).1.read(Instant::now());
+        assert_eq!((nothing.cpu, nothing.memory), (Cpu::default(), Memory::default()));
+        let (_folder, mut meter) = metered(&[
+            (
+                "cpu.stat",
+                "\nuser_usec\nuser_usec 7 and more\nsystem_usec -1\nthrottled_usec 99999999999999999999\n",
+            ),
+            ("memory.current", "max\n"),
+            ("memory.peak", ""),
+            ("memory.events", "oom_kill  2\n\u{fffd} x\n"),
+            ("io.stat", "254:0 rbytes=18446744073709551615\n254:1 rbytes=1 wbytes= =5 rios=x\n"),
+            ("pids.current", "\u{0}1"),
+        ]);
+        let usage = meter.read(Instant::now());
+        assert_eq!(usage.cpu, Cpu { user_us: 7, system_us: 0, throttled_us: 0 });
+        assert_eq!((usage.memory.current_bytes, usage.memory.oom_kills), (0, 2));
+        assert_eq!((usage.io.read_bytes, usage.io.write_bytes, usage.processes.current), (u64::MAX, 0, 0));
+    }
+
+    #[test]
+    fn counters_of_a_network_never_overflow() {
+        let all = u64::MAX;
+        let dev =
+            format!("\n\n  a: {all} 1 0 0 0 0 0 0 {all} 1\n  b: {all} 1 0 0 0 0 0 0 {all} 1\n  c: 1\n  d\n");
+        assert_eq!(network(&dev), Network { received_bytes: all, sent_bytes: all });
     }
 
     #[test]

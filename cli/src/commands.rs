@@ -2,6 +2,7 @@
 
 mod doctor;
 mod images;
+mod invoke;
 mod payload;
 mod place;
 mod report;
@@ -22,6 +23,7 @@ pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8>
         Command::Doctor(args) => doctor::doctor(&args, configuration),
         Command::Run(args) => run::run(&args, configuration),
         Command::Exec(args) => run::exec(&args, configuration),
+        Command::Invoke(args) => invoke::invoke(&args, configuration),
         Command::Ps(args) => rooms::ps(&args, configuration),
         Command::Logs(args) => rooms::logs(&args, configuration),
         Command::Stop(args) => rooms::stop(&args, configuration),

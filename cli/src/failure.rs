@@ -18,6 +18,10 @@ pub(crate) const USAGE: u8 = 2;
 pub(crate) const FAILED: u8 = 1;
 /// carrel failed, not the workload (Docker's).
 pub(crate) const OURS: u8 = 125;
+/// A function's runtime ended, or did not begin.
+pub(crate) const RUNTIME_FAILED: u8 = 3;
+/// A function's response was too large.
+pub(crate) const TOO_LARGE: u8 = 4;
 /// The workload ran into its `--timeout` (timeout(1)'s).
 pub(crate) const TIMED_OUT: u8 = 124;
 /// The program can't be executed (Docker's and the shell's).

@@ -14,7 +14,7 @@
 #![deny(unsafe_code)]
 
 pub mod doctor;
-//FUNCTION
+pub mod function;
 pub mod home;
 pub mod image;
 pub mod launch;

@@ -86,6 +86,8 @@ pub enum Step {
     Prepare,
     /// Starting the workload.
     Start,
+    /// Handling an event, beyond the function's own timeouts.
+    Invoke,
     /// Ending the workload after SIGKILL.
     Kill,
 }
@@ -165,6 +167,7 @@ impl Outcome {
                     Step::Boot => "The guest did not come up",
                     Step::Prepare => "The payload was not unpacked",
                     Step::Start => "The workload did not start",
+                    Step::Invoke => "The guest's agent did not answer for the function",
                     Step::Kill => "The workload did not end after SIGKILL",
                 };
                 format!("{what} within {seconds} s; on a slow host set CARREL_PATIENCE to a factor above 1.")

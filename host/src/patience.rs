@@ -34,6 +34,16 @@ impl Patience {
         self.of(120 + (bytes >> 28) * 60)
     }
 
+    /// A function's INIT: Lambda's ten seconds.
+    pub(crate) fn init(self) -> Duration {
+        self.of(10)
+    }
+
+    /// What an invocation may take beyond INIT and its own timeout.
+    pub(crate) fn invoke(self) -> Duration {
+        self.of(30)
+    }
+
     /// Starting a process.
     pub(crate) fn start(self) -> Duration {
         self.of(60)

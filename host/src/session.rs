@@ -229,7 +229,7 @@ impl Session {
         }
     }
 
-    fn limit(&self, timeout: Option<std::time::Duration>) -> Result<(), SessionError> {
+    pub(crate) fn limit(&self, timeout: Option<std::time::Duration>) -> Result<(), SessionError> {
         let set = rustix::net::sockopt::set_socket_timeout(
             self.connection.as_fd(),
             rustix::net::sockopt::Timeout::Recv,
@@ -238,7 +238,7 @@ impl Session {
         set.map_err(|e| SessionError::Streams(e.into()))
     }
 
-    fn receive_in_time(&self) -> Result<Packet<ToClient>, SessionError> {
+    pub(crate) fn receive_in_time(&self) -> Result<Packet<ToClient>, SessionError> {
         self.connection
             .receive()
             .map_err(|e| if e.is_full() { SessionError::Silent } else { SessionError::OwnerGone(e) })

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 const DAY: u64 = 86_400;
 
 /// Nanoseconds since the epoch, now.
-pub(crate) fn now_ns() -> u64 {
+pub fn now_ns() -> u64 {
     since_epoch().as_nanos().try_into().unwrap_or(u64::MAX)
 }
 

@@ -53,3 +53,54 @@ pub(crate) fn keep(root: bool) -> io::Result<()> {
     rustix::thread::clear_ambient_capability_set()?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Docker's, as every container shows it in `/proc/self/status`.
+    const DOCKERS: u64 = 0xa804_25fb;
+
+    /// A set of the calling thread: capabilities are a thread's, so the tests' own stay as they are.
+    fn of_this_thread(name: &str) -> u64 {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+        u64::from_str_radix(line.trim_start_matches(':').trim(), 16).unwrap()
+    }
+
+    #[test]
+    fn the_default_is_dockers() {
+        assert_eq!(DEFAULT.bits(), DOCKERS);
+    }
+
+    #[test]
+    fn root_keeps_the_default_and_can_never_get_more() {
+        std::thread::spawn(|| {
+            bound().unwrap();
+            keep(true).unwrap();
+            assert_eq!((of_this_thread("CapBnd"), of_this_thread("CapEff")), (DOCKERS, DOCKERS));
+            assert_eq!((of_this_thread("CapPrm"), of_this_thread("CapInh")), (DOCKERS, 0));
+            assert_eq!(of_this_thread("CapAmb"), 0);
+            // Twice is once.
+            bound().unwrap();
+            keep(true).unwrap();
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn others_keep_none() {
+        std::thread::spawn(|| {
+            bound().unwrap();
+            keep(false).unwrap();
+            for set in ["CapEff", "CapPrm", "CapInh", "CapAmb"] {
+                assert_eq!(of_this_thread(set), 0, "{set}");
+            }
+            assert_eq!(of_this_thread("CapBnd"), DOCKERS);
+            assert!(keep(true).is_err(), "what is gone stays gone");
+        })
+        .join()
+        .unwrap();
+    }
+}

@@ -202,6 +202,29 @@ mod tests {
     const READ_WRITE: u32 = 6;
 
     #[test]
+    fn of_all_numbers_the_listed_ones_and_no_others_can_be_opened() {
+        let listed = |major, minor| {
+            (major, minor) == PTMX
+                || TERMINALS.contains(&major)
+                || NODES.iter().any(|&(_, one, other)| (one, other) == (major, minor))
+        };
+        for kind in [1, 2] {
+            for major in (0..300).chain([511, 4095, u32::MAX]) {
+                for minor in (0..16).chain([255, 256, 1 << 20, u32::MAX]) {
+                    let expected = kind == 2 && listed(major, minor);
+                    for access in [2, 4, 6, 3, 7] {
+                        assert_eq!(
+                            allows(access, kind, major, minor),
+                            expected,
+                            "{kind} {major}:{minor} {access}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
     fn the_usual_devices_can_be_opened() {
         for (name, major, minor) in NODES {
             assert!(allows(READ_WRITE, 2, major, minor), "{name}");

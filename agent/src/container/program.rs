@@ -142,8 +142,10 @@ fn make_directories(path: &Path, who: &user::Identity) -> io::Result<()> {
 }
 
 fn become_user(who: &user::Identity) -> io::Result<()> {
-    let groups: Vec<Gid> = who.groups.iter().map(|&gid| Gid::from_raw(gid)).collect();
     let (uid, gid) = (Uid::from_raw(who.uid), Gid::from_raw(who.gid));
+    // The primary one among them, as after login: a set-group-ID program can't be used to lose it (moby, CVE-2022-36109).
+    let further = who.groups.iter().filter(|group| **group != who.gid);
+    let groups: Vec<Gid> = [gid].into_iter().chain(further.map(|&group| Gid::from_raw(group))).collect();
     rustix::thread::set_thread_groups(&groups)?;
     rustix::thread::set_thread_res_gid(gid, gid, gid)?;
     rustix::thread::set_thread_res_uid(uid, uid, uid)?;
@@ -242,7 +244,7 @@ fn environment(program: &Program<'_>, home: &str) -> BTreeMap<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use carrel_protocol::agent::{ProcessId, Stdio, TerminalSize};
+    use carrel_protocol::agent::{Failure, ProcessId, Stdio, TerminalSize};
 
     use super::*;
 
@@ -290,5 +292,104 @@ mod tests {
         let who = user::Identity { uid: 0, gid: 0, groups: vec![], home: "/".into() };
         let image = Image::new(&program, &who).unwrap();
         assert_eq!(image.paths, [c"/a/true", c"./true", c"/b/true"].map(CStr::to_owned));
+    }
+
+    fn image_of(arguments: &[&str], environment: &[&str]) -> Result<Image, StartError> {
+        let mut process = process(environment, false);
+        process.arguments = arguments.iter().map(|&one| one.to_owned()).collect();
+        let program = Program { process: &process, hostname: "room", extra: &[], filters: &[] };
+        Image::new(&program, &root())
+    }
+
+    fn root() -> user::Identity {
+        user::Identity { uid: 0, gid: 0, groups: vec![], home: "/".into() }
+    }
+
+    #[test]
+    fn what_the_agent_adds_wins() {
+        let extra = [("A".to_owned(), "agent".to_owned()), ("PATH".to_owned(), "/x".to_owned())];
+        let all = environment_of(&["A=image", "PATH=/image"], false, &extra);
+        assert_eq!((&*all["A"], &*all["PATH"]), ("agent", "/x"));
+    }
+
+    #[test]
+    fn a_name_with_a_slash_is_looked_for_nowhere_else() {
+        assert_eq!(image_of(&["./a"], &["PATH=/p"]).unwrap().paths, [c"./a".to_owned()]);
+        assert_eq!(image_of(&["/bin/a"], &[]).unwrap().paths, [c"/bin/a".to_owned()]);
+        let default = image_of(&["a"], &[]).unwrap().paths;
+        assert_eq!(default.len(), 6);
+        assert_eq!(default[0].as_c_str(), c"/usr/local/sbin/a");
+        // An empty PATH is the working directory, as to execvp(3).
+        assert_eq!(image_of(&["a"], &["PATH="]).unwrap().paths, [c"./a".to_owned()]);
+    }
+
+    #[test]
+    fn a_request_that_no_process_can_be_made_of_is_the_callers_fault() {
+        for (arguments, environment) in [
+            (&[][..], &[][..]),
+            (&[""], &[]),
+            (&["a\0b"], &[]),
+            (&["a", "\0"], &[]),
+            (&["a"], &["B=\0"]),
+            (&["a"], &["PATH=\0"]),
+        ] {
+            let error = image_of(arguments, environment).err().unwrap();
+            assert_eq!(error.failure(), Failure::BadRequest, "{arguments:?} {environment:?}");
+        }
+    }
+
+    /// What prevents a program from being executed: execve(2) comes back only then.
+    fn prevented(arguments: &[&str], path: &str) -> StartError {
+        image_of(arguments, &[&format!("PATH={path}")]).unwrap().execute(arguments[0])
+    }
+
+    #[test]
+    fn commands_that_are_missing_and_such_that_are_no_programs_are_told_apart() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let write = |name: &str, text: &str, mode: u32| {
+            let path = folder.path().join(name);
+            fs::write(&path, text).unwrap();
+            rustix::fs::chmod(&path, Mode::from_raw_mode(mode)).unwrap();
+            path.to_str().unwrap().to_owned()
+        };
+        let plain = write("plain", "#!/bin/sh", 0o644);
+        let text = write("text", "no format", 0o755);
+        let script = write("script", "#!/missing/interpreter\n", 0o755);
+        let at = folder.path().to_str().unwrap();
+        let below_file = format!("{plain}/x");
+        for missing in ["/missing", &script, &below_file] {
+            assert!(matches!(prevented(&[missing], "/"), StartError::NotFound(name) if name == missing));
+        }
+        for not_executable in [&*plain, &text, at] {
+            let error = prevented(&[not_executable], "/");
+            assert_eq!(error.failure(), Failure::CommandNotExecutable, "{not_executable}");
+        }
+        // By name: what may not be executed is passed over, and remembered if nothing else is found.
+        assert_eq!(prevented(&["plain"], &format!("/missing:{at}")).failure(), Failure::CommandNotExecutable);
+        assert_eq!(prevented(&["nothing"], &format!("/missing:{at}")).failure(), Failure::CommandNotFound);
+        let folders = format!("{}:{at}", folder.path().parent().unwrap().display());
+        let name = folder.path().file_name().unwrap().to_str().unwrap();
+        assert_eq!(prevented(&[name], &folders).failure(), Failure::CommandNotExecutable);
+    }
+
+    #[test]
+    fn a_working_directory_is_made_for_its_user_from_the_first_missing_parent_on() {
+        use std::os::unix::fs::MetadataExt;
+        let folder = tempfile::TempDir::new().unwrap();
+        let who = user::Identity { uid: 1234, gid: 5678, groups: vec![], home: "/".into() };
+        fs::create_dir(folder.path().join("there")).unwrap();
+        make_directories(&folder.path().join("there/new/deep"), &who).unwrap();
+        for (path, owner) in [("there", 0), ("there/new", 1234), ("there/new/deep", 1234)] {
+            assert_eq!(fs::metadata(folder.path().join(path)).unwrap().uid(), owner, "{path}");
+        }
+        for wrong in ["relative", "./here", "../up"] {
+            assert_eq!(working_directory(wrong, &who).unwrap_err().failure(), Failure::BadRequest);
+        }
+        fs::write(folder.path().join("file"), "").unwrap();
+        let at_file = folder.path().join("file");
+        assert_eq!(
+            working_directory(at_file.to_str().unwrap(), &who).unwrap_err().failure(),
+            Failure::System
+        );
     }
 }

@@ -192,3 +192,6 @@ fn cover() -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

@@ -76,3 +76,71 @@ pub(crate) fn apply(programs: &[BpfProgram]) -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// In a thread under the filters: they are a thread's, and no test after this one should live with them.
+    fn filtered(attempt: impl FnOnce() + Send + 'static) {
+        std::thread::spawn(|| {
+            // So that CAP_SYS_ADMIN isn't needed.
+            rustix::thread::set_no_new_privs(true).unwrap();
+            apply(&programs().unwrap()).unwrap();
+            attempt();
+        })
+        .join()
+        .unwrap();
+    }
+
+    /// A system call with nothing but wrong arguments: whatever isn't denied fails, and otherwise.
+    fn errno(call: libc::c_long, first: i64) -> i32 {
+        // SAFETY: no call takes these numbers for addresses that it could write to.
+        let done = unsafe { libc::syscall(call, first, -1_i64, -1_i64, -1_i64, -1_i64, -1_i64) };
+        if done == 0 { 0 } else { io::Error::last_os_error().raw_os_error().unwrap() }
+    }
+
+    #[test]
+    fn what_is_denied_is_denied() {
+        filtered(|| {
+            for (call, reason) in DENIED {
+                assert_eq!(errno(call, -1), libc::EPERM, "{call} {reason}");
+            }
+        });
+    }
+
+    #[test]
+    fn vsock_is_a_family_that_this_kernel_doesnt_have() {
+        filtered(|| {
+            for call in [libc::SYS_socket, libc::SYS_socketpair] {
+                let family = i64::from(libc::AF_VSOCK);
+                // The kernel looks at the low half of the register, and so must the filter.
+                for first in [family, family | 1 << 32, family | -1 << 32] {
+                    assert_eq!(errno(call, first), libc::EAFNOSUPPORT, "{call} {first:#x}");
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn ordinary_programs_find_an_ordinary_kernel() {
+        filtered(|| {
+            for call in [libc::SYS_mount, libc::SYS_ptrace, libc::SYS_clone3, libc::SYS_io_uring_setup] {
+                assert_ne!(errno(call, -1), 0, "{call}");
+            }
+            let (one, other) = std::os::unix::net::UnixStream::pair().unwrap();
+            io::Write::write_all(&mut &one, b"x").unwrap();
+            io::Read::read_exact(&mut &other, &mut [0]).unwrap();
+            std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            std::thread::spawn(|| std::fs::read("/proc/self/status").unwrap()).join().unwrap();
+        });
+    }
+
+    #[test]
+    fn threads_inherit_the_filters() {
+        filtered(|| {
+            let denied = std::thread::spawn(|| errno(libc::SYS_bpf, -1)).join().unwrap();
+            assert_eq!(denied, libc::EPERM);
+        });
+    }
+}

@@ -39,7 +39,7 @@ pub(crate) struct Job<'a> {
 
 /// A container's init: makes the surroundings, then supervises. Returns the status with which the process ends.
 pub(crate) fn init(job: Job<'_>, rootfs: &Path, surroundings: &Surroundings) -> u8 {
-    live(job, |job| {
+    live(job, None, |job| {
         unshare_cgroup()?;
         root::enter(rootfs, surroundings, job.hostname)
     })
@@ -54,7 +54,7 @@ fn unshare_cgroup() -> Result<(), StartError> {
 /// An exec's keeper: joins the container of `init`, then supervises. It stays in the agent's PID namespace, unseen; its
 /// children are born into the container's.
 pub(crate) fn keeper(job: Job<'_>, init: BorrowedFd<'_>) -> u8 {
-    live(job, |_| {
+    live(job, Some(init), |_| {
         let all = ThreadNameSpaceType::MOUNT
             | ThreadNameSpaceType::PROCESS_ID
             | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
@@ -64,8 +64,15 @@ pub(crate) fn keeper(job: Job<'_>, init: BorrowedFd<'_>) -> u8 {
     })
 }
 
-fn live(job: Job<'_>, surround: impl FnOnce(&Job<'_>) -> Result<(), StartError>) -> u8 {
+fn live(
+    job: Job<'_>,
+    kept: Option<BorrowedFd<'_>>,
+    surround: impl FnOnce(&Job<'_>) -> Result<(), StartError>,
+) -> u8 {
     let reporter = job.reporter;
+    // Of the agent's own: its end of a pipe, held here, would keep that pipe open for ever.
+    let pipes = job.pipes.iter().flatten().map(AsFd::as_fd);
+    fork::close_all_but(&pipes.chain([reporter.as_fd()]).chain(kept).collect::<Vec<_>>());
     // The workload's user may be ours: it shall not look into this process.
     let hidden =
         set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(StartError::step("hiding the init"));

@@ -105,6 +105,50 @@ mod tests {
     }
 
     #[test]
+    fn the_later_option_wins_and_every_flag_has_its_opposite() {
+        let flags = |options: &str| parse(options).unwrap().flags;
+        for (on, off) in [("ro", "rw"), ("noexec", "exec"), ("nosuid", "suid"), ("nodev", "dev")] {
+            assert_ne!(flags(on), flags(off), "{on}");
+            assert_eq!(flags(&format!("{off},{on}")), flags(on));
+            assert_eq!(flags(&format!("{on},{off}")), flags(off));
+        }
+        assert_eq!(flags("noatime,relatime") - flags(""), MountFlags::NOATIME | MountFlags::RELATIME);
+        assert_eq!(flags(",,rw,"), flags(""));
+    }
+
+    #[test]
+    fn values_are_checked_to_their_ends() {
+        for right in [
+            "size=0",
+            "size=100%",
+            "size=999999999999999",
+            "size=1G",
+            "mode=7777",
+            "mode=0",
+            "uid=4294967295",
+            "gid=0",
+        ] {
+            let text = parse(right).unwrap().text;
+            assert_eq!(text.to_str().unwrap(), format!("mode=1777,{right}"));
+        }
+        for wrong in [
+            "size=1000000000000000",
+            "size=k",
+            "size=%",
+            "size=1kk",
+            "size=１",
+            "mode=10000",
+            "mode=",
+            "mode=-1",
+            "uid=4294967296",
+            "gid=+1",
+        ] {
+            assert_eq!(parse(wrong), Err(TmpfsError::Value(wrong.to_owned())));
+        }
+        assert!(parse("size=1\0").is_err() && parse("\0").is_err());
+    }
+
+    #[test]
     fn what_is_no_option_is_named() {
         for wrong in ["huge=always", "size", "SIZE=1m", "exec=1", "mpol=bind", " ro", "size=1m ro"] {
             assert!(parse(wrong).unwrap_err().to_string().contains(wrong), "{wrong}");

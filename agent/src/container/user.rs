@@ -25,7 +25,7 @@ pub(crate) enum UserError {
         /// As given.
         group: String,
     },
-    /// Nothing where a name should be, or a number that is no id.
+    /// A number that is no id.
     #[error("'{0}' names no user; expected user, user:group, or numbers up to 4294967294")]
     Malformed(String),
 }
@@ -114,15 +114,10 @@ fn is_number(text: &str) -> bool {
 
 fn resolve(user: &str, passwd: &str, group: &str) -> Result<Identity, UserError> {
     let malformed = || UserError::Malformed(user.to_owned());
-    let (name, named_group) = match user.split_once(':') {
-        None if user.is_empty() => ("0", None),
-        None => (user, None),
-        Some((name, group)) if name.is_empty() || group.is_empty() => {
-            let _ = group;
-            return Err(malformed());
-        }
-        Some((name, group)) => (name, Some(group)),
-    };
+    // As runc has it, either half may be empty: images say `$USER:$GROUP` of variables that nobody set.
+    let (name, group_name) = user.split_once(':').unwrap_or((user, ""));
+    let name = if name.is_empty() { "0" } else { name };
+    let named_group = Some(group_name).filter(|group| !group.is_empty());
     // Names come first, even such that look like numbers (as getpwnam, then getpwuid, would have it).
     let account = accounts(passwd)
         .find(|account| account.name == name)
@@ -208,11 +203,57 @@ mod tests {
     }
 
     #[test]
+    fn either_half_may_be_empty() {
+        assert_eq!((identity(":"), identity("reader:")), (identity(""), identity("reader")));
+        assert_eq!(ids(":readers"), (0, 1000, vec![]));
+    }
+
+    #[test]
+    fn what_no_number_is_is_a_name() {
+        for name in ["-1", "+1", "0x0", " 0", "1 ", "１"] {
+            assert_eq!(identity(name), Err(UserError::Unknown(name.into())), "{name}");
+        }
+        assert!(matches!(identity("0:-1"), Err(UserError::UnknownGroup { .. })));
+        assert!(matches!(identity("0:0:0"), Err(UserError::UnknownGroup { .. })));
+    }
+
+    #[test]
+    fn what_is_no_entry_is_passed_over() {
+        let passwd = "::0:0::/:\nreader\nreader:x\nreader:x:1\nreader:x:-1:1\nreader:x:4294967295:1\nreader:x: 5:1\n+::::::\nreader:x:8:9\n";
+        let found = resolve("reader", passwd, "").unwrap();
+        assert_eq!((found.uid, found.gid, &*found.home), (8, 9, "/"));
+        // The first of two counts.
+        let twice = resolve("a", "a:x:1:1::/one:\na:x:2:2::/two:\n", "g:x:5:a\ng:x:6:a,a\n").unwrap();
+        assert_eq!((twice.uid, &*twice.home, twice.groups), (1, "/one", vec![5, 6]));
+    }
+
+    #[test]
+    fn more_groups_than_the_kernel_takes_are_cut() {
+        let group: String = (0..70_000).map(|gid| format!("g{gid}:x:{gid}:reader\n")).collect();
+        assert_eq!(resolve("reader", PASSWD, &group).unwrap().groups.len(), MOST_GROUPS);
+    }
+
+    #[test]
+    fn only_regular_files_are_read_and_no_more_than_the_cap() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+        std::fs::write(path("long"), "x".repeat(5 << 20)).unwrap();
+        std::fs::write(path("odd"), b"\xffname\n").unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, path("pipe"), FileType::Fifo, Mode::RWXU, 0).unwrap();
+        assert_eq!(u64::try_from(read(&path("long")).unwrap().len()).unwrap(), LARGEST);
+        assert_eq!(read(&path("odd")).unwrap(), "\u{fffd}name\n");
+        // None of these makes the reader wait.
+        for none in [&*path("pipe"), "/dev/zero", "/dev/tty", "/", &path("missing")] {
+            assert!(read(none).is_err(), "{none}");
+        }
+    }
+
+    #[test]
     fn the_unknown_is_named() {
         assert_eq!(identity("nobody-here"), Err(UserError::Unknown("nobody-here".into())));
         assert_eq!(identity("broken"), Err(UserError::Unknown("broken".into())));
         assert!(matches!(identity("reader:none"), Err(UserError::UnknownGroup { .. })));
-        for malformed in [":", "reader:", ":readers", "99999999999", "4294967295", "1:4294967295"] {
+        for malformed in ["99999999999", "4294967295", "1:4294967295", ":4294967295"] {
             assert_eq!(identity(malformed), Err(UserError::Malformed(malformed.into())));
         }
     }

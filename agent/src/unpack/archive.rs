@@ -1,11 +1,14 @@
 //! A tar reader for layers: ustar, pax, and GNU's long names, large numbers and holes. It knows no file system; names are bytes.
 //!
 //! ```text
-//!   x g L K ──▶ remembered for the next      0 1 2 3 4 5 6 7 S ──▶ Entry, then its data
+//!   x L K ──▶ remembered for the next        0 7 S ──▶ Entry, then its data
+//!   g ──▶ passed over                        1 2 3 4 5 6 ──▶ Entry; its size means nothing
 //!   zero block, or end of stream at a block's beginning ──▶ the end
 //! ```
 //!
-//! Source: POSIX.1-2024 pax, *ustar Interchange Format*; GNU tar's manual, *Basic Tar Format*.
+//! Source: POSIX.1-2024 pax, *ustar Interchange Format*; GNU tar's manual, *Basic Tar Format*. Where they leave a choice it
+//! is that of Go's `archive/tar` and containerd, through which nearly every image has passed: global headers are passed over, links and
+//! directories have no data whatever their size says, and only the oldest type (a zero byte) makes `name/` a directory.
 
 use std::io::{self, Read};
 
@@ -13,7 +16,7 @@ use super::pax::Extension;
 use super::sparse::{MOST_PIECES, Map};
 
 const BLOCK: usize = 512;
-/// Largest extended header or long name. Two attributes of the largest size fit.
+/// Largest extended headers and long names of one entry, together.
 const LARGEST_HEADER: u64 = 1 << 20;
 
 /// What is wrong with an archive.
@@ -66,17 +69,11 @@ pub(super) struct Archive<R> {
     /// Data of the current entry that wasn't read, and the padding after it.
     left: u64,
     padding: u64,
-    global: Extension,
 }
 
 impl<R: Read> Archive<R> {
     pub(super) fn new(from: R) -> Self {
-        Self { from, left: 0, padding: 0, global: Extension::default() }
-    }
-
-    /// Where it reads from.
-    pub(super) fn source(&mut self) -> &mut R {
-        &mut self.from
+        Self { from, left: 0, padding: 0 }
     }
 
     /// The next entry; what was left of the last is passed over.
@@ -85,8 +82,9 @@ impl<R: Read> Archive<R> {
     ///
     /// See [`ArchiveError`].
     pub(super) fn next(&mut self) -> Result<Option<Entry>, ArchiveError> {
-        let mut extension = self.global.clone();
+        let mut extension = Extension::default();
         let (mut long_name, mut long_link) = (None, None);
+        let mut allowance = LARGEST_HEADER;
         loop {
             self.skip()?;
             let Some(header) = self.header()? else { return Ok(None) };
@@ -94,14 +92,10 @@ impl<R: Read> Archive<R> {
             let wrong = |problem: String| ArchiveError::Entry(name.clone(), problem);
             let size = header.number(124..136).map_err(&wrong)?;
             match header.kind() {
-                b'x' => extension.add(&self.body(&name, size)?).map_err(wrong)?,
-                b'g' => {
-                    let body = self.body(&name, size)?;
-                    self.global.add(&body).map_err(&wrong)?;
-                    extension.add(&body).map_err(wrong)?;
-                }
-                b'L' => long_name = Some(text(&self.body(&name, size)?).to_vec()),
-                b'K' => long_link = Some(text(&self.body(&name, size)?).to_vec()),
+                b'x' => extension.add(&self.body(&name, size, &mut allowance)?).map_err(wrong)?,
+                b'g' => self.set_data(size),
+                b'L' => long_name = long(&self.body(&name, size, &mut allowance)?),
+                b'K' => long_link = long(&self.body(&name, size, &mut allowance)?),
                 _ => {
                     extension.path = extension.path.or(long_name);
                     extension.link = extension.link.or(long_link);
@@ -123,7 +117,7 @@ impl<R: Read> Archive<R> {
         };
         let kind = match header.kind() {
             // The oldest archives mark directories by a slash.
-            b'0' | 0 | b'7' if path.ends_with(b"/") => Kind::Directory,
+            0 if path.ends_with(b"/") => Kind::Directory,
             b'0' | 0 | b'7' => Kind::File { map: None },
             b'S' => {
                 let map = self.old_gnu_map(header, stored).map_err(|error| error.named(&path))?;
@@ -145,13 +139,14 @@ impl<R: Read> Archive<R> {
         let kind = match kind {
             Kind::File { map: None } if sparse.is_set() => {
                 self.set_data(stored);
-                let numbers = if sparse.map_is_in_the_data() {
-                    self.map_before_data(&path)?
+                let numbers = if sparse.map_is_in_the_data().map_err(wrong)? {
+                    let numbers = self.map_before_data(&path)?;
+                    // What is left after the map; its blocks are data as far as padding is concerned.
+                    stored = self.left;
+                    numbers
                 } else {
                     sparse.numbers.clone()
                 };
-                // What is left after such a map; its blocks are data as far as padding is concerned.
-                stored = if sparse.map_is_in_the_data() { self.left } else { stored };
                 let real_size = sparse.real_size.ok_or_else(|| wrong("has holes and no size".into()))?;
                 Kind::File { map: Some(Map::new(&numbers, real_size, stored).map_err(wrong)?) }
             }
@@ -160,17 +155,20 @@ impl<R: Read> Archive<R> {
                 Kind::File { map }
             }
             other => {
-                // Hard links in pax archives may carry their file's data: passed over.
-                self.set_data(if header.kind() == b'1' || header.kind() == b'5' { stored } else { 0 });
+                self.set_data(0);
                 stored = 0;
                 other
             }
         };
+        let owner = |id: u32| {
+            // chown(2) takes it for "unchanged".
+            if id == u32::MAX { Err(wrong(format!("has the owner {id}, which is no id"))) } else { Ok(id) }
+        };
         Ok(Entry {
             kind,
             mode: header.small(100..108).map_err(wrong)? & 0o7777,
-            uid: extension.uid.map_or_else(|| header.small(108..116), Ok).map_err(wrong)?,
-            gid: extension.gid.map_or_else(|| header.small(116..124), Ok).map_err(wrong)?,
+            uid: owner(extension.uid.map_or_else(|| header.small(108..116), Ok).map_err(wrong)?)?,
+            gid: owner(extension.gid.map_or_else(|| header.small(116..124), Ok).map_err(wrong)?)?,
             mtime: extension.mtime.map_or_else(|| header.time(), Ok).map_err(wrong)?,
             attributes: extension.attributes,
             stored,
@@ -231,11 +229,13 @@ impl<R: Read> Archive<R> {
         }
     }
 
-    fn body(&mut self, name: &[u8], size: u64) -> Result<Vec<u8>, ArchiveError> {
-        if size > LARGEST_HEADER {
-            let problem = format!("has an extended header of {size} bytes; {LARGEST_HEADER} are the most");
+    fn body(&mut self, name: &[u8], size: u64, allowance: &mut u64) -> Result<Vec<u8>, ArchiveError> {
+        let Some(left) = allowance.checked_sub(size) else {
+            let problem =
+                format!("has extended headers of more than {LARGEST_HEADER} bytes, the last of {size}");
             return Err(ArchiveError::Entry(name.to_vec(), problem));
-        }
+        };
+        *allowance = left;
         self.set_data(size);
         let mut body = vec![0; usize::try_from(size).unwrap_or_default()];
         self.fill(&mut body)?;
@@ -335,6 +335,11 @@ fn cut_short() -> io::Error {
     io::Error::new(io::ErrorKind::UnexpectedEof, "the archive is cut short")
 }
 
+/// A long name. An empty one is none.
+fn long(body: &[u8]) -> Option<Vec<u8>> {
+    Some(text(body).to_vec()).filter(|name| !name.is_empty())
+}
+
 /// Up to the first zero byte.
 fn text(field: &[u8]) -> &[u8] {
     field.split(|&byte| byte == 0).next().unwrap_or_default()
@@ -385,7 +390,9 @@ impl Header {
                 .try_fold(start, |number, &byte| number.checked_mul(256)?.checked_add(i128::from(byte)));
             return number.ok_or_else(|| format!("has a number beyond all bounds at byte {}", range.start));
         }
-        let digits = text(field).trim_ascii();
+        // Fields that nobody needed, or that were too short for their number, begin with zero bytes in some old archives.
+        let start = field.iter().take_while(|&&byte| byte == 0 || byte == b' ').count();
+        let digits = text(field.get(start..).unwrap_or_default()).trim_ascii_end();
         let mut number = 0_i128;
         for digit in digits {
             if !(b'0'..=b'7').contains(digit) {

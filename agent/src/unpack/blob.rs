@@ -2,6 +2,7 @@
 
 use std::io::{self, Read};
 
+use carrel_protocol::agent::Layer;
 use sha2::{Digest, Sha256, Sha512};
 
 use super::{Budget, UnpackError};
@@ -110,28 +111,29 @@ impl<R: Read> Read for Blob<R> {
     }
 }
 
-/// A decompressed layer on its way.
+/// A decompressed layer on its way. The budget pays for every byte as it is read: nothing, however it is packed and whether it is
+/// looked at or passed over, unpacks to more. Reaching the cap is an [`io::Error`] that holds the [`UnpackError`].
 pub(super) struct Plain<'a> {
     from: Box<dyn Read + 'a>,
-    diff_id: String,
-    what: String,
+    layer: &'a Layer,
     hasher: Hasher,
-    /// Bytes read that the budget doesn't know yet.
-    uncounted: u64,
+    budget: &'a Budget,
 }
 
 impl<'a> Plain<'a> {
-    pub(super) fn new(from: Box<dyn Read + 'a>, diff_id: &str, what: &str) -> Result<Self, UnpackError> {
-        let hasher = Hasher::of(diff_id).ok_or_else(|| UnpackError::Blob {
-            name: super::shown(diff_id.as_bytes()),
-            problem: "the diff_id in the image's configuration is no sha256 or sha512 digest".into(),
+    pub(super) fn new(
+        from: Box<dyn Read + 'a>,
+        layer: &'a Layer,
+        budget: &'a Budget,
+    ) -> Result<Self, UnpackError> {
+        let hasher = Hasher::of(&layer.diff_id).ok_or_else(|| UnpackError::Blob {
+            name: layer.blob.digest.clone(),
+            problem: format!(
+                "its diff_id '{}' in the image's configuration is no sha256 or sha512 digest",
+                super::shown(layer.diff_id.as_bytes())
+            ),
         })?;
-        Ok(Self { from, diff_id: diff_id.to_owned(), what: what.to_owned(), hasher, uncounted: 0 })
-    }
-
-    /// Has the budget pay for what was read.
-    pub(super) fn settle(&mut self, budget: &mut Budget) -> Result<(), UnpackError> {
-        budget.take_bytes(std::mem::take(&mut self.uncounted))
+        Ok(Self { from, layer, hasher, budget })
     }
 
     /// Reads what follows the archive's end, then compares.
@@ -139,22 +141,15 @@ impl<'a> Plain<'a> {
     /// # Errors
     ///
     /// It isn't what the image's configuration says, it is damaged, or endless.
-    pub(super) fn finish(mut self, budget: &mut Budget) -> Result<(), UnpackError> {
+    pub(super) fn finish(mut self, what: &str) -> Result<(), UnpackError> {
         let mut chunk = vec![0; 64 << 10];
-        loop {
-            self.settle(budget)?;
-            match self.read(&mut chunk) {
-                Ok(0) => break,
-                Ok(_) => {}
-                Err(source) => return Err(UnpackError::Damaged { what: self.what, source }),
-            }
-        }
+        while self.read(&mut chunk).map_err(|source| UnpackError::reading(what, source))? > 0 {}
         let found = self.hasher.finish();
-        if found == self.diff_id {
+        if found == self.layer.diff_id {
             return Ok(());
         }
-        let problem = format!("it unpacks to {found}, the image's configuration says {}", self.diff_id);
-        Err(UnpackError::Blob { name: self.what, problem })
+        let problem = format!("it unpacks to {found}, the image's configuration says {}", self.layer.diff_id);
+        Err(UnpackError::Blob { name: self.layer.blob.digest.clone(), problem })
     }
 }
 
@@ -162,7 +157,7 @@ impl Read for Plain<'_> {
     fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         let read = self.from.read(into)?;
         self.hasher.update(into.get(..read).unwrap_or_default());
-        self.uncounted += u64::try_from(read).unwrap_or_default();
+        self.budget.take_bytes(u64::try_from(read).unwrap_or(u64::MAX)).map_err(io::Error::other)?;
         Ok(read)
     }
 }

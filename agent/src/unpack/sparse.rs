@@ -15,6 +15,7 @@ pub(super) struct Sparse {
     /// Offsets and lengths, in pairs.
     pub(super) numbers: Vec<u64>,
     major: u64,
+    minor: u64,
     mentioned: bool,
 }
 
@@ -33,10 +34,11 @@ impl Sparse {
         let number = || digits(value).ok_or_else(wrong);
         self.mentioned = true;
         match name {
-            b"name" => self.name = Some(value.to_vec()),
+            b"name" => self.name = Some(value.to_vec()).filter(|name| !name.is_empty()),
             b"size" | b"realsize" => self.real_size = Some(number()?),
             b"major" => self.major = number()?,
-            b"minor" | b"numblocks" => drop(number()?),
+            b"minor" => self.minor = number()?,
+            b"numblocks" => drop(number()?),
             b"offset" | b"numbytes" => self.push(number()?)?,
             b"map" => {
                 self.numbers.clear();
@@ -62,9 +64,17 @@ impl Sparse {
         self.mentioned
     }
 
-    /// Whether the map comes before the data (format 1.0).
-    pub(super) fn map_is_in_the_data(&self) -> bool {
-        self.major == 1
+    /// Whether the map comes before the data (format 1.0) rather than in the records (0.0 and 0.1).
+    ///
+    /// # Errors
+    ///
+    /// A format that GNU tar's manual doesn't have: a predicate of the entry.
+    pub(super) fn map_is_in_the_data(&self) -> Result<bool, String> {
+        match (self.major, self.minor) {
+            (0, 0 | 1) => Ok(false),
+            (1, 0) => Ok(true),
+            (major, minor) => Err(format!("has holes in the unknown format {major}.{minor}")),
+        }
     }
 }
 

@@ -25,6 +25,8 @@ pub(super) enum Links {
 pub(super) const LONGEST_PATH: usize = 4095;
 /// As the kernel's MAXSYMLINKS.
 const MOST_LINKS: u32 = 40;
+/// How often openat2(2) is asked again.
+const MOST_TRIES: u32 = 1000;
 const DIRECTORY: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC);
 const NO_FOLLOW: OFlags = OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
@@ -125,13 +127,17 @@ impl Tree {
             Links::InsideRoot => ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS,
             Links::Refused => ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS,
         };
-        match rustix::fs::openat2(
-            &*self.root.fd,
-            path,
-            DIRECTORY,
-            Mode::empty(),
-            resolve | ResolveFlags::NO_XDEV,
-        ) {
+        let resolve = resolve | ResolveFlags::NO_XDEV;
+        let open = || rustix::fs::openat2(&*self.root.fd, path, DIRECTORY, Mode::empty(), resolve);
+        // "EAGAIN: the kernel could not ensure that a '..' component didn't escape": something, anywhere, was being renamed.
+        let mut opened = open();
+        for _ in 0..MOST_TRIES {
+            match opened {
+                Err(Errno::AGAIN) => opened = open(),
+                Ok(_) | Err(_) => break,
+            }
+        }
+        match opened {
             Ok(fd) => {
                 let directory = Directory::new(fd)?;
                 self.last = Some((path.to_vec(), directory.clone()));
@@ -143,7 +149,7 @@ impl Tree {
     }
 
     /// Opens a directory; makes it, and what is above it, with mode 0755 where it isn't there.
-    pub(super) fn descend(&mut self, path: &[u8], budget: &mut Budget) -> Result<Directory, UnpackError> {
+    pub(super) fn descend(&mut self, path: &[u8], budget: &Budget) -> Result<Directory, UnpackError> {
         let fail = |source| UnpackError::Write { entry: super::shown(path), source };
         let relative = Relative::parse(path)
             .map_err(|problem| UnpackError::Entry { entry: super::shown(path), problem })?;
@@ -159,7 +165,7 @@ impl Tree {
     }
 
     /// Component by component, as the kernel would with the root as `/`, but making what is missing.
-    fn walk(&self, path: &[u8], budget: &mut Budget) -> Result<Directory, Walk> {
+    fn walk(&self, path: &[u8], budget: &Budget) -> Result<Directory, Walk> {
         let mut way = vec![self.root.clone()];
         let mut left: VecDeque<Vec<u8>> = components(path).map(<[u8]>::to_vec).collect();
         let mut followed = 0;

@@ -51,6 +51,7 @@ impl Room {
                 self.answer_usage();
             }
             (FromAgent::Invoked(invoked), _) => {
+                self.end_invocation();
                 if let Some((_, _, client)) = self.event.take() {
                     // An event that was never fetched: the runtime was gone before.
                     tracing::debug!(?client, "the function did not take its event");
@@ -210,6 +211,11 @@ impl Room {
         self.tell_agent(ReportUsage { every_ms: Some(REPORT_MS) });
     }
 
+    /// The agent has answered for the function: it is no longer awaited.
+    fn end_invocation(&mut self) {
+        self.deadlines.step.take_if(|(_, step, _)| *step == Step::Invoke);
+    }
+
     fn failed(&mut self, failed: Failed) {
         let message = clean(&failed.message);
         match failed.request {
@@ -227,6 +233,7 @@ impl Room {
             }
             Request::Invoke(_) => {
                 self.event = None;
+                self.end_invocation();
                 let creator = self.creator;
                 self.tell_client(creator, api::Refused { failure: failed.failure, message });
             }

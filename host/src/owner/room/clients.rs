@@ -11,7 +11,7 @@ use super::super::chain;
 use super::super::events::ClientId;
 use super::super::streams::Purpose;
 use super::{Client, Room, SIGKILL, WORKLOAD};
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Step};
 use crate::packet::{Connection, Packet};
 use crate::record::Phase;
 
@@ -145,6 +145,11 @@ impl Room {
         match streams {
             Ok((stream, response)) => {
                 self.event = Some((event, event_bytes, id));
+                // The agent times out the runtime; this times out the agent.
+                let init_ms = self.own.spec.function.as_ref().map_or(0, |function| function.init_timeout_ms);
+                let limits = Duration::from_millis(u64::from(init_ms) + u64::from(timeout_ms));
+                let time = limits + self.own.patience.invoke();
+                self.deadlines.step = Some((Instant::now() + time, Step::Invoke, time));
                 self.tell_agent(Invoke {
                     id: request,
                     event: stream,

@@ -11,6 +11,8 @@ use carrel_protocol::agent::{
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::{Dialled, End, FromOwner};
 
+mod invocations;
+
 use super::*;
 use crate::launch::testing;
 use crate::session::{Session, Streams as Files};

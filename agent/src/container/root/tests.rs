@@ -1,0 +1,202 @@
+//! The pure parts, and a whole root, entered by a thread with a mount namespace of its own. The latter needs root.
+
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+
+use carrel_protocol::agent::{Failure, Tmpfs};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
+use tempfile::TempDir;
+
+use super::*;
+
+#[test]
+fn places_are_absolute_and_below_the_root() {
+    for right in ["/data", "/a/b", "/a//b", "/a/./b", "/a/"] {
+        assert!(absolute(right, "volume").is_ok(), "{right}");
+    }
+    for wrong in ["", "data", "./data", "/", "//", "/.", "/..", "/a/../b", "../a"] {
+        let error = absolute(wrong, "volume").unwrap_err();
+        assert_eq!(error.failure(), Failure::BadRequest);
+        assert!(error.to_string().contains(&format!("'{wrong}' is no place for a volume")));
+    }
+}
+
+#[test]
+fn settings_of_the_rooms_kernel_are_refused_before_anything_is_written() {
+    for name in [
+        "kernel.core_pattern",
+        "kernel.hostname",
+        "kernel.shm/../core_pattern",
+        "kernel.shm..core_pattern",
+        "net.../kernel/core_pattern",
+        "net/ipv4/ip_forward",
+        "vm.drop_caches",
+        "fs.file-max",
+        "kernel.semaphore",
+        "Net.core",
+        "",
+        "net.a\0b",
+    ] {
+        let surroundings =
+            Surroundings { sysctls: [(name.to_owned(), "1".to_owned())].into(), ..Surroundings::default() };
+        let error = settings(&surroundings).unwrap_err();
+        assert_eq!(error.failure(), Failure::BadRequest, "{name}");
+    }
+}
+
+#[test]
+fn mounts_come_after_those_that_they_lie_in() {
+    for (number, row) in MOUNTS.iter().enumerate() {
+        let inside = |other: &&Row| row.at.starts_with(&format!("{}/", other.at));
+        assert!(!MOUNTS[number..].iter().any(|later| inside(&later)), "{}", row.at);
+        assert!(row.flags.contains(MountFlags::NOSUID), "{}", row.at);
+    }
+}
+
+/// Enters a root in a thread with namespaces of its own, and looks around there.
+fn entered(
+    image: &TempDir,
+    surroundings: Surroundings,
+    look: impl FnOnce(Result<(), StartError>) + Send + 'static,
+) {
+    let rootfs = image.path().to_owned();
+    let done = std::thread::spawn(move || {
+        let own = UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::NEWIPC;
+        // SAFETY: no table of descriptors is unshared.
+        unsafe { unshare_unsafe(own) }.unwrap();
+        look(enter(&rootfs, &surroundings, "reading-room"));
+    });
+    if let Err(panic) = done.join() {
+        std::panic::resume_unwind(panic);
+    }
+}
+
+fn refuses(path: &str) -> Option<i32> {
+    fs::write(path, "1").err().and_then(|error| error.raw_os_error())
+}
+
+#[test]
+fn a_container_finds_what_programs_expect_and_nothing_of_the_old_root() {
+    let image = TempDir::new().unwrap();
+    fs::create_dir(image.path().join("etc")).unwrap();
+    // What an image brings must neither be followed nor written through.
+    let outside = TempDir::new().unwrap();
+    fs::write(outside.path().join("secret"), "kept").unwrap();
+    symlink(outside.path().join("secret"), image.path().join("etc/hostname")).unwrap();
+    fs::write(image.path().join("etc/hosts"), "of the image").unwrap();
+    fs::hard_link(image.path().join("etc/hosts"), image.path().join("other-name")).unwrap();
+    let old_root = image.path().to_owned();
+    entered(&image, Surroundings::default(), move |done| {
+        done.unwrap();
+        assert!(!old_root.exists());
+        let mut names: Vec<_> = fs::read_dir("/")
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        assert_eq!(names, ["dev", "etc", "other-name", "proc", "sys"]);
+        assert_eq!(fs::read_to_string("/etc/hostname").unwrap(), "reading-room\n");
+        assert!(fs::read_to_string("/etc/hosts").unwrap().contains("127.0.1.1\treading-room\n"));
+        assert_eq!(fs::read_to_string("/other-name").unwrap(), "of the image");
+        assert_eq!(rustix::system::uname().nodename().to_bytes(), b"reading-room");
+
+        let null = fs::metadata("/dev/null").unwrap();
+        assert!(null.file_type().is_char_device());
+        assert_eq!((null.rdev(), null.mode() & 0o7777), (rustix::fs::makedev(1, 3), 0o666));
+        assert_eq!(fs::read_link("/dev/stdin").unwrap(), Path::new("/proc/self/fd/0"));
+        assert_eq!(fs::metadata("/dev/shm").unwrap().permissions().mode() & 0o7777, 0o1777);
+        assert!(fs::metadata("/dev/ptmx").unwrap().file_type().is_char_device());
+        fs::write("/dev/shm/x", "writable").unwrap();
+        fs::write("/file", "writable").unwrap();
+
+        assert_eq!(refuses("/proc/sys/kernel/domainname"), Some(libc::EROFS));
+        assert_eq!(refuses("/sys/new"), Some(libc::EROFS));
+        // Not every kernel has these.
+        assert!(matches!(refuses("/proc/sysrq-trigger"), Some(libc::EROFS | libc::ENOENT)));
+        assert!(fs::read("/proc/keys").unwrap_or_default().is_empty());
+        assert!(fs::read_dir("/sys/firmware").map_or(0, Iterator::count) == 0);
+    });
+    assert_eq!(fs::read_to_string(outside.path().join("secret")).unwrap(), "kept");
+    assert!(image.path().join("file").exists());
+    assert_eq!(fs::read_dir(image.path().join("dev")).unwrap().count(), 0);
+}
+
+#[test]
+fn links_of_an_image_lead_nowhere_but_into_it() {
+    let image = TempDir::new().unwrap();
+    let outside = TempDir::new().unwrap();
+    for name in ["etc", "dev", "data"] {
+        symlink(outside.path(), image.path().join(name)).unwrap();
+    }
+    // They dangle inside, and directories cannot be made of such: an error, not a way out.
+    entered(&image, Surroundings::default(), |done| assert!(matches!(done, Err(StartError::Step { .. }))));
+    assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+
+    let image = TempDir::new().unwrap();
+    fs::create_dir(image.path().join("inner")).unwrap();
+    symlink("/inner", image.path().join("etc")).unwrap();
+    entered(&image, Surroundings::default(), |done| done.unwrap());
+    assert!(image.path().join("inner/hosts").exists());
+}
+
+#[test]
+fn a_read_only_root_leaves_volumes_and_tmpfs_writable() {
+    let image = TempDir::new().unwrap();
+    fs::create_dir(image.path().join("data")).unwrap();
+    fs::write(image.path().join("data/from-the-image"), "1").unwrap();
+    let tmpfs = |path: &str, options: &str| Tmpfs { path: path.into(), options: options.into() };
+    let surroundings = Surroundings {
+        read_only_root: true,
+        // In the wrong order: outer ones are to be mounted first all the same.
+        volumes: vec!["/data/inner".into(), "/data".into()],
+        tmpfs: vec![tmpfs("/data/inner/tmp", "size=64k,mode=700"), tmpfs("/scratch", "ro")],
+        ..Surroundings::default()
+    };
+    entered(&image, surroundings, |done| {
+        done.unwrap();
+        assert_eq!(refuses("/file"), Some(libc::EROFS));
+        assert_eq!(refuses("/etc/hosts"), Some(libc::EROFS));
+        assert_eq!(refuses("/scratch/file"), Some(libc::EROFS));
+        assert_eq!(fs::read_to_string("/data/from-the-image").unwrap(), "1");
+        fs::write("/data/file", "2").unwrap();
+        fs::write("/data/inner/file", "3").unwrap();
+        fs::write("/data/inner/tmp/file", "4").unwrap();
+        assert_eq!(fs::metadata("/data/inner/tmp").unwrap().mode() & 0o7777, 0o700);
+        let full = fs::write("/data/inner/tmp/large", vec![0; 1 << 20]).unwrap_err();
+        assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    });
+    assert_eq!(fs::read_to_string(image.path().join("data/inner/file")).unwrap(), "3");
+    assert!(!image.path().join("data/inner/tmp/file").exists());
+}
+
+#[test]
+fn a_setting_of_the_containers_own_is_made() {
+    let image = TempDir::new().unwrap();
+    let sysctls =
+        [("kernel.shmmni".to_owned(), "4001".to_owned()), ("fs.mqueue.msg_max".to_owned(), "11".to_owned())];
+    let surroundings = Surroundings { sysctls: sysctls.into(), ..Surroundings::default() };
+    entered(&image, surroundings, |done| {
+        done.unwrap();
+        assert_eq!(fs::read_to_string("/proc/sys/kernel/shmmni").unwrap(), "4001\n");
+        assert_eq!(fs::read_to_string("/proc/sys/fs/mqueue/msg_max").unwrap(), "11\n");
+    });
+    assert_ne!(fs::read_to_string("/proc/sys/kernel/shmmni").unwrap(), "4001\n");
+}
+
+#[test]
+fn a_wrong_request_is_refused_before_the_root_is_changed() {
+    let image = TempDir::new().unwrap();
+    for surroundings in [
+        Surroundings { volumes: vec!["/..".into()], ..Surroundings::default() },
+        Surroundings {
+            tmpfs: vec![Tmpfs { path: "/t".into(), options: "odd".into() }],
+            ..Surroundings::default()
+        },
+    ] {
+        let old_root = image.path().to_owned();
+        entered(&image, surroundings, move |done| {
+            assert_eq!(done.unwrap_err().failure(), Failure::BadRequest);
+            assert!(old_root.exists());
+        });
+    }
+    assert_eq!(fs::read_dir(image.path()).unwrap().count(), 0);
+}

@@ -1,0 +1,155 @@
+//! Functions' rooms: an event in, an answer out, and the room's end.
+
+use carrel_protocol::agent::{Invoke, Invoked, Outcome as Answer};
+
+use super::*;
+use crate::function::invocation::{Audience, Call, Called};
+use crate::session::SessionError;
+use crate::spec::FunctionSpec;
+
+const ID: &str = "8476a536-e9f4-11e8-9739-2dfe598c3fcd";
+
+fn function() -> RoomSpec {
+    let function = FunctionSpec {
+        name: "f".into(),
+        memory_mb: 128,
+        timeout_ms: 3000,
+        init_timeout_ms: 13_000,
+        response_bytes: 100,
+    };
+    RoomSpec { function: Some(function), stop_signal: SIGKILL, stop_timeout_ms: 0, ..spec(false) }
+}
+
+/// The command's side on a thread; and what its files hold in the end.
+fn invoke(place: Place) -> (JoinHandle<Result<Called, SessionError>>, File, File) {
+    let (mut event, response) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    event.write_all(b"{\"n\":1}").unwrap();
+    let call = Call {
+        id: ID.into(),
+        event,
+        event_bytes: 7,
+        timeout_ms: 3000,
+        headers: BTreeMap::from([("Invoked-Function-Arn".to_owned(), "arn".to_owned())]),
+    };
+    let (streams, log, _) = files(b"");
+    let kept = response.try_clone().unwrap();
+    let command = std::thread::spawn(move || {
+        let _files = place.directory;
+        let mut begun = 0;
+        let audience = Audience { log: streams, response, started: &mut || begun += 1, notice: &mut |_| () };
+        let called = place.session.invoke(&call, audience);
+        assert_eq!(begun, 1);
+        called
+    });
+    (command, kept, log)
+}
+
+fn invoked(outcome: Answer) -> Invoked {
+    Invoked {
+        id: ID.into(),
+        outcome,
+        init_us: Some(100),
+        duration_us: 10,
+        memory_peak_bytes: 1,
+        response_bytes: 999,
+    }
+}
+
+fn response() -> Answer {
+    Answer::Response { content_type: "application/json".into() }
+}
+
+impl Guest {
+    fn event(&mut self) -> Invoke {
+        let FromHost::Invoke(invoke) = self.hear() else { panic!("no event") };
+        assert_eq!((invoke.id.as_str(), invoke.event_bytes, invoke.timeout_ms), (ID, 7, 3000));
+        assert_eq!(invoke.headers["Invoked-Function-Arn"], "arn");
+        let mut event = String::new();
+        self.dial(&invoke.event).read_to_string(&mut event).unwrap();
+        assert_eq!(event, "{\"n\":1}");
+        invoke
+    }
+
+    /// The room is asked to kill its workload, and then to end.
+    fn killed(mut self) {
+        let FromHost::Signal(signal) = self.hear() else { panic!("no signal") };
+        assert_eq!((signal.process, signal.signal), (WORKLOAD, SIGKILL));
+        self.exit(ExitStatus::Signal(SIGKILL));
+        self.shut_down();
+    }
+}
+
+#[test]
+fn an_event_is_answered_and_then_the_room_ends() {
+    let (place, mut guest) = begin(function());
+    let (command, answer, log) = invoke(place);
+    let [_stdin, mut stdout, stderr] = guest.boot();
+    let invoke = guest.event();
+    guest.dial(&invoke.response).write_all(b"[1]").unwrap();
+    guest.say(invoked(response()));
+    // What the function wrote arrives after its answer.
+    std::thread::sleep(Duration::from_millis(50));
+    stdout.write_all(b"late\n").unwrap();
+    drop((stdout, stderr));
+    guest.killed();
+    let called = command.join().unwrap().unwrap();
+    let said = called.invoked.unwrap();
+    assert_eq!((said.outcome, said.response_bytes), (response(), 3));
+    assert_eq!(called.room.usage.unwrap().guest.unwrap().wall_us, 77);
+    assert_eq!((text(answer).as_str(), text(log).as_str()), ("[1]", "late\n"));
+}
+
+#[test]
+fn a_response_that_its_end_overtakes_is_waited_for() {
+    let (place, mut guest) = begin(function());
+    let (command, answer, _log) = invoke(place);
+    let streams = guest.boot();
+    let invoke = guest.event();
+    guest.say(invoked(response()));
+    std::thread::sleep(Duration::from_millis(50));
+    guest.dial(&invoke.response).write_all(b"[2]").unwrap();
+    drop(streams);
+    guest.killed();
+    assert!(command.join().unwrap().unwrap().invoked.is_some());
+    assert_eq!(text(answer), "[2]");
+}
+
+#[test]
+fn a_runtime_that_ends_first_is_reported_as_the_agent_has_it() {
+    let (place, mut guest) = begin(function());
+    let (command, ..) = invoke(place);
+    let streams = guest.boot();
+    let FromHost::Invoke(invoke) = guest.hear() else { panic!("no event") };
+    drop(streams);
+    guest.exit(ExitStatus::Code(1));
+    std::thread::sleep(Duration::from_millis(50));
+    guest.dial(&invoke.response).write_all(b"no module").unwrap();
+    guest.say(invoked(Answer::InitError { error_type: "Runtime.ImportModuleError".into() }));
+    guest.shut_down();
+    let said = command.join().unwrap().unwrap().invoked.unwrap();
+    assert!(matches!(said.outcome, Answer::InitError { .. }), "{said:?}");
+}
+
+#[test]
+fn a_room_that_ends_before_the_answer_says_how() {
+    let (place, mut guest) = begin(function());
+    let (command, ..) = invoke(place);
+    let _streams = guest.boot();
+    guest.event();
+    guest.end(End::Panic);
+    let called = command.join().unwrap().unwrap();
+    assert_eq!((called.invoked, called.room.outcome), (None, Outcome::GuestPanicked));
+}
+
+#[test]
+fn an_event_that_the_agent_refuses_is_an_error() {
+    let (place, mut guest) = begin(function());
+    let (command, ..) = invoke(place);
+    let _streams = guest.boot();
+    let FromHost::Invoke(_) = guest.hear() else { panic!("no event") };
+    let request = Request::Invoke(ID.into());
+    guest.say(Failed { request, failure: Failure::BadRequest, message: "no\x07".into() });
+    let refused = command.join().unwrap().unwrap_err();
+    assert!(matches!(refused, SessionError::Refused(message) if message == "no"));
+    guest.shut_down();
+}
