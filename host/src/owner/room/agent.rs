@@ -43,7 +43,7 @@ impl Room {
                     self.tell_exit(exited.process);
                 }
             }
-            (FromAgent::Failed(failed), _) => self.failed(failed),
+            (FromAgent::Failed(failed), _) => self.failed(&failed),
             (FromAgent::Usage(mut usage), _) => {
                 if let Some(usage) = usage.containers.remove(&CONTAINER.0) {
                     self.guest_usage = Some(usage);
@@ -216,7 +216,7 @@ impl Room {
         self.deadlines.step.take_if(|(_, step, _)| *step == Step::Invoke);
     }
 
-    fn failed(&mut self, failed: Failed) {
+    fn failed(&mut self, failed: &Failed) {
         let message = clean(&failed.message);
         match failed.request {
             Request::Prepare(_) | Request::Process(WORKLOAD)
