@@ -24,10 +24,6 @@ pub(crate) const RUNTIME_FAILED: u8 = 3;
 pub(crate) const TOO_LARGE: u8 = 4;
 /// The workload ran into its `--timeout` (timeout(1)'s).
 pub(crate) const TIMED_OUT: u8 = 124;
-/// The program can't be executed (Docker's and the shell's).
-pub(crate) const NOT_EXECUTABLE: u8 = 126;
-/// The program does not exist (Docker's and the shell's).
-pub(crate) const NOT_FOUND: u8 = 127;
 
 /// An error that has an exit status of its own.
 #[derive(Debug)]
@@ -153,9 +149,8 @@ mod tests {
 
     #[test]
     fn a_status_survives_further_context() {
-        let error =
-            anyhow::Error::new(WithStatus::new(NOT_FOUND, "no such command")).context("The room ended.");
-        assert_eq!(report(&error, OURS, LogFormat::Json), NOT_FOUND);
+        let error = anyhow::Error::new(WithStatus::new(127, "no such command")).context("The room ended.");
+        assert_eq!(report(&error, OURS, LogFormat::Json), 127);
         assert_eq!(report(&anyhow!("else"), OURS, LogFormat::Json), OURS);
     }
 
