@@ -135,7 +135,14 @@ impl Room {
                             report
                         });
                     }
-                    other => self.carry_out(other),
+                    other @ (FromHost::Welcome(_)
+                    | FromHost::Refused(_)
+                    | FromHost::Prepare(_)
+                    | FromHost::Start(_)
+                    | FromHost::Exec(_)
+                    | FromHost::Signal(_)
+                    | FromHost::Resize(_)
+                    | FromHost::Invoke(_)) => self.carry_out(other),
                 },
                 Some(message) = outgoing.recv() => control.send(&message).await?,
                 _ = sample.tick() => self.sample(),

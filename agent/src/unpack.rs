@@ -118,6 +118,11 @@ impl UnpackError {
         source.downcast::<Self>().unwrap_or_else(|source| Self::Damaged { what: what.to_owned(), source })
     }
 
+    /// As an entry's own, where it was one of a directory on the way to it.
+    fn of_entry(self, entry: &[u8]) -> Self {
+        if let Self::Write { source, .. } = self { Self::Write { entry: shown(entry), source } } else { self }
+    }
+
     /// Whether other bytes than were announced could have led to it.
     fn may_come_from_other_bytes(&self) -> bool {
         match self {

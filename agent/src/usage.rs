@@ -133,7 +133,7 @@ fn network(text: &str) -> Network {
     for (name, counters) in text.lines().skip(2).filter_map(|line| line.split_once(':')) {
         if name.trim() != "lo" {
             let mut counters = counters.split_whitespace().map(number);
-            let mut add =
+            let add =
                 |sum: &mut u64, count: Option<u64>| *sum = sum.saturating_add(count.unwrap_or_default());
             add(&mut sum.received_bytes, counters.next());
             add(&mut sum.sent_bytes, counters.nth(7));

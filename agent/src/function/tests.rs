@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::PathBuf;
 
-use carrel_protocol::agent::{ContainerId, Stream, Surroundings, Token};
+use carrel_protocol::agent::{Stream, Token};
 use rustix::net::sockopt;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpStream, UnixListener};
 use tokio::task::{JoinHandle, LocalSet};
 
 use super::*;
-use crate::container::cgroup::Tree;
+use crate::container::cgroup::Cgroup;
 
 const ID: &str = "8476a536-e9f4-11e8-9739-2dfe598c3fcd";
 const LIMIT: u64 = 1000;
@@ -43,15 +43,11 @@ fn test<F: Future<Output = ()>>(body: impl FnOnce(Bench) -> F) {
 impl Bench {
     async fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
-        let containers = folder.path().join("cgroup/containers");
-        std::fs::create_dir_all(&containers).unwrap();
-        for group in [containers.parent().unwrap(), &containers] {
-            std::fs::write(group.join("cgroup.controllers"), "").unwrap();
-        }
-        let tree = Tree::new(containers.parent().unwrap()).unwrap();
-        let cgroup = tree.make(ContainerId(0), &Surroundings::default()).unwrap();
-        std::fs::write(containers.join("0/cpu.max"), "7200 100000\n").unwrap();
-        std::fs::write(containers.join("0/memory.peak"), "12345\n").unwrap();
+        let group = folder.path().join("cgroup");
+        std::fs::create_dir(&group).unwrap();
+        let cgroup = Cgroup::at(&group);
+        std::fs::write(group.join("cpu.max"), "7200 100000\n").unwrap();
+        std::fs::write(group.join("memory.peak"), "12345\n").unwrap();
         let dialler = Dialler::Unix(folder.path().join("vsock"));
         let spec = agent::Function { init_timeout_ms: 300, response_bytes: LIMIT };
         let anywhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -61,7 +57,7 @@ impl Bench {
     }
 
     fn cgroup_file(&self, name: &str) -> Option<String> {
-        std::fs::read_to_string(self.folder.path().join("cgroup/containers/0").join(name)).ok()
+        std::fs::read_to_string(self.folder.path().join("cgroup").join(name)).ok()
     }
 
     fn listen(&mut self) -> (Stream, UnixListener) {
@@ -424,7 +420,7 @@ fn a_runtime_that_answers_and_ends_at_once_has_answered() {
     test(|mut bench| async move {
         let host = bench.invoke("{}", 60_000);
         bench.next().await;
-        let mut client = bench.connect().await;
+        let client = bench.connect().await;
         let post = format!(
             "POST /2018-06-01/runtime/invocation/{ID}/response HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nok"
         );

@@ -111,54 +111,25 @@ impl<R: Read> Archive<R> {
         let path = sparse.name.clone().or(extension.path).unwrap_or_else(|| header.name());
         let wrong = |problem: String| ArchiveError::Entry(path.clone(), problem);
         let mut stored = extension.size.unwrap_or(size);
-        let target = || extension.link.clone().unwrap_or_else(|| text(header.field(157..257)).to_vec());
-        let device = || -> Result<(u32, u32), ArchiveError> {
-            Ok((header.small(329..337).map_err(wrong)?, header.small(337..345).map_err(wrong)?))
-        };
-        let kind = match header.kind() {
-            // The oldest archives mark directories by a slash.
-            0 if path.ends_with(b"/") => Kind::Directory,
-            b'0' | 0 | b'7' => Kind::File { map: None },
-            b'S' => {
-                let map = self.old_gnu_map(header, stored).map_err(|error| error.named(&path))?;
-                Kind::File { map: Some(map) }
-            }
-            b'1' => Kind::HardLink { target: target() },
-            b'2' => Kind::SymbolicLink { target: target() },
-            b'3' => device().map(|(major, minor)| Kind::CharacterDevice { major, minor })?,
-            b'4' => device().map(|(major, minor)| Kind::BlockDevice { major, minor })?,
-            b'5' => Kind::Directory,
-            b'6' => Kind::Fifo,
-            other => {
-                return Err(wrong(format!(
-                    "is of the unknown type '{}'",
-                    char::from(other).escape_default()
-                )));
-            }
-        };
-        let kind = match kind {
-            Kind::File { map: None } if sparse.is_set() => {
-                self.set_data(stored);
-                let numbers = if sparse.map_is_in_the_data().map_err(wrong)? {
-                    let numbers = self.map_before_data(&path)?;
-                    // What is left after the map; its blocks are data as far as padding is concerned.
-                    stored = self.left;
-                    numbers
-                } else {
-                    sparse.numbers.clone()
-                };
-                let real_size = sparse.real_size.ok_or_else(|| wrong("has holes and no size".into()))?;
-                Kind::File { map: Some(Map::new(&numbers, real_size, stored).map_err(wrong)?) }
-            }
-            Kind::File { map } => {
-                self.set_data(stored);
-                Kind::File { map }
-            }
-            other => {
-                self.set_data(0);
-                stored = 0;
-                other
-            }
+        let kind = self.kind(header, &path, extension.link, stored)?;
+        // Nothing else has data, whatever its size says.
+        if !matches!(kind, Kind::File { .. }) {
+            stored = 0;
+        }
+        self.set_data(stored);
+        let kind = if kind == (Kind::File { map: None }) && sparse.is_set() {
+            let numbers = if sparse.map_is_in_the_data().map_err(wrong)? {
+                let numbers = self.map_before_data(&path)?;
+                // What is left after the map; its blocks are data as far as padding is concerned.
+                stored = self.left;
+                numbers
+            } else {
+                sparse.numbers.clone()
+            };
+            let real_size = sparse.real_size.ok_or_else(|| wrong("has holes and no size".into()))?;
+            Kind::File { map: Some(Map::new(&numbers, real_size, stored).map_err(wrong)?) }
+        } else {
+            kind
         };
         let owner = |id: u32| {
             // chown(2) takes it for "unchanged".
@@ -173,6 +144,39 @@ impl<R: Read> Archive<R> {
             attributes: extension.attributes,
             stored,
             path,
+        })
+    }
+
+    fn kind(
+        &mut self,
+        header: &Header,
+        path: &[u8],
+        link: Option<Vec<u8>>,
+        stored: u64,
+    ) -> Result<Kind, ArchiveError> {
+        let wrong = |problem: String| ArchiveError::Entry(path.to_vec(), problem);
+        let target = || link.unwrap_or_else(|| text(header.field(157..257)).to_vec());
+        let device = || -> Result<(u32, u32), ArchiveError> {
+            Ok((header.small(329..337).map_err(wrong)?, header.small(337..345).map_err(wrong)?))
+        };
+        Ok(match header.kind() {
+            // The oldest archives mark directories by a slash.
+            0 if path.ends_with(b"/") => Kind::Directory,
+            b'0' | 0 | b'7' => Kind::File { map: None },
+            b'S' => {
+                let map = self.old_gnu_map(header, stored).map_err(|error| error.named(path))?;
+                Kind::File { map: Some(map) }
+            }
+            b'1' => Kind::HardLink { target: target() },
+            b'2' => Kind::SymbolicLink { target: target() },
+            b'3' => device().map(|(major, minor)| Kind::CharacterDevice { major, minor })?,
+            b'4' => device().map(|(major, minor)| Kind::BlockDevice { major, minor })?,
+            b'5' => Kind::Directory,
+            b'6' => Kind::Fifo,
+            other => {
+                let shown = char::from(other).escape_default();
+                return Err(wrong(format!("is of the unknown type '{shown}'")));
+            }
         })
     }
 

@@ -98,11 +98,8 @@ impl Layer<'_> {
                 Err(error) => Err(write(error)),
             };
         }
-        let directory = self.tree.descend(parent, self.budget).map_err(|error| match error {
-            // By the entry's whole name.
-            UnpackError::Write { source, .. } => write(source),
-            other => other,
-        })?;
+        let directory =
+            self.tree.descend(parent, self.budget).map_err(|error| error.of_entry(&entry.path))?;
         let place = Place { directory, name };
         self.make(&place, entry, archive, what)?;
         self.remember(&place);

@@ -69,12 +69,13 @@ fn entry(
     let Some((parent, name)) = path.split() else {
         return if kind == FileType::Directory { Ok(()) } else { Err(wrong("has no name")) };
     };
-    let directory = tree.descend(parent, budget).map_err(|error| match error {
-        UnpackError::Write { source, .. } if source.raw_os_error() == Some(libc::ELOOP) => {
+    let through_link = |error: &UnpackError| matches!(error, UnpackError::Write { source, .. } if source.raw_os_error() == Some(libc::ELOOP));
+    let directory = tree.descend(parent, budget).map_err(|error| {
+        if through_link(&error) {
             wrong("would be written through a symbolic link")
+        } else {
+            error.of_entry(raw)
         }
-        UnpackError::Write { source, .. } => write(source),
-        other => other,
     })?;
     let place = Place { directory, name };
     let found = place.look().map_err(write)?.map(|found| FileType::from_raw_mode(found.st_mode));

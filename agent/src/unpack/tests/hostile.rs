@@ -38,9 +38,9 @@ fn nothing_is_written_removed_or_linked_through_a_link_that_leads_out() {
         vec![Member::symlink("l", out), Member::file("l/.wh.secret", "")],
         vec![Member::symlink("l", out), Member::file("l/.wh..wh..opq", "")],
         vec![Member::symlink("l", out), Member::hard_link("mine", "l/secret"), Member::file("mine", "taken")],
-        vec![Member::symlink("l", &format!("{out}/secret")), Member::file("l", "taken").mode(0o777)],
+        vec![Member::symlink("l", format!("{out}/secret")), Member::file("l", "taken").mode(0o777)],
         vec![
-            Member::symlink("l", &format!("{out}/secret")),
+            Member::symlink("l", format!("{out}/secret")),
             Member::hard_link("h", "l"),
             Member::directory("h"),
         ],
@@ -100,7 +100,7 @@ fn owners_that_are_none_are_refused() {
         assert!(bed.names().is_empty());
     }
     let bed = Bed::new();
-    let large = member.clone().patch(108, [0x80, 0, 0, 0, 0xff, 0xff, 0xff, 0xfe]);
+    let large = member.patch(108, [0x80, 0, 0, 0, 0xff, 0xff, 0xff, 0xfe]);
     bed.apply(&[tar(&[large])]).unwrap();
     assert_eq!(bed.tree()[std::path::Path::new("f")].owner.0, u32::MAX - 1);
 }
@@ -128,7 +128,7 @@ fn data_of_what_has_none_is_no_archive_in_the_archive() {
 fn entries_beyond_the_cap_are_refused_and_made_parents_count() {
     let bed = Bed::new();
     let layer = tar(&[Member::file("a/b/c", ""), Member::file("a/b/d", "")]);
-    assert_eq!(bed.apply_within(within(1 << 20, 4), &[layer.clone()]).unwrap().1, 4);
+    assert_eq!(bed.apply_within(within(1 << 20, 4), std::slice::from_ref(&layer)).unwrap().1, 4);
     let bed = Bed::new();
     let error = bed.apply_within(within(1 << 20, 3), &[layer]).unwrap_err();
     assert_eq!(error.failure(), Failure::PayloadTooLarge);
@@ -142,7 +142,7 @@ fn entries_beyond_the_cap_are_refused_and_made_parents_count() {
 fn bytes_beyond_the_cap_are_refused_before_they_are_written() {
     let bed = Bed::new();
     let layer = tar(&[Member::file("small", "1"), Member::file("large", vec![1; 100_000])]);
-    let error = bed.apply_within(within(50_000, 100), &[layer.clone()]).unwrap_err();
+    let error = bed.apply_within(within(50_000, 100), std::slice::from_ref(&layer)).unwrap_err();
     assert!(crate::boot::sentence(&error).contains("'large' of 100000 bytes"));
     assert_eq!(error.failure(), Failure::PayloadTooLarge);
     assert_eq!(bed.names(), ["small"]);

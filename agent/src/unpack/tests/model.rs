@@ -88,14 +88,16 @@ impl Model {
     }
 
     fn hide(&mut self, change: &Change) {
-        match change {
-            Change::Whiteout(path) if self.reaches(path) => self.remove(path),
-            Change::Opaque(path)
-                if self.reaches(path) && (self.is_directory(path) || path == Path::new("")) =>
-            {
-                self.below(path);
-            }
-            _ => {}
+        if let Change::Whiteout(path) = change
+            && self.reaches(path)
+        {
+            self.remove(path);
+        }
+        if let Change::Opaque(path) = change
+            && self.reaches(path)
+            && (self.is_directory(path) || path == Path::new(""))
+        {
+            self.below(path);
         }
     }
 
@@ -106,7 +108,7 @@ impl Model {
             .iter()
             .filter_map(|change| match change {
                 Change::Symlink(path, _) | Change::HardLink(path, _) => Some(&**path),
-                _ => None,
+                Change::File(..) | Change::Directory(..) | Change::Whiteout(_) | Change::Opaque(_) => None,
             })
             .collect();
         let over_link = |model: &Self, path: &Path| {

@@ -109,7 +109,7 @@ fn a_layer_that_unpacks_to_another_than_its_diff_id_is_refused() {
     let plain = layer();
     let sent = gzip(&plain);
     let mut lying = described(Compression::Gzip, &sent, b"something else");
-    let error = one(&Bed::new(), lying.clone(), sent.clone()).unwrap_err();
+    let error = one(&Bed::new(), lying.clone(), sent).unwrap_err();
     assert_eq!(error.failure(), Failure::BadPayload);
     let said = crate::boot::sentence(&error);
     assert!(
