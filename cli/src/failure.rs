@@ -149,14 +149,9 @@ mod tests {
 
     #[test]
     fn a_status_survives_further_context() {
-<<<<<<< HEAD
         let error =
             anyhow::Error::new(WithStatus::new(TIMED_OUT, "no answer in time")).context("The room ended.");
         assert_eq!(report(&error, OURS, LogFormat::Json), TIMED_OUT);
-=======
-        let error = anyhow::Error::new(WithStatus::new(127, "no such command")).context("The room ended.");
-        assert_eq!(report(&error, OURS, LogFormat::Json), 127);
->>>>>>> function
         assert_eq!(report(&anyhow!("else"), OURS, LogFormat::Json), OURS);
     }
 
