@@ -131,6 +131,10 @@ impl Connection {
         let bytes = message.encode()?;
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut control = SendAncillaryBuffer::new(&mut space);
+        // The buffer may have room for one more by its alignment; the peer has not.
+        if descriptors.len() > MAX_DESCRIPTORS {
+            return Err(PacketError::Truncated);
+        }
         if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
             return Err(PacketError::Truncated);
         }

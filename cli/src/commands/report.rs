@@ -111,7 +111,7 @@ mod tests {
             host: carrel_host::usage::HostUsage { pss_peak_bytes: Some(5 << 20), ..Default::default() },
         };
         let text = table(&report).to_string();
-        assert!(text.contains("wall time") && text.contains("2.000 s") && text.contains("5.0 MiB"), "{text}");
+        assert!(text.contains("wall time") && text.contains("2.000 s") && text.contains("5 MiB"), "{text}");
     }
 
     #[test]

@@ -352,6 +352,8 @@ fn an_agent_that_speaks_out_of_turn_ends_its_room() {
     let (place, mut guest) = begin(spec(false));
     guest.hello();
     guest.hello();
+    // The guest's end must not come before its second word.
+    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
     guest.end(End::Stopped);
     assert!(matches!(place.session.wait().unwrap().outcome, Outcome::AgentFailed { .. }));
 }
