@@ -38,7 +38,6 @@ pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8>
         Command::Completions(args) => completions(&args),
         Command::Version(args) => version(&args),
         Command::Owner(args) => Ok(carrel_host::owner::run(&args.room).map(|()| 0)?),
-        _ => todo!(),
     }
 }
 

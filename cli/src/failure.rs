@@ -24,10 +24,6 @@ pub(crate) const RUNTIME_FAILED: u8 = 3;
 pub(crate) const TOO_LARGE: u8 = 4;
 /// The workload ran into its `--timeout` (timeout(1)'s).
 pub(crate) const TIMED_OUT: u8 = 124;
-/// The program can't be executed (Docker's and the shell's).
-pub(crate) const NOT_EXECUTABLE: u8 = 126;
-/// The program does not exist (Docker's and the shell's).
-pub(crate) const NOT_FOUND: u8 = 127;
 
 /// An error that has an exit status of its own.
 #[derive(Debug)]

@@ -14,6 +14,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -407,6 +408,7 @@ impl Room {
         let path = self.directory.join("owner.log");
         let says = File::create(&path).map_err(failed("made", &path))?;
         Command::new(owner)
+            .arg0("carrel")
             .arg("owner")
             .arg(&self.directory)
             .current_dir("/")

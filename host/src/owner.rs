@@ -55,6 +55,8 @@ pub enum OwnerError {
 pub fn run(directory: &Path) -> Result<(), OwnerError> {
     // A session of its own: no terminal's signals. It fails only for a leader of a process group, which has one already.
     let _ = rustix::process::setsid();
+    // For `ps`; without a name of its own it would be called `exe`.
+    let _ = rustix::thread::set_name(c"carrel-owner");
     let creator = Connection::from(io::stdin().as_fd().try_clone_to_owned()?);
     let patience = Patience::from_environment();
     let mut supplies = supplies(&creator, patience).map_err(OwnerError::NoCreator)?.into_iter();

@@ -36,11 +36,11 @@ pub mod registry;
 pub mod section;
 
 mod acquire;
+#[cfg(test)]
+mod hostile;
 mod ingest;
 mod origin;
 mod store;
-#[cfg(test)]
-mod hostile;
 #[cfg(test)]
 mod testing;
 

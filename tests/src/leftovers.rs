@@ -61,7 +61,8 @@ fn cgroups(folder: &Path, all: &mut BTreeSet<String>) {
 
 fn lines(file: &str, kind: &str, all: &mut BTreeSet<String>) {
     let text = fs::read_to_string(file).unwrap_or_default();
-    for line in text.lines().filter(|line| line.contains("carrel")) {
+    // 9p is the test bed's: another caller of the emulated host may have a directory shared meanwhile.
+    for line in text.lines().filter(|line| line.contains("carrel") && !line.contains(" - 9p ")) {
         // A socket's line begins with its address in the kernel, which says nothing.
         let name = if kind == "socket" { line.rsplit(' ').next().unwrap_or(line) } else { line };
         all.insert(format!("{kind} {name}"));

@@ -159,16 +159,20 @@ fn stats_show_what_a_room_uses_now() {
 fn two_rooms_do_not_see_each_other() {
     let carrel = Carrel::new();
     let image = fixtures::busybox();
-    let script = "echo $0 > /work/mine; hostname $0; echo begun; while :; do sleep 0.1; done";
+    let script = "echo $0 > /work/mine; echo begun; while :; do sleep 0.1; done";
     for name in ["one", "two"] {
         carrel.detach(&["--name", name, &image, "sh", "-c", script, name]);
         carrel.wait_for_log(name, "begun");
     }
-    for name in ["one", "two"] {
-        let seen = carrel.run(&["exec", name, "sh", "-c", "cat /work/mine; hostname; ps | grep -c 'sh -c'"]);
-        let seen = seen.succeeds();
-        assert!(seen.text().starts_with(&format!("{name}\n{name}\n")), "{seen:?}");
+    for (name, other) in [("one", "two"), ("two", "one")] {
+        let seen = carrel.run(&["exec", name, "sh", "-c", "cat /work/mine; ps"]).succeeds();
+        assert!(seen.text().starts_with(&format!("{name}\n")), "{seen:?}");
+        assert!(seen.text().contains(&format!("begun; while :; do sleep 0.1; done {name}\n")), "{seen:?}");
+        assert!(!seen.text().contains(other), "{seen:?}");
     }
+    let hostnames =
+        ["one", "two"].map(|name| carrel.run(&["exec", name, "hostname"]).succeeds().text().to_owned());
+    assert_ne!(hostnames[0], hostnames[1]);
     let boots: Vec<String> = ["one", "two"]
         .map(|name| {
             carrel.run(&["exec", name, "cat", "/proc/sys/kernel/random/boot_id"]).succeeds().text().to_owned()

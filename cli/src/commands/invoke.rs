@@ -174,6 +174,7 @@ fn conclude(function: &Function, id: &str, called: &Called) -> Result<u8> {
             return report::ended(&called.room.outcome);
         };
         print_error(&error)?;
+        log(&answer::not_started(id, function.memory, &error));
         let sentence = called.room.outcome.sentence().unwrap_or_default();
         return Err(WithStatus::new(failure::RUNTIME_FAILED, sentence).into());
     };

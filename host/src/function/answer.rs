@@ -70,6 +70,32 @@ pub fn init_start(runtime: &str) -> String {
     format!("INIT_START Runtime Version: {runtime}\n")
 }
 
+/// END and REPORT. `times` are those of the event and, if there was one, of INIT, µs.
+fn report(
+    id: &str,
+    (duration, init): (u64, Option<u64>),
+    memory: FunctionMemory,
+    peak_bytes: u64,
+    status: &str,
+) -> String {
+    let billed = duration.saturating_add(init.unwrap_or_default()).div_ceil(1000);
+    let init = init.map(|init| format!("Init Duration: {} ms\t", millis(init))).unwrap_or_default();
+    format!(
+        "END RequestId: {id}\nREPORT RequestId: {id}\tDuration: {} ms\tBilled Duration: {billed} ms\t\
+         Memory Size: {} MB\tMax Memory Used: {} MB\t{init}{status}\n",
+        millis(duration),
+        memory.get(),
+        peak_bytes.div_ceil(1 << 20),
+    )
+}
+
+/// The lines of an invocation whose runtime could not be started.
+pub fn not_started(id: &str, memory: FunctionMemory, error: &ErrorPayload) -> String {
+    let ErrorPayload { error_type, error_message } = error;
+    let status = format!("Status: error\tError Type: {error_type}\t");
+    format!("{}{error_message}\n{error_type}\n{}", start(id), report(id, (0, None), memory, 0, &status))
+}
+
 /// What stands for a runtime that could not be started: its program's fault, if it is one of these.
 pub fn unstartable(id: &str, room: &outcome::Outcome) -> Option<ErrorPayload> {
     let outcome::Outcome::Refused { failure, message } = room else { return None };
@@ -171,19 +197,8 @@ impl Answer<'_> {
             },
             (Class::Answered | Class::FunctionError | Class::TooLarge, None) => String::new(),
         };
-        let duration = invoked.duration_us;
-        lines += &format!("END RequestId: {id}\n");
-        lines += &format!(
-            "REPORT RequestId: {id}\tDuration: {} ms\tBilled Duration: {} ms\tMemory Size: {} MB\tMax Memory Used: {} MB\t",
-            millis(duration),
-            (duration.saturating_add(init)).div_ceil(1000),
-            self.memory.get(),
-            invoked.memory_peak_bytes.div_ceil(1 << 20),
-        );
-        if invoked.init_us.is_some() {
-            lines += &format!("Init Duration: {} ms\t", millis(init));
-        }
-        lines + &status + "\n"
+        let times = (invoked.duration_us, invoked.init_us);
+        lines + &report(id, times, self.memory, invoked.memory_peak_bytes, &status)
     }
 
     /// One sentence where there is no response.
@@ -192,8 +207,11 @@ impl Answer<'_> {
         Some(match &invoked.outcome {
             Outcome::Response { .. } => return None,
             Outcome::Error { error_type } => {
-                let kind = known(error_type, "Function.Unknown");
-                format!("The function answered with an error ({kind}); it is on standard output.")
+                let kind = match known(error_type, "").as_str() {
+                    "" => String::new(),
+                    kind => format!(" ({kind})"),
+                };
+                format!("The function answered with an error{kind}; it is on standard output.")
             }
             Outcome::InitError { error_type } => {
                 let kind = known(error_type, "Runtime.Unknown");
@@ -204,9 +222,8 @@ impl Answer<'_> {
                 self.timeout
             ),
             Outcome::InitTimedOut => format!(
-                "The function's runtime did not ask for its event within {} ms; it should do so at {}.",
-                millis(invoked.init_us.unwrap_or_default()),
-                "http://$AWS_LAMBDA_RUNTIME_API/2018-06-01/runtime/invocation/next"
+                "The function's runtime did not ask for its event within {} s; give it more time with --timeout, or a runtime client.",
+                invoked.init_us.unwrap_or_default() / 1_000_000,
             ),
             Outcome::Exited { status: ExitStatus::Signal(9), out_of_memory: true } => {
                 "The function was killed for want of memory; give it more with --memory.".into()

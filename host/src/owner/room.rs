@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -328,7 +328,7 @@ impl Room {
             }
             Purpose::Response(client) => {
                 let message = api::Connected { stream: StreamKind::Response };
-                self.tell_client_with(client, message, socket.into());
+                self.tell_client_with(client, message, &socket);
             }
             Purpose::Process(id, stream) => self.connect_process(id, stream, socket),
         }
@@ -355,7 +355,7 @@ impl Room {
         process.awaited.remove(&stream);
         match (process.client, &self.log) {
             (Some(client), _) => {
-                self.tell_client_with(client, api::Connected { stream }, socket.into());
+                self.tell_client_with(client, api::Connected { stream }, &socket);
             }
             (None, Some(log)) if id == WORKLOAD => {
                 process.logged.insert(stream);
@@ -476,16 +476,14 @@ impl Room {
         self.tell(id, &message.into(), None);
     }
 
-    fn tell_client_with(&mut self, id: ClientId, message: impl Into<ToClient>, descriptor: OwnedFd) {
-        self.tell(id, &message.into(), Some(descriptor));
+    fn tell_client_with(&mut self, id: ClientId, message: impl Into<ToClient>, descriptor: impl AsFd) {
+        self.tell(id, &message.into(), Some(descriptor.as_fd()));
     }
 
     /// A command that doesn't read its messages is as good as gone.
-    fn tell(&mut self, id: ClientId, message: &ToClient, descriptor: Option<OwnedFd>) {
-        use std::os::fd::AsFd;
+    fn tell(&mut self, id: ClientId, message: &ToClient, descriptor: Option<BorrowedFd<'_>>) {
         let Some(client) = self.clients.get(&id) else { return };
-        let beside: Vec<_> = descriptor.iter().map(AsFd::as_fd).collect();
-        if let Err(error) = client.connection.send(message, &beside) {
+        if let Err(error) = client.connection.send(message, descriptor.as_slice()) {
             tracing::debug!(?id, error = %chain(&error), "a command doesn't listen");
             client.connection.shut_down();
         }

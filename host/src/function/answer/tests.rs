@@ -50,7 +50,10 @@ fn a_functions_own_error_stands_for_itself() {
     assert_eq!(error(failed.outcome.clone()), None);
     assert!(!end(&failed).contains("Status:"));
     let sentence = with(&failed, |answer| answer.sentence().unwrap());
-    assert!(sentence.contains("Function.Odd"), "{sentence}");
+    assert!(sentence.contains("(Function.Odd)"), "{sentence}");
+    let unhandled = invoked(Outcome::Error { error_type: "Unhandled\x1b".into() });
+    let sentence = with(&unhandled, |answer| answer.sentence().unwrap());
+    assert_eq!(sentence, "The function answered with an error; it is on standard output.");
     assert_eq!(with(&failed, |answer| answer.class()), Class::FunctionError);
 }
 
@@ -150,6 +153,9 @@ fn a_program_that_is_missing_is_an_invalid_entrypoint_and_nothing_else_is() {
         let error = refused(failure).unwrap();
         assert_eq!(error.error_type, "Runtime.InvalidEntrypoint");
         assert!(error.error_message.starts_with(&format!("RequestId: {ID} Error: the command")));
+        let lines = not_started(ID, FunctionMemory::try_from(128).unwrap(), &error);
+        assert!(lines.starts_with(&start(ID)), "{lines}");
+        assert!(lines.ends_with("\tStatus: error\tError Type: Runtime.InvalidEntrypoint\t\n"), "{lines}");
     }
     assert_eq!(refused(Failure::BadPayload), None);
     assert_eq!(unstartable(ID, &outcome::Outcome::GuestPanicked), None);

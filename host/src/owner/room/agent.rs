@@ -43,7 +43,7 @@ impl Room {
                     self.tell_exit(exited.process);
                 }
             }
-            (FromAgent::Failed(failed), _) => self.failed(failed),
+            (FromAgent::Failed(failed), _) => self.failed(&failed),
             (FromAgent::Usage(mut usage), _) => {
                 if let Some(usage) = usage.containers.remove(&CONTAINER.0) {
                     self.guest_usage = Some(usage);
@@ -216,16 +216,16 @@ impl Room {
         self.deadlines.step.take_if(|(_, step, _)| *step == Step::Invoke);
     }
 
-    fn failed(&mut self, failed: Failed) {
+    fn failed(&mut self, failed: &Failed) {
         let message = clean(&failed.message);
-        match failed.request {
-            Request::Prepare(_) | Request::Process(WORKLOAD)
+        match &failed.request {
+            Request::Prepare(_) | &Request::Process(WORKLOAD)
                 if matches!(self.record.phase, Phase::Preparing | Phase::Starting) =>
             {
                 self.streams.forget(WORKLOAD);
                 self.give_up(Outcome::Refused { failure: failed.failure, message });
             }
-            Request::Process(id) if id != WORKLOAD => {
+            &Request::Process(id) if id != WORKLOAD => {
                 self.streams.forget(id);
                 if let Some(client) = self.processes.remove(&id).and_then(|process| process.client) {
                     self.tell_client(client, api::Refused { failure: failed.failure, message });
