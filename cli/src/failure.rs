@@ -150,8 +150,8 @@ mod tests {
     #[test]
     fn a_status_survives_further_context() {
         let error =
-            anyhow::Error::new(WithStatus::new(NOT_FOUND, "no such command")).context("The room ended.");
-        assert_eq!(report(&error, OURS, LogFormat::Json), NOT_FOUND);
+            anyhow::Error::new(WithStatus::new(TIMED_OUT, "no answer in time")).context("The room ended.");
+        assert_eq!(report(&error, OURS, LogFormat::Json), TIMED_OUT);
         assert_eq!(report(&anyhow!("else"), OURS, LogFormat::Json), OURS);
     }
 

@@ -3,9 +3,11 @@
 // A test fails by panicking, and so do the functions that tests share.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::io::Read;
 use std::path::Path;
 
 use carrel_tests::functions::{FunctionZip, python};
+use carrel_tests::layout::{Image, Layer, Tar};
 use carrel_tests::{Carrel, Done, fixtures};
 use serde_json::{Value, json};
 
@@ -101,6 +103,49 @@ fn a_rust_bootstrap_answers_under_the_runtime_provided() {
     assert!((1..=30_000).contains(&got["milliseconds_left"].as_i64().unwrap()), "{got}");
     let error = carrel.run(&[&line[..], &["--event", r#"{"do": "error"}"#]].concat()).ends_with(1);
     assert_eq!(answer(&error)["errorMessage"], json!("the function refuses"));
+}
+
+#[test]
+fn an_image_is_a_function_too() {
+    let carrel = Carrel::new();
+    let zip = std::fs::File::open(rust_bootstrap()).unwrap();
+    let mut program = Vec::new();
+    zip::ZipArchive::new(zip).unwrap().by_name("bootstrap").unwrap().read_to_end(&mut program).unwrap();
+    let tar = Tar::new().directory("srv").file_with_mode("srv/function", &program, 0o755);
+    let mut image = Image::new(vec![Layer::gzip(&tar.bytes())]);
+    image.config = json!({ "Entrypoint": ["/srv/function"], "User": "root", "WorkingDir": "/srv" });
+    let name = image.write(&carrel.scratch().join("image"));
+    let line = ["invoke", "--image", &name, "--timeout", "30s", "--name", "pictured", "--event", "[3]"];
+    let done = carrel.run(&line).succeeds();
+    let got = answer(&done);
+    assert_eq!((&got["event"], &got["function"]), (&json!([3]), &json!("pictured")));
+    assert!(report(&done, "Duration").is_some() && !done.errors().contains("INIT_START"), "{done:?}");
+    // It has no directory for temporary files: it gets one all the same, and nothing else to write to.
+    image.config = json!({ "Entrypoint": ["/srv/nothing"] });
+    let name = image.write(&carrel.scratch().join("broken"));
+    let done = carrel.run(&["invoke", "--image", &name]).ends_with(3);
+    assert_eq!(answer(&done)["errorType"], json!("Runtime.InvalidEntrypoint"));
+    assert_eq!(report(&done, "Error Type").as_deref(), Some("Runtime.InvalidEntrypoint"));
+}
+
+#[test]
+fn a_streamed_response_arrives_whole_though_it_is_larger() {
+    let carrel = Carrel::new();
+    // The published client doesn't stream, so the function itself does.
+    let source = "import http.client, os, time\n\
+        def handler(event, context):\n\
+        \x20   client = http.client.HTTPConnection(os.environ['AWS_LAMBDA_RUNTIME_API'])\n\
+        \x20   def body():\n\
+        \x20       for n in range(event['pieces']):\n\
+        \x20           yield b'x' * (1 << 20)\n\
+        \x20   path = '/2018-06-01/runtime/invocation/' + context.aws_request_id + '/response'\n\
+        \x20   headers = {'Lambda-Runtime-Function-Response-Mode': 'streaming', 'Transfer-Encoding': 'chunked'}\n\
+        \x20   client.request('POST', path, body(), headers, encode_chunked=True)\n\
+        \x20   print('status', client.getresponse().status)\n\
+        \x20   time.sleep(60)\n";
+    let done = invoke(&carrel, source, r#"{"pieces": 8}"#, &["--timeout", "50s", "-m", "512m"]).succeeds();
+    assert_eq!(done.stdout.len(), 8 << 20);
+    assert!(done.stdout.iter().all(|byte| *byte == b'x'));
 }
 
 #[test]

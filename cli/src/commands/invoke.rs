@@ -57,7 +57,7 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
     let mut spec = function.room(parts, &around)?;
     let kernel = args.kernel.as_ref().map(std::path::absolute).transpose()?;
     function::adjust(&mut spec, without(args.unconfined), kernel);
-    let call = call(&function, event)?;
+    let call = call(&function, &event)?;
     let (_, session) = home.create(spec, blobs)?;
     // The room has its blobs open: nobody can take them away any more.
     drop(lease);
@@ -150,18 +150,18 @@ fn add_zip(store: &Store, path: &Path) -> Result<(String, u64, File)> {
     Ok((digest.to_string(), size, blob))
 }
 
-fn call(function: &Function, event: Vec<u8>) -> Result<Call> {
+fn call(function: &Function, event: &[u8]) -> Result<Call> {
     let kept = "The event can't be kept in memory.";
     let flags = rustix::fs::MemfdFlags::CLOEXEC;
     let mut file = File::from(rustix::fs::memfd_create("event", flags).context(kept)?);
-    file.write_all(&event).context(kept)?;
+    file.write_all(event).context(kept)?;
     let region = function.environment.iter().rev().find_map(|one| one.strip_prefix("AWS_REGION="));
     let region = region.unwrap_or(function::DEFAULT_REGION);
     let arn = format!("arn:aws:lambda:{region}:{ACCOUNT}:function:{}", function.name);
     Ok(Call {
         id: function::request_id().context("The kernel gives no random bytes.")?,
         event: file,
-        event_bytes: length(&event),
+        event_bytes: length(event),
         timeout_ms: function.timeout.millis(),
         headers: BTreeMap::from([("Invoked-Function-Arn".to_owned(), arn)]),
     })

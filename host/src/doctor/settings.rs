@@ -132,9 +132,7 @@ fn clock(readings: &Readings) -> Check {
         Some("tsc") | None => Check::ok(NAME, "the host's clock is the TSC, and so is the guests'"),
         Some(other) => Check::warning(
             NAME,
-            &format!(
-                "the host's clock is {other}, not the TSC: guests ask the host for the time by a way that is slow"
-            ),
+            &format!("the host's clock is {other}, not the TSC: guests then read the time by a system call"),
             "see why the kernel gave up the TSC: dmesg | grep -i tsc",
         ),
     }

@@ -328,7 +328,7 @@ impl Room {
             }
             Purpose::Response(client) => {
                 let message = api::Connected { stream: StreamKind::Response };
-                self.tell_client_with(client, message, &socket);
+                self.tell_client_with(client, message, socket.as_fd());
             }
             Purpose::Process(id, stream) => self.connect_process(id, stream, socket),
         }
@@ -355,7 +355,7 @@ impl Room {
         process.awaited.remove(&stream);
         match (process.client, &self.log) {
             (Some(client), _) => {
-                self.tell_client_with(client, api::Connected { stream }, &socket);
+                self.tell_client_with(client, api::Connected { stream }, socket.as_fd());
             }
             (None, Some(log)) if id == WORKLOAD => {
                 process.logged.insert(stream);
@@ -476,8 +476,8 @@ impl Room {
         self.tell(id, &message.into(), None);
     }
 
-    fn tell_client_with(&mut self, id: ClientId, message: impl Into<ToClient>, descriptor: impl AsFd) {
-        self.tell(id, &message.into(), Some(descriptor.as_fd()));
+    fn tell_client_with(&mut self, id: ClientId, message: impl Into<ToClient>, descriptor: BorrowedFd<'_>) {
+        self.tell(id, &message.into(), Some(descriptor));
     }
 
     /// A command that doesn't read its messages is as good as gone.

@@ -170,7 +170,13 @@ impl Guest {
             match self.hear() {
                 FromHost::Shutdown(_) => break,
                 FromHost::ReportUsage(_) | FromHost::Signal(_) => {}
-                other => panic!("{other:?}"),
+                other @ (FromHost::Welcome(_)
+                | FromHost::Refused(_)
+                | FromHost::Prepare(_)
+                | FromHost::Start(_)
+                | FromHost::Exec(_)
+                | FromHost::Resize(_)
+                | FromHost::Invoke(_)) => panic!("{other:?}"),
             }
         }
         let usage = GuestUsage { wall_us: 77, ..GuestUsage::default() };
