@@ -14,7 +14,7 @@ mod table;
 mod terminal;
 mod values;
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -56,7 +56,11 @@ fn listen(configuration: &Configuration) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&configuration.log_level).map_err(|error| {
         anyhow::Error::new(error).context(format!("The log level '{}' is wrong.", configuration.log_level))
     })?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // A log that can't be written, on a full disk, must not end its writer.
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false);
     match configuration.log_format {
         LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),
@@ -71,7 +75,8 @@ fn usage_error(error: &clap::Error) -> u8 {
         return 0;
     }
     let text = error.render().to_string();
-    eprint!("carrel: {}", text.strip_prefix("error: ").unwrap_or(&text));
+    // If nobody reads it, the status still says it.
+    let _ = write!(std::io::stderr(), "carrel: {}", text.strip_prefix("error: ").unwrap_or(&text));
     // Whoever runs a workload takes its status for the workload's own, so a wrong line must not look like one.
     let runs = std::env::args().skip(1).find(|word| !word.starts_with('-'));
     match runs.as_deref() {
