@@ -158,7 +158,8 @@ fn a_process_that_closes_its_input_makes_the_hosts_writes_fail() {
             }
         })
         .await;
-        assert_eq!(failed, ErrorKind::BrokenPipe);
+        // Reset, if something was on its way that nobody read.
+        assert!(matches!(failed, ErrorKind::BrokenPipe | ErrorKind::ConnectionReset), "{failed}");
     });
 }
 

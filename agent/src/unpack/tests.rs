@@ -9,4 +9,5 @@ mod packed;
 mod real_tools;
 mod sparse;
 mod tarball;
+mod whole;
 mod zips;

@@ -140,8 +140,6 @@ fn with_checksums(mut tar: Vec<u8>) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
-
     #[test]
     fn arbitrary_bytes_are_no_layer_and_do_no_harm(
         bytes in vec(any::<u8>(), 0..3000),

@@ -213,8 +213,6 @@ fn same(model: &Model, bed: &Bed) -> Result<(), TestCaseError> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
-
     #[test]
     fn layers_make_what_the_specification_says(layers in vec(vec(change(), 0..14), 1..5)) {
         let bed = Bed::new();

@@ -1,13 +1,15 @@
-//! What Debian's own `tar`, `zip` and Python make of a tree is unpacked to the same tree.
+//! What Debian's own `tar`, `zip`, `umoci` and Python make of a tree is unpacked to the same tree.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
+use carrel_protocol::agent::{Compression, Layer};
+use serde_json::Value;
 use tempfile::TempDir;
 
-use super::bed::{AMPLE, Bed};
+use super::bed::{AMPLE, Bed, described};
 
 /// Nothing to be tested with what isn't installed; in CI all of it is.
 fn there(program: &str) -> bool {
@@ -169,4 +171,85 @@ with zipfile.ZipFile('code.zip', 'w', zipfile.ZIP_DEFLATED) as z:
     bed.unzip(AMPLE, &fs::read(folder.path().join("code.zip")).unwrap()).unwrap();
     assert_eq!(bed.names(), ["app.py", "empty", "large", "päckage", "päckage/__init__.py"]);
     assert_eq!((bed.text("app.py"), bed.stat("large").len()), ("print()".repeat(1000), 100_000));
+}
+
+/// The layers of a layout's only image, as the host would describe them.
+fn layers_of(layout: &Path) -> Vec<(Layer, Vec<u8>)> {
+    let blob = |digest: &Value| {
+        let digest = digest.as_str().unwrap().strip_prefix("sha256:").unwrap();
+        fs::read(layout.join("blobs/sha256").join(digest)).unwrap()
+    };
+    let parse = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).unwrap();
+    let index = parse(&fs::read(layout.join("index.json")).unwrap());
+    let manifest = parse(&blob(&index["manifests"][0]["digest"]));
+    let configuration = parse(&blob(&manifest["config"]["digest"]));
+    let diff_ids = configuration["rootfs"]["diff_ids"].as_array().unwrap();
+    let of = |(layer, diff_id): (&Value, &Value)| {
+        let sent = blob(&layer["digest"]);
+        let described = described(Compression::Gzip, &sent, b"");
+        assert_eq!(layer["mediaType"], "application/vnd.oci.image.layer.v1.tar+gzip");
+        (Layer { diff_id: diff_id.as_str().unwrap().into(), ..described }, sent)
+    };
+    manifest["layers"].as_array().unwrap().iter().zip(diff_ids).map(of).collect()
+}
+
+#[test]
+fn an_image_of_umocis_unpacks_as_umoci_unpacks_it() {
+    if !there("umoci") {
+        return;
+    }
+    let folder = TempDir::new().unwrap();
+    let at = folder.path();
+    run("umoci", at, &["init", "--layout", "image"]);
+    run("umoci", at, &["new", "--image", "image:t"]);
+    let changes: [&dyn Fn(&Path); 3] = [
+        &|root| {
+            let source = some_tree();
+            let from = format!("{}/.", source.path().display());
+            run("cp", root, &["-a", &from, "."]);
+            fs::create_dir_all(root.join("gone/deep")).unwrap();
+            fs::write(root.join("gone/deep/file"), "1").unwrap();
+            fs::create_dir(root.join("becomes-file")).unwrap();
+            fs::write(root.join("becomes-file/inside"), "1").unwrap();
+            fs::write(root.join("becomes-directory"), "1").unwrap();
+        },
+        &|root| {
+            fs::remove_dir_all(root.join("gone")).unwrap();
+            fs::remove_file(root.join("dir/same")).unwrap();
+            fs::remove_dir_all(root.join("becomes-file")).unwrap();
+            fs::write(root.join("becomes-file"), "2").unwrap();
+            fs::remove_file(root.join("becomes-directory")).unwrap();
+            fs::create_dir(root.join("becomes-directory")).unwrap();
+            fs::write(root.join("becomes-directory/inside"), "2").unwrap();
+            rustix::fs::chmod(root.join("dir"), 0o2750.into()).unwrap();
+        },
+        &|root| {
+            fs::create_dir(root.join("gone")).unwrap();
+            fs::write(root.join("gone/again"), "3").unwrap();
+            fs::remove_file(root.join("null")).unwrap();
+            symlink("dir", root.join("null")).unwrap();
+        },
+    ];
+    for (number, change) in changes.iter().enumerate() {
+        let bundle = format!("bundle{number}");
+        run("umoci", at, &["unpack", "--image", "image:t", &bundle]);
+        change(&at.join(&bundle).join("rootfs"));
+        run("umoci", at, &["repack", "--image", "image:t", &bundle]);
+    }
+    run("umoci", at, &["unpack", "--image", "image:t", "last"]);
+    let layers = layers_of(&at.join("image"));
+    assert_eq!(layers.len(), changes.len());
+    let bed = Bed::new();
+    bed.apply_described(AMPLE, &layers).unwrap();
+    let (from, to) = (Bed::of(&at.join("last/rootfs")), bed.tree());
+    assert_eq!(to.keys().collect::<Vec<_>>(), from.keys().collect::<Vec<_>>());
+    for (path, expected) in &from {
+        let found = &to[path];
+        assert_eq!(
+            (found.mode, found.owner, found.size),
+            (expected.mode, expected.owner, expected.size),
+            "{path:?}"
+        );
+        assert_eq!((&found.content, found.mtime), (&expected.content, expected.mtime), "{path:?}");
+    }
 }

@@ -132,6 +132,11 @@ pub(super) fn rich() -> Vec<u8> {
     ])
 }
 
+/// Plain files.
+pub(super) fn of(files: &[(&str, &str)]) -> Vec<u8> {
+    zip(&files.iter().map(|(name, text)| Item::new(name, text)).collect::<Vec<_>>())
+}
+
 fn mode(bed: &Bed, path: &str) -> u32 {
     bed.stat(path).mode()
 }
