@@ -13,7 +13,7 @@ use carrel_protocol::vmm::{
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::current as arch;
@@ -127,6 +127,10 @@ pub fn boot(
     timeline.mark("configuration");
 
     let memory = memory::allocate(config.memory_mib, config.huge_pages)?;
+    // Copied while KVM makes the rest: the one takes about as long as the other, and neither needs the other.
+    let loader = start_loader(&memory, config.kernel.image, config.initramfs)?;
+    timeline.mark("memory");
+
     // SAFETY: the descriptor is owned and was opened as /dev/kvm; its owner is given up here.
     let kvm_device = unsafe { Kvm::from_raw_fd(config.kvm.into_raw_fd()) };
     if kvm_device.get_api_version() != 12 {
@@ -137,17 +141,10 @@ pub fn boot(
     }
     let vm = create_vm(&kvm_device)?;
     register_memory(&vm, &memory)?;
-    timeline.mark("memory");
-
-    let mut kernel_image = File::from(config.kernel.image);
-    let kernel = arch::load::kernel(&memory, &mut kernel_image)?;
-    let initramfs = match config.initramfs {
-        Some(image) => Some(arch::load::initramfs(&memory, kernel.end, &mut File::from(image))?),
-        None => None,
-    };
-    timeline.mark("kernel");
-
     arch::create_interrupt_chips(&vm).map_err(kvm("create interrupt chips"))?;
+    let vcpus = create_vcpus(&kvm_device, &vm, config.vcpus.get())?;
+    timeline.mark("vm");
+
     let epoll = Epoll::new().map_err(host("create an epoll"))?;
     let devices = Devices::new(config.vsock, config.blocks, config.entropy, config.balloon, &memory, &epoll)?;
     let bus = devices.bus();
@@ -162,13 +159,18 @@ pub fn boot(
     };
     timeline.mark("devices");
 
+    let (kernel, initramfs) = loader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    timeline.mark("kernel");
+
     let command_line = devices.command_line(&config.kernel.command_line);
     arch::boot::write(&memory, &kernel, &command_line, initramfs)?;
     arch::mptable::write(&memory, config.vcpus)?;
     arch::registers::write_tables(&memory, !kernel.pvh)?;
     arch::arm_restart_flag(&memory)?;
-    let vcpu_fds = create_vcpus(&kvm_device, &vm, config.vcpus.get(), &kernel)?;
-    timeline.mark("vcpus");
+    for (index, vcpu) in (0u8..).zip(&vcpus) {
+        arch::registers::set_up(vcpu, index, &kernel)?;
+    }
+    timeline.mark("registers");
 
     let shared = Arc::new(Shared {
         gate: Gate::default(),
@@ -182,7 +184,7 @@ pub fn boot(
     let signals = signal::watch().map_err(host("watch for signals"))?;
     // Nobody passes the gate before every thread is under its filter.
     shared.gate.pause(|| {});
-    let vcpus = start_vcpus(vcpu_fds, &shared, filters)?;
+    let vcpus = start_vcpus(vcpus, &shared, filters)?;
     if filters {
         seccomp::install(Stage::RunEvents)?;
     }
@@ -227,12 +229,28 @@ fn connect_devices(vm: &VmFd, devices: &Devices) -> Result<(), BootError> {
     Ok(())
 }
 
-fn create_vcpus(
-    device: &Kvm,
-    vm: &VmFd,
-    count: u8,
-    kernel: &arch::load::LoadedKernel,
-) -> Result<Vec<VcpuFd>, BootError> {
+/// A kernel and, if there is one, the address and size of the initramfs.
+type Loaded = (arch::load::LoadedKernel, Option<(GuestAddress, u64)>);
+
+fn start_loader(
+    memory: &GuestMemoryMmap,
+    kernel: OwnedFd,
+    initramfs: Option<OwnedFd>,
+) -> Result<JoinHandle<Result<Loaded, BootError>>, BootError> {
+    let memory = memory.clone();
+    let load = move || {
+        let kernel = arch::load::kernel(&memory, &mut File::from(kernel))?;
+        let initramfs = match initramfs {
+            Some(image) => Some(arch::load::initramfs(&memory, kernel.end, &mut File::from(image))?),
+            None => None,
+        };
+        Ok((kernel, initramfs))
+    };
+    let thread = std::thread::Builder::new().name("loader".into()).stack_size(128 << 10);
+    thread.spawn(load).map_err(host("start a thread"))
+}
+
+fn create_vcpus(device: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, BootError> {
     let supported = arch::cpuid::supported(device)?;
     let mut vcpus = Vec::with_capacity(usize::from(count));
     for index in 0..count {
@@ -242,7 +260,6 @@ fn create_vcpus(
         if let Some(components) = arch::cpuid::extended_state(&cpuid) {
             arch::registers::enable_extended_state(&vcpu, components)?;
         }
-        arch::registers::set_up(&vcpu, index, kernel)?;
         vcpus.push(vcpu);
     }
     Ok(vcpus)
