@@ -99,7 +99,6 @@ fn begin(spec: RoomSpec) -> (Place, Guest) {
         blobs: vec![blob],
         lock: lock.into(),
         patience: Patience::default(),
-        listener: super::super::listen(&room).unwrap(),
     };
     let (life, held) = UnixStream::pair().unwrap();
     let child = testing::stand_in(held.as_fd());
