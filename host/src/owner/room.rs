@@ -141,6 +141,7 @@ pub(crate) struct Room {
     /// Notices that were given.
     noticed: u32,
     log: Option<LogWriter>,
+    idle_stdin: Option<UnixStream>,
     deadlines: Deadlines,
     pressure: Option<Pressure>,
     /// What the agent said before it gave up.
@@ -207,6 +208,7 @@ impl Room {
             invoking: false,
             noticed: 0,
             log,
+            idle_stdin: None,
             deadlines: Deadlines { sample: Some(now + SAMPLE), ..Deadlines::default() },
             pressure: None,
             agent_said: None,
@@ -379,6 +381,8 @@ impl Room {
             (Some(client), _) => {
                 self.tell_client_with(client, api::Connected { stream }, socket.as_fd());
             }
+            // As Docker's `-d -i`: open, and nobody writes.
+            (None, Some(_)) if stream == StreamKind::Stdin => self.idle_stdin = Some(socket),
             (None, Some(log)) if id == WORKLOAD => {
                 process.logged.insert(stream);
                 let log = log.clone();

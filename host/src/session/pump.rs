@@ -97,7 +97,7 @@ impl Output {
             let before = self.turns.load(Ordering::Relaxed);
             match self.done.recv_timeout(silence) {
                 Err(RecvTimeoutError::Timeout) => {
-                    if before % 2 == 0 && before == self.turns.load(Ordering::Relaxed) {
+                    if before.is_multiple_of(2) && before == self.turns.load(Ordering::Relaxed) {
                         tracing::debug!("the guest holds a stream open that has nothing more to say");
                         self.cut();
                     }

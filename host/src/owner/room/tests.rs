@@ -95,7 +95,7 @@ fn begin(spec: RoomSpec) -> (Place, Guest) {
     let ownership = Ownership {
         id: spec.id.clone().unwrap(),
         spec: spec.clone(),
-        directory: room.clone(),
+        directory: room,
         blobs: vec![blob],
         lock: lock.into(),
         patience: Patience::default(),
