@@ -11,6 +11,7 @@ use carrel_protocol::agent::{
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::{Dialled, End, FromOwner};
 
+mod hostile;
 mod invocations;
 
 use super::*;
@@ -84,6 +85,10 @@ impl Place {
 
 /// Begins a room; the guest has dialled its control port.
 fn begin(spec: RoomSpec) -> (Place, Guest) {
+    begin_with(spec, Patience::default())
+}
+
+fn begin_with(spec: RoomSpec, patience: Patience) -> (Place, Guest) {
     let directory = tempfile::tempdir().unwrap();
     let room = directory.path().join("room");
     std::fs::create_dir(&room).unwrap();
@@ -98,7 +103,7 @@ fn begin(spec: RoomSpec) -> (Place, Guest) {
         directory: room,
         blobs: vec![blob],
         lock: lock.into(),
-        patience: Patience::default(),
+        patience,
     };
     let (life, held) = UnixStream::pair().unwrap();
     let child = testing::stand_in(held.as_fd());
