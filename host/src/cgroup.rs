@@ -1,22 +1,25 @@
 //! The VMM's cgroup (cgroups(7), version 2): its limits, its meter, and the sure way to kill all that is in it.
 //!
 //! ```text
-//!   root:    MOUNT/carrel/ID
-//!   others:  the highest ancestor of one's own cgroup that one may write to (a delegated scope or slice)/carrel/ID
+//!   PARENT/carrel/ID      locked (flock(2)) by the room's owner while it lives: what nobody has locked is swept up
 //! ```
 
-use std::fs::{self, File};
+use std::fs::{self, DirBuilder, File};
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::fs::Access;
+use rustix::fs::FlockOperation;
 use thiserror::Error;
 
 use crate::spec::RoomId;
 
-/// Controllers that hold a VMM down; `io` is used where there is one.
-const NEEDED: [&str; 3] = ["cpu", "memory", "pids"];
+mod parent;
+
+pub(crate) use parent::{make_way, sweep};
+
 /// cpu.max's period, µs.
 const PERIOD_US: u64 = 100_000;
 /// How long killed processes may take to be gone.
@@ -44,6 +47,15 @@ pub enum CgroupError {
         #[source]
         source: Option<io::Error>,
     },
+    /// A cgroup with processes of its own hands no controllers down (cgroups(7), *no internal processes*).
+    #[error("there are other processes than carrel's in the cgroup {0} itself, so it can't have rooms below it; move them into a leaf (`mkdir {0}/rest; for p in $(cat {0}/cgroup.procs); do echo $p > {0}/rest/cgroup.procs; done`), or use --unconfined", .path.display())]
+    Occupied {
+        /// Which.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// The operating system refused.
     #[error("the cgroup file {} can't be written", .path.display())]
     Io {
@@ -67,23 +79,26 @@ pub(crate) struct Limits {
 }
 
 /// A room's cgroup. Not removed when dropped: [`Cgroup::remove`].
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Cgroup {
     path: PathBuf,
+    /// Its directory, locked for as long as this process lives; `None` for one that somebody else made.
+    _claim: Option<Arc<File>>,
 }
 
 impl Cgroup {
     /// One that was made before.
     pub(crate) fn at(path: PathBuf) -> Self {
-        Self { path }
+        Self { path, _claim: None }
     }
 
     /// Makes a room's cgroup.
     pub(crate) fn create(id: &RoomId, limits: Limits) -> Result<Self, CgroupError> {
-        let parent = parent()?;
+        let parent = parent::parent()?;
         let path = parent.join(id.as_str());
-        fs::create_dir(&path).map_err(|source| CgroupError::Io { path: path.clone(), source })?;
-        let made = Self { path };
+        let claim =
+            claimed(&parent, &path).map_err(|source| CgroupError::Io { path: path.clone(), source })?;
+        let made = Self { path, _claim: Some(Arc::new(claim)) };
         let set = || {
             made.write("memory.max", limits.memory_bytes)?;
             // Swapped guest memory would be slow beyond reason, and readable on the host's disk. Not every host has swap accounting.
@@ -166,69 +181,14 @@ fn sum_of_field(io_stat: &str, field: &str) -> u64 {
     values.filter(|(name, _)| *name == field).filter_map(|(_, value)| value.parse::<u64>().ok()).sum()
 }
 
-/// The directory in which rooms' cgroups are made; made, and its controllers enabled, if need be.
-pub(crate) fn parent() -> Result<PathBuf, CgroupError> {
-    let mount = mount_point(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default())
-        .ok_or(CgroupError::NotMounted)?;
-    let above = if rustix::process::geteuid().is_root() {
-        mount
-    } else {
-        let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        delegated(&mount, &own).ok_or(CgroupError::NotDelegated(mount))?
-    };
-    let parent = above.join("carrel");
-    // The second level's controllers are those that the first hands down.
-    enable(&above)?;
-    match fs::create_dir(&parent) {
-        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
-            return Err(CgroupError::Io { path: parent, source: e });
-        }
-        Ok(()) | Err(_) => {}
-    }
-    enable(&parent)?;
-    Ok(parent)
-}
-
-/// Hands controllers down to a cgroup's children.
-fn enable(path: &Path) -> Result<(), CgroupError> {
-    let read = |file: &str| fs::read_to_string(path.join(file)).unwrap_or_default();
-    let has = |text: &str, controller: &str| text.split_ascii_whitespace().any(|word| word == controller);
-    let (available, enabled) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
-    for controller in NEEDED {
-        let missing = |source| CgroupError::Controller { controller, path: path.to_owned(), source };
-        if has(&enabled, controller) {
-            continue;
-        }
-        if !has(&available, controller) {
-            return Err(missing(None));
-        }
-        fs::write(path.join("cgroup.subtree_control"), format!("+{controller}"))
-            .map_err(|e| missing(Some(e)))?;
-    }
-    if has(&available, "io") && !has(&enabled, "io") {
-        // Only the meter reads it.
-        let _ = fs::write(path.join("cgroup.subtree_control"), "+io");
-    }
-    Ok(())
-}
-
-/// The first cgroup2 mount in `/proc/self/mountinfo` (proc(5): the type follows a lone hyphen).
-fn mount_point(mountinfo: &str) -> Option<PathBuf> {
-    mountinfo.lines().find_map(|line| {
-        let (before, after) = line.split_once(" - ")?;
-        (after.split(' ').next() == Some("cgroup2")).then(|| before.split(' ').nth(4))?.map(PathBuf::from)
-    })
-}
-
-/// The highest ancestor of one's own cgroup that one may change.
-fn delegated(mount: &Path, own: &str) -> Option<PathBuf> {
-    let own = own.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let leaf = mount.join(own.trim());
-    let may_write = |path: &&Path| {
-        rustix::fs::access(*path, Access::WRITE_OK).is_ok()
-            && rustix::fs::access(path.join("cgroup.procs"), Access::WRITE_OK).is_ok()
-    };
-    leaf.ancestors().take_while(|path| path.starts_with(mount)).filter(may_write).last().map(Path::to_owned)
+/// Makes a cgroup and locks it. A sweep can't look in between, when it would take it for one that nobody has.
+fn claimed(parent: &Path, path: &Path) -> io::Result<File> {
+    let making = File::open(parent)?;
+    rustix::io::retry_on_intr(|| rustix::fs::flock(&making, FlockOperation::LockShared))?;
+    DirBuilder::new().mode(0o700).create(path)?;
+    let claim = File::open(path)?;
+    rustix::fs::flock(&claim, FlockOperation::NonBlockingLockExclusive)?;
+    Ok(claim)
 }
 
 #[cfg(test)]
@@ -236,30 +196,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cgroup2_mount_is_found_among_others() {
-        let mounts = "30 23 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
-            31 23 0:27 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
-        assert_eq!(mount_point(mounts), Some("/sys/fs/cgroup/unified".into()));
-        assert_eq!(mount_point("30 23 0:26 / / rw - ext4 /dev/cgroup2 rw\n"), None);
-    }
-
-    #[test]
     fn io_is_summed_over_devices() {
         let text = "8:0 rbytes=10 wbytes=1 rios=2 wios=3\n8:16 rbytes=5 wbytes=0 rios=1 wios=0\n";
         assert_eq!((sum_of_field(text, "rbytes"), sum_of_field(text, "wios")), (15, 3));
         assert_eq!(sum_of_field("", "rbytes"), 0);
-    }
-
-    #[test]
-    fn only_a_writable_ancestor_is_delegated() {
-        let mount = tempfile::tempdir().unwrap();
-        let scope = mount.path().join("user.slice/scope");
-        fs::create_dir_all(&scope).unwrap();
-        for path in [&scope, &mount.path().join("user.slice")] {
-            fs::write(path.join("cgroup.procs"), "").unwrap();
-        }
-        let found = delegated(mount.path(), "0::/user.slice/scope\n").unwrap();
-        assert_eq!(found, mount.path().join("user.slice"), "the mount itself has no cgroup.procs to write");
-        assert_eq!(delegated(mount.path(), "1:name=systemd:/x\n"), None);
     }
 }

@@ -11,7 +11,7 @@
 //!   settings ────▶ what makes rooms slow or lets them look at each other: warnings
 //! ```
 //!
-//! Nothing is mended here. What a check tried is cleared away before the next.
+//! Nothing is mended here. What a check tried is cleared away before the next, and by the next command if the doctor is killed.
 
 use std::path::Path;
 
@@ -93,6 +93,8 @@ pub enum Status {
 
 /// Examines this host. `home` is made if it isn't there; it holds the disk of the room that is tried. Takes a second or two on hardware.
 pub fn examine(home: &Path, assets: &Assets) -> Report {
+    // What an earlier doctor left that was killed.
+    crate::cgroup::sweep();
     let readings = Readings::of_this_host();
     let mut checks = vec![
         requirements::kernel(&readings),

@@ -23,12 +23,13 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::cgroup;
 use crate::outcome::Outcome;
 use crate::owner::api::{FromClient, Supply};
 use crate::packet::{Connection, PacketError};
 use crate::record::{Phase, Record};
 use crate::session::{Ended, Session, SessionError};
-use crate::spec::{LEAST_DISK_BYTES, MOST_BLOBS, RoomId, RoomName, RoomSpec};
+use crate::spec::{LEAST_DISK_BYTES, MOST_BLOBS, Part, RoomId, RoomName, RoomSpec};
 use crate::timestamp::now_ms;
 
 mod sweep;
@@ -212,6 +213,9 @@ impl Home {
         }
         if expected != blobs.len() {
             return Err(HomeError::Blobs { expected, given: blobs.len() });
+        }
+        if !spec.without.contains(&Part::Cgroup) {
+            cgroup::make_way();
         }
         let (room, lock) = self.make_directory(&mut spec)?;
         let order = Order { spec, assets: self.assets.clone() };

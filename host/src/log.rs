@@ -90,7 +90,11 @@ impl Files {
         entry.extend_from_slice(bytes);
         let length = u64::try_from(entry.len()).unwrap_or(u64::MAX);
         if self.written + length > self.limit {
-            fs::rename(self.directory.join("log"), self.directory.join("log.old"))?;
+            match fs::rename(self.directory.join("log"), self.directory.join("log.old")) {
+                // It was renamed before, and then there was no space for a new one.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                renamed => renamed?,
+            }
             self.current = begin(&self.directory)?;
             self.written = 0;
         }

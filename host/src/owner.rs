@@ -31,6 +31,7 @@ use crate::session::socket_address;
 pub mod api;
 mod blobs;
 mod events;
+mod pace;
 mod room;
 mod streams;
 
@@ -67,13 +68,16 @@ pub fn run(directory: &Path) -> Result<(), OwnerError> {
         .and_then(|text| Ok(serde_json::from_slice(&text)?))
         .map_err(|e| OwnerError::Order(path.display().to_string(), e))?;
     let id = order.spec.id.clone().ok_or_else(|| io::Error::other("the room has no id"))?;
-    let listener = listen(directory)?;
     let verbose = tracing::enabled!(tracing::Level::DEBUG);
     let launched = launch::launch(&order, &id, directory, verbose);
     let ownership =
-        Ownership { id, spec: order.spec, directory: directory.to_owned(), blobs, lock, patience, listener };
+        Ownership { id, spec: order.spec, directory: directory.to_owned(), blobs, lock, patience };
     match launched {
-        Ok(launched) => Room::begin(ownership, launched, creator)?.serve(),
+        Ok(launched) => {
+            if let Some(room) = Room::begin(ownership, launched, creator) {
+                room.serve();
+            }
+        }
         Err(error) => {
             tracing::error!(error = %chain(&error), "the room can't be launched");
             room::end_without_vmm(ownership, &creator, Outcome::OwnerFailed { message: chain(&error) });

@@ -81,10 +81,13 @@ impl Connection {
         let mut bytes = vec![0; MAX_PACKET_BYTES];
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut reset = false;
         let received = loop {
             let parts = &mut [IoSliceMut::new(&mut bytes)];
             match rustix::net::recvmsg(&self.0, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
                 Err(rustix::io::Errno::INTR) => {}
+                // The peer closed with something of ours unread. The kernel says that first, and once; the peer's last words come after.
+                Err(rustix::io::Errno::CONNRESET) if !std::mem::replace(&mut reset, true) => {}
                 other => break other.map_err(io::Error::from)?,
             }
         };
@@ -180,6 +183,16 @@ mod tests {
         while let Ok(packet) = b.receive::<FromVmm>() {
             assert_eq!(packet.message, Done {}.into());
         }
+        assert!(matches!(b.receive::<FromVmm>(), Err(PacketError::Closed)));
+    }
+
+    #[test]
+    fn last_words_arrive_though_the_peer_left_something_unread() {
+        let (a, b) = Connection::pair().unwrap();
+        a.send(&FromVmm::from(Done {}), &[]).unwrap();
+        b.send(&FromVmm::from(Dialled { port: 5 }), &[]).unwrap();
+        drop(a);
+        assert_eq!(b.receive::<FromVmm>().unwrap().message, Done {}.into());
         assert!(matches!(b.receive::<FromVmm>(), Err(PacketError::Closed)));
     }
 

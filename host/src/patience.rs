@@ -15,7 +15,7 @@ impl Patience {
         Self::parse(std::env::var("CARREL_PATIENCE").ok().as_deref())
     }
 
-    fn parse(text: Option<&str>) -> Self {
+    pub(crate) fn parse(text: Option<&str>) -> Self {
         let factor = text.and_then(|text| text.parse::<f64>().ok()).filter(|factor| factor.is_finite());
         Self(factor.map_or(1.0, |factor| factor.clamp(0.1, MOST)))
     }

@@ -10,16 +10,14 @@
 //! ```
 //!
 //! The owner hands over a socket for each standard stream; bytes go between it and the caller's own files on a thread each and never
-//! pass through the owner.
+//! pass through the owner. The guest's agent closes its end of them before it says that the process ended: a guest that doesn't is waited for while
+//! it has something to say, and no longer. After the room's end there is nothing more to come than what is in the sockets already.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::net::Shutdown;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
 
 use carrel_protocol::agent::TerminalSize;
 use rustix::fs::{Mode, OFlags};
@@ -38,8 +36,9 @@ use crate::patience::Patience;
 use crate::spec::{ProcessSpec, RoomSpec};
 use crate::usage::UsageReport;
 
-/// Bytes that a pump moves at once.
-const PUMP_BYTES: usize = 128 << 10;
+mod pump;
+
+pub(crate) use pump::Pumps;
 
 /// The conversation failed.
 #[derive(Debug, Error)]
@@ -251,12 +250,11 @@ impl Session {
         notice: &mut dyn FnMut(&str),
     ) -> Result<Ended, SessionError> {
         let mut pumps = Pumps::new(streams);
-        let mut own: Option<Outcome> = None;
         loop {
             let Packet { message, descriptors } = match self.receive() {
                 Ok(packet) => packet,
                 Err(error) => {
-                    pumps.drain();
+                    pumps.end();
                     return Err(error);
                 }
             };
@@ -268,11 +266,10 @@ impl Session {
                 }
                 ToClient::Exited(Exited { status, out_of_memory }) => {
                     pumps.drain();
-                    let outcome = Outcome::Exited { status, out_of_memory };
                     if !to_the_rooms_end {
+                        let outcome = Outcome::Exited { status, out_of_memory };
                         return Ok(Ended { outcome, usage: None });
                     }
-                    own = Some(outcome);
                     // The owner may have ended the room meanwhile; its last word is waiting then.
                     let _ = self.remote().send(Drained {});
                 }
@@ -281,9 +278,7 @@ impl Session {
                 }
                 ToClient::Noticed(Noticed { message }) => notice(&message),
                 ToClient::Ended(ended) => {
-                    if own.is_none() {
-                        pumps.drain();
-                    }
+                    pumps.end();
                     return Ok(ended);
                 }
                 ToClient::Refused(_)
@@ -311,83 +306,4 @@ fn beside(workload: &ProcessSpec, process: &ProcessSpec) -> ProcessSpec {
 pub(crate) fn socket_address(folder: &OwnedFd) -> io::Result<SocketAddrUnix> {
     use std::os::fd::AsRawFd;
     Ok(SocketAddrUnix::new(format!("/proc/self/fd/{}/owner.sock", folder.as_raw_fd()))?)
-}
-
-/// The threads that move bytes.
-pub(crate) struct Pumps {
-    stdin: Option<File>,
-    stdout: Option<File>,
-    stderr: Option<File>,
-    outputs: Vec<JoinHandle<()>>,
-}
-
-impl Pumps {
-    pub(crate) fn new(streams: Streams) -> Self {
-        let Streams { stdin, stdout, stderr } = streams;
-        Self { stdin, stdout: Some(stdout), stderr: Some(stderr), outputs: Vec::new() }
-    }
-
-    pub(crate) fn connect(&mut self, stream: StreamKind, socket: UnixStream) -> Result<(), SessionError> {
-        socket.set_nonblocking(false).map_err(SessionError::Streams)?;
-        let output = match stream {
-            StreamKind::Stdin => {
-                if let Some(stdin) = self.stdin.take() {
-                    // Not joined: it may wait for a terminal when all else is over, and ends with this process.
-                    spawn("stdin", move || to_guest(stdin, socket))?;
-                }
-                return Ok(());
-            }
-            StreamKind::Stdout => self.stdout.take(),
-            StreamKind::Stderr => self.stderr.take(),
-            StreamKind::Response => None,
-        };
-        if let Some(output) = output {
-            self.outputs.push(spawn("output", move || from_guest(socket, output))?);
-        }
-        Ok(())
-    }
-
-    /// Waits until all output was written, or nobody reads it.
-    pub(crate) fn drain(&mut self) {
-        for pump in self.outputs.drain(..) {
-            let _ = pump.join();
-        }
-    }
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, SessionError> {
-    thread::Builder::new().name(name.into()).spawn(body).map_err(SessionError::Streams)
-}
-
-fn to_guest(mut from: File, mut to: UnixStream) {
-    let mut buffer = vec![0; PUMP_BYTES];
-    while let Some(bytes) = read(&mut from, &mut buffer) {
-        if to.write_all(bytes).is_err() {
-            return;
-        }
-    }
-    let _ = to.shutdown(Shutdown::Write);
-}
-
-fn from_guest(mut from: UnixStream, mut to: File) {
-    let mut buffer = vec![0; PUMP_BYTES];
-    while let Some(bytes) = read(&mut from, &mut buffer) {
-        if to.write_all(bytes).is_err() {
-            // Nobody reads any more: the guest's writer gets EPIPE.
-            let _ = from.shutdown(Shutdown::Both);
-            return;
-        }
-    }
-}
-
-/// The next bytes; `None` at the end or after an error, which to a stream is the same.
-fn read<'a>(from: &mut impl Read, buffer: &'a mut [u8]) -> Option<&'a [u8]> {
-    loop {
-        match from.read(buffer) {
-            Ok(0) => return None,
-            Ok(n) => return buffer.get(..n),
-            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-            Err(_) => return None,
-        }
-    }
 }

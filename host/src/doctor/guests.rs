@@ -122,7 +122,8 @@ fn cgroup_mend(error: &CgroupError) -> &'static str {
         CgroupError::Controller { source: None, .. } => {
             "boot with cgroup v2 alone: add `systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all` to the kernel's command line"
         }
-        // Refused: a cgroup that hands controllers down must have no processes of its own (cgroups(7)).
+        CgroupError::Occupied { .. } => "run the command that the sentence has, or carrel as root",
+        // Refused, though it is there.
         CgroupError::Controller { source: Some(_), .. } => {
             "run carrel in a leaf below the cgroup that the sentence names, as `systemd-run --user --scope -p Delegate=yes carrel …` does"
         }

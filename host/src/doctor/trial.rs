@@ -215,8 +215,6 @@ impl Watch<'_> {
                         }
                     }
                     Err(PacketError::Closed) => return Ok(None),
-                    // It died with our message unread (unix(7)).
-                    Err(PacketError::Io(e)) if e.kind() == io::ErrorKind::ConnectionReset => return Ok(None),
                     Err(error) => return Err(io::Error::other(error)),
                 }
             } else if left.is_zero() {

@@ -66,7 +66,8 @@ pub struct Called {
 struct Progress {
     pumps: Pumps,
     response: Option<File>,
-    pump: Option<JoinHandle<u64>>,
+    /// What moves the response, and the socket that it comes from.
+    pump: Option<(JoinHandle<u64>, UnixStream)>,
     invoked: Option<carrel_protocol::agent::Invoked>,
     exited: Option<Exited>,
     stopped: bool,
@@ -110,7 +111,7 @@ impl Session {
                     continue;
                 }
                 Err(error) => {
-                    so_far.pumps.drain();
+                    so_far.pumps.end();
                     return Err(error);
                 }
             };
@@ -143,8 +144,9 @@ impl Progress {
         match (stream, self.response.take_if(|_| stream == StreamKind::Response)) {
             (StreamKind::Response, Some(to)) => {
                 socket.set_nonblocking(false).map_err(SessionError::Streams)?;
-                let pump = thread::Builder::new().name("response".into()).spawn(move || pass_on(socket, to));
-                self.pump = Some(pump.map_err(SessionError::Streams)?);
+                let from = socket.try_clone().map_err(SessionError::Streams)?;
+                let pump = thread::Builder::new().name("response".into()).spawn(move || pass_on(from, to));
+                self.pump = Some((pump.map_err(SessionError::Streams)?, socket));
                 Ok(())
             }
             (StreamKind::Response, None) => Ok(()),
@@ -173,8 +175,12 @@ impl Progress {
     }
 
     fn finish(mut self, call: &Call, room: Ended) -> Called {
-        self.pumps.drain();
-        let passed_on = self.pump.take().and_then(|pump| pump.join().ok()).unwrap_or_default();
+        self.pumps.end();
+        let passed_on = self.pump.take().map_or(0, |(pump, socket)| {
+            // As of any stream: what had come by the room's end is all there is.
+            let _ = socket.shutdown(Shutdown::Read);
+            pump.join().unwrap_or_default()
+        });
         let mut invoked = self.invoked.take();
         if let Some(invoked) = &mut invoked {
             // The guest's word is a claim; what came is known.

@@ -4,6 +4,7 @@
 //!   no lock file, or the lock is free and no end recorded
 //!        └─▶ kill the VMM's cgroup or process ─▶ remove the cgroup ─┬─ detached: record the end as lost, keep log and record
 //!                                                                   └─ else: remove the directory
+//!   a room's cgroup that nobody has locked ─▶ kill what is in it, remove it
 //! ```
 
 use std::fs::{self, File};
@@ -14,7 +15,7 @@ use rustix::fs::FlockOperation;
 use rustix::process::{Pid, PidfdFlags, Signal};
 
 use super::{Home, HomeError, Order, failed};
-use crate::cgroup::Cgroup;
+use crate::cgroup::{self, Cgroup};
 use crate::outcome::Outcome;
 use crate::record::{Phase, ProcessMark, Record};
 use crate::timestamp::now_ms;
@@ -36,6 +37,8 @@ impl Home {
         for (_lock, room) in dead {
             clear(&room);
         }
+        // An owner may be killed before it could record its cgroup, and the doctor records nothing.
+        cgroup::sweep();
         Ok(())
     }
 }

@@ -88,3 +88,15 @@ fn a_garbled_log_is_an_error() {
     let error = show(directory.path(), LogOptions::default(), &|| true, &mut sink, &mut other).unwrap_err();
     assert!(matches!(error, LogError::Read(_)), "{error}");
 }
+
+#[test]
+fn a_log_goes_on_when_there_is_space_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let log = LogWriter::with_limit(directory.path(), 64).unwrap();
+    log.write(StreamKind::Stdout, &[b'a'; 40]);
+    // Renamed away, and then there was no space for the next file.
+    std::fs::rename(directory.path().join("log"), directory.path().join("log.old")).unwrap();
+    log.write(StreamKind::Stdout, b"later\n");
+    let (out, _) = shown(directory.path(), LogOptions::default());
+    assert!(out.ends_with("later\n"), "{out:?}");
+}

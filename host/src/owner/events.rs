@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
+use std::time::Duration;
 
 use carrel_protocol::Message;
 use carrel_protocol::agent::FromAgent;
@@ -14,11 +15,14 @@ use rustix::net::SocketFlags;
 
 use super::api::{FromClient, StreamKind};
 use super::chain;
+use super::pace::Pace;
 use crate::launch::{Child, ChildEnd};
 use crate::packet::{Connection, Packet};
 
 /// So many events may wait: a flooding guest waits with them.
 const WAITING: usize = 64;
+/// From a command that could not be accepted to the next attempt.
+const AGAIN: Duration = Duration::from_millis(500);
 
 /// A command's connection, in this owner's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -71,7 +75,9 @@ impl Teller {
     pub(crate) fn watch_vmm(&self, connection: &Arc<Connection>, child: &Child) -> io::Result<()> {
         let connection = Arc::clone(connection);
         self.spawn("vmm", move |teller| {
+            let mut pace = Pace::default();
             loop {
+                pace.wait();
                 let event = match connection.receive() {
                     Ok(packet) => Event::Vmm(packet),
                     Err(error) => {
@@ -97,7 +103,9 @@ impl Teller {
 
     pub(crate) fn watch_agent(&self, mut control: UnixStream) -> io::Result<()> {
         self.spawn("agent", move |teller| {
+            let mut pace = Pace::default();
             loop {
+                pace.wait();
                 let event = match FromAgent::read_from(&mut control) {
                     Ok(message) => Event::Agent(message),
                     Err(error) => {
@@ -132,6 +140,17 @@ impl Teller {
                 let socket = match rustix::net::accept_with(&listener, SocketFlags::CLOEXEC) {
                     Ok(socket) => socket,
                     Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => continue,
+                    // Too many descriptors, here or on the whole host, or no memory: that passes, and the command waits meanwhile.
+                    Err(
+                        error @ (rustix::io::Errno::MFILE
+                        | rustix::io::Errno::NFILE
+                        | rustix::io::Errno::NOBUFS
+                        | rustix::io::Errno::NOMEM),
+                    ) => {
+                        tracing::warn!(%error, "a command can't be accepted yet");
+                        thread::sleep(AGAIN);
+                        continue;
+                    }
                     Err(error) => {
                         tracing::error!(%error, "no more commands can be accepted");
                         return;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,14 +15,15 @@ use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Sign
 use carrel_protocol::usage::GuestUsage;
 use carrel_protocol::vmm::{DeviceStopReason, Ended, FromVmm};
 
-use super::api::{self, StreamKind, ToClient};
+use super::api::{self, StreamKind};
 use super::events::{ClientId, Event, Teller, channel};
+use super::pace::InTime;
 use super::streams::{Purpose, Streams};
 use super::{blobs, chain};
 use crate::launch::{self, ChildEnd, Launched};
 use crate::log::LogWriter;
 use crate::meter::Meter;
-use crate::outcome::{Outcome, Step};
+use crate::outcome::{Outcome, Step, clean};
 use crate::packet::{Connection, Packet};
 use crate::patience::Patience;
 use crate::record::{Phase, ProcessMark, Record, Remains};
@@ -56,7 +57,6 @@ pub(crate) struct Ownership {
     /// Locked while the room lives.
     pub(crate) lock: OwnedFd,
     pub(crate) patience: Patience,
-    pub(crate) listener: OwnedFd,
 }
 
 /// A process in the guest: the workload, or an exec.
@@ -68,6 +68,8 @@ struct Process {
     awaited: HashSet<StreamKind>,
     /// Streams that the log still reads.
     logged: HashSet<StreamKind>,
+    /// The agent said that it runs.
+    started: bool,
     /// How it ended; told when all its streams are connected.
     exited: Option<(ExitStatus, bool)>,
 }
@@ -132,9 +134,14 @@ pub(crate) struct Room {
     /// Clients that wait for a usage report.
     usage_waiters: Vec<ClientId>,
     guest_usage: Option<GuestUsage>,
-    /// A function's event, between its arrival and the guest's dial; and who sent it.
-    event: Option<(File, u64, ClientId)>,
+    /// A function's event, between its arrival and the guest's dial.
+    event: Option<(File, u64)>,
+    /// The agent was given an event and has not answered for it.
+    invoking: bool,
+    /// Notices that were given.
+    noticed: u32,
     log: Option<LogWriter>,
+    idle_stdin: Option<UnixStream>,
     deadlines: Deadlines,
     pressure: Option<Pressure>,
     /// What the agent said before it gave up.
@@ -146,16 +153,30 @@ pub(crate) struct Room {
 }
 
 impl Room {
-    /// Takes over a launched VMM and the connection of whoever made the room.
-    pub(crate) fn begin(own: Ownership, launched: Launched, creator: Connection) -> io::Result<Self> {
+    /// Takes over a launched VMM and the connection of whoever made the room. If the host has no thread, descriptor or space for that,
+    /// the room is ended and its creator told why: there is no room then.
+    pub(crate) fn begin(own: Ownership, launched: Launched, creator: Connection) -> Option<Self> {
         let Launched { connection, child, cgroup } = launched;
         let (teller, events) = channel();
-        let vmm = Arc::new(connection);
-        teller.watch_vmm(&vmm, &child)?;
-        teller.accept_clients(own.listener.try_clone()?)?;
-        let log = match own.spec.detached {
-            true => Some(LogWriter::open(&own.directory)?),
-            false => None,
+        let (vmm, creator) = (Arc::new(connection), Arc::new(creator));
+        let watched = || -> io::Result<Option<LogWriter>> {
+            let log = own.spec.detached.then(|| LogWriter::open(&own.directory)).transpose()?;
+            teller.accept_clients(super::listen(&own.directory)?)?;
+            teller.watch_vmm(&vmm, &child)?;
+            teller.watch_client(ClientId(0), &creator)?;
+            Ok(log)
+        };
+        let log = match watched() {
+            Ok(log) => log,
+            Err(error) => {
+                tracing::error!(%error, "the room can't be owned");
+                drop(child);
+                if let Some(cgroup) = cgroup {
+                    cgroup.remove();
+                }
+                end_without_vmm(own, &creator, Outcome::OwnerFailed { message: chain(&error) });
+                return None;
+            }
         };
         let now = Instant::now();
         let mut record =
@@ -178,13 +199,16 @@ impl Room {
             control_taken: false,
             processes: BTreeMap::new(),
             next_process: WORKLOAD.0 + 1,
-            clients: BTreeMap::new(),
-            next_client: 0,
+            clients: BTreeMap::from([(ClientId(0), Client { connection: creator, process: Some(WORKLOAD) })]),
+            next_client: 1,
             creator: ClientId(0),
             usage_waiters: Vec::new(),
             guest_usage: None,
             event: None,
+            invoking: false,
+            noticed: 0,
             log,
+            idle_stdin: None,
             deadlines: Deadlines { sample: Some(now + SAMPLE), ..Deadlines::default() },
             pressure: None,
             agent_said: None,
@@ -193,10 +217,9 @@ impl Room {
             vmm_end: None,
             own,
         };
-        room.creator = room.add_client(creator)?;
         let boot = room.own.patience.boot();
         room.enter(Phase::Handshaking, Some((Step::Boot, boot)));
-        Ok(room)
+        Some(room)
     }
 
     /// Owns the room to its end.
@@ -265,9 +288,12 @@ impl Room {
                 }
             }
             FromVmm::Broken(broken) => {
-                self.vmm_said = Some(Ended { end: broken.end, detail: Some(broken.message) });
+                self.vmm_said = Some(Ended { end: broken.end, detail: Some(clean(&broken.message)) });
             }
-            FromVmm::Ended(ended) => self.vmm_said = Some(ended),
+            FromVmm::Ended(ended) => {
+                let detail = ended.detail.as_deref().map(clean);
+                self.vmm_said = Some(Ended { detail, ..ended });
+            }
             FromVmm::DeviceStopped(stopped) => {
                 let message = match stopped.reason {
                     DeviceStopReason::HostDiskFull => format!(
@@ -275,11 +301,11 @@ impl Room {
                         self.own.directory.display()
                     ),
                     DeviceStopReason::HostIo => {
-                        format!("The host failed to read or write for the room's {}.", stopped.device)
+                        format!("The host failed to read or write for the room's {}.", clean(&stopped.device))
                     }
                     DeviceStopReason::DriverFault => format!(
                         "The guest's driver broke the rules of its {}, which serves it no more.",
-                        stopped.device
+                        clean(&stopped.device)
                     ),
                 };
                 self.notice(&message);
@@ -297,10 +323,8 @@ impl Room {
             return tracing::debug!("the guest dialled the control port again");
         }
         let control = UnixStream::from(socket);
-        let taken = control
-            .set_nonblocking(false)
-            .and_then(|()| control.set_write_timeout(Some(AGENT_WRITE)))
-            .and_then(|()| self.teller.watch_agent(control.try_clone()?));
+        let taken =
+            control.set_nonblocking(false).and_then(|()| self.teller.watch_agent(control.try_clone()?));
         match taken {
             Ok(()) => self.control = Some(control),
             Err(error) => self.give_up(Outcome::OwnerFailed { message: chain(&error) }),
@@ -309,8 +333,8 @@ impl Room {
 
     /// Tells the agent something. One that doesn't listen ends the room.
     fn tell_agent(&mut self, message: impl Into<FromHost>) {
-        let Some(control) = &mut self.control else { return };
-        if let Err(error) = message.into().write_to(control) {
+        let Some(control) = &self.control else { return };
+        if let Err(error) = message.into().write_to(&mut InTime::new(control, AGENT_WRITE)) {
             let why = chain(&error);
             self.lose_agent(&why);
         }
@@ -322,7 +346,7 @@ impl Room {
         match purpose {
             Purpose::Blob(n) => self.send_blob(n, socket),
             Purpose::Event => {
-                if let Some((file, size, _)) = self.event.take() {
+                if let Some((file, size)) = self.event.take() {
                     self.check_thread(blobs::send(&self.teller, file, size, socket));
                 }
             }
@@ -357,6 +381,8 @@ impl Room {
             (Some(client), _) => {
                 self.tell_client_with(client, api::Connected { stream }, socket.as_fd());
             }
+            // As Docker's `-d -i`: open, and nobody writes.
+            (None, Some(_)) if stream == StreamKind::Stdin => self.idle_stdin = Some(socket),
             (None, Some(log)) if id == WORKLOAD => {
                 process.logged.insert(stream);
                 let log = log.clone();
@@ -384,13 +410,13 @@ impl Room {
         if let Some(client) = process.client {
             self.tell_client(client, api::Exited { status, out_of_memory });
         }
+        self.streams.forget(id);
         if id != WORKLOAD {
             self.processes.remove(&id);
             return;
         }
         self.record.outcome.get_or_insert(Outcome::Exited { status, out_of_memory });
         if self.record.phase == Phase::Running {
-            self.deadlines.timeout = None;
             self.deadlines.kill = None;
             self.enter(Phase::Draining, None);
         }
@@ -414,13 +440,15 @@ impl Room {
         if due(&mut self.deadlines.timeout)
             && let Some(after_ms) = self.own.spec.timeout_ms
         {
+            if self.record.phase == Phase::Draining {
+                // What nobody read yet is lost, so the workload's own status would not be true.
+                self.record.outcome = None;
+            }
             self.record.outcome.get_or_insert(Outcome::TimedOut { after_ms });
             self.stop_workload(None);
         }
         if due(&mut self.deadlines.kill) {
-            self.signal_workload(SIGKILL);
-            let time = self.own.patience.kill();
-            self.deadlines.step = Some((now + time, Step::Kill, time));
+            self.kill_workload();
         }
         if self.deadlines.flush.is_some_and(|at| at <= now) {
             let ended: Vec<_> =
@@ -449,6 +477,15 @@ impl Room {
         self.tell_agent(Signal { process: WORKLOAD, signal });
     }
 
+    /// SIGKILL. An agent that doesn't say in time that the workload is dead loses its room.
+    fn kill_workload(&mut self) {
+        self.signal_workload(SIGKILL);
+        let (now, time) = (Instant::now(), self.own.patience.kill());
+        if self.deadlines.step.is_none_or(|(_, step, _)| step != Step::Kill) {
+            self.deadlines.step = Some((now + time, Step::Kill, time));
+        }
+    }
+
     /// What the room has used so far.
     fn report(&self) -> UsageReport {
         UsageReport {
@@ -457,35 +494,6 @@ impl Room {
             wall_us: u64::try_from(self.begun.elapsed().as_micros()).unwrap_or(u64::MAX),
             guest: self.guest_usage.clone(),
             host: self.meter.usage().clone(),
-        }
-    }
-
-    /// Says something that the user should know to every command that listens, and to the log.
-    fn notice(&mut self, message: &str) {
-        tracing::warn!(message, "notice");
-        if let Some(log) = &self.log {
-            log.write(StreamKind::Stderr, format!("carrel: {message}\n").as_bytes());
-        }
-        let clients: Vec<ClientId> = self.clients.keys().copied().collect();
-        for client in clients {
-            self.tell_client(client, api::Noticed { message: message.to_owned() });
-        }
-    }
-
-    fn tell_client(&mut self, id: ClientId, message: impl Into<ToClient>) {
-        self.tell(id, &message.into(), None);
-    }
-
-    fn tell_client_with(&mut self, id: ClientId, message: impl Into<ToClient>, descriptor: BorrowedFd<'_>) {
-        self.tell(id, &message.into(), Some(descriptor));
-    }
-
-    /// A command that doesn't read its messages is as good as gone.
-    fn tell(&mut self, id: ClientId, message: &ToClient, descriptor: Option<BorrowedFd<'_>>) {
-        let Some(client) = self.clients.get(&id) else { return };
-        if let Err(error) = client.connection.send(message, descriptor.as_slice()) {
-            tracing::debug!(?id, error = %chain(&error), "a command doesn't listen");
-            client.connection.shut_down();
         }
     }
 }

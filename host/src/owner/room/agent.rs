@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use carrel_protocol::agent::{
-    self, Blob, ContainerId, EndingReason, Entropy, Failed, FromAgent, Function, Hello, Identity, Layer,
-    Prepare, ProcessId, Refused, ReportUsage, Request, Start, Stdio, UnpackLimits, Welcome, Zip,
+    self, Blob, ContainerId, EndingReason, Entropy, Exited, Failed, FromAgent, Function, Hello, Identity,
+    Layer, Prepare, ProcessId, Refused, ReportUsage, Request, Start, Stdio, UnpackLimits, Welcome, Zip,
 };
 
 use super::super::api::{self, StreamKind};
@@ -36,13 +36,7 @@ impl Room {
                 }
             }
             (FromAgent::Started(started), _) => self.started(started.process),
-            (FromAgent::Exited(exited), _) => {
-                if let Some(process) = self.processes.get_mut(&exited.process) {
-                    process.exited = Some((exited.status, exited.out_of_memory));
-                    self.deadlines.flush = Some(Instant::now() + self.own.patience.identify());
-                    self.tell_exit(exited.process);
-                }
-            }
+            (FromAgent::Exited(exited), _) => self.exited(&exited),
             (FromAgent::Failed(failed), _) => self.failed(&failed),
             (FromAgent::Usage(mut usage), _) => {
                 if let Some(usage) = usage.containers.remove(&CONTAINER.0) {
@@ -51,13 +45,11 @@ impl Room {
                 self.answer_usage();
             }
             (FromAgent::Invoked(invoked), _) => {
-                self.end_invocation();
-                if let Some((_, _, client)) = self.event.take() {
-                    // An event that was never fetched: the runtime was gone before.
-                    tracing::debug!(?client, "the function did not take its event");
+                // An event that was never fetched has a runtime that was gone before.
+                self.event = None;
+                if self.end_invocation() {
+                    self.tell_client(self.creator, api::Invoked { invoked });
                 }
-                let creator = self.creator;
-                self.tell_client(creator, api::Invoked { invoked });
             }
             (FromAgent::Ending(ending), _) => {
                 if let EndingReason::Broken { message } = ending.reason {
@@ -186,7 +178,10 @@ impl Room {
     }
 
     fn started(&mut self, id: ProcessId) {
-        let Some(process) = self.processes.get(&id) else { return };
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        if std::mem::replace(&mut process.started, true) {
+            return tracing::debug!(?id, "the agent said twice that a process runs");
+        }
         if let Some(client) = process.client.or((id == WORKLOAD).then_some(self.creator)) {
             self.tell_client(client, api::Started {});
         }
@@ -211,9 +206,26 @@ impl Room {
         self.tell_agent(ReportUsage { every_ms: Some(REPORT_MS) });
     }
 
-    /// The agent has answered for the function: it is no longer awaited.
-    fn end_invocation(&mut self) {
+    /// A process ends once, after it began.
+    fn exited(&mut self, exited: &Exited) {
+        let Some(process) = self.processes.get_mut(&exited.process) else {
+            return tracing::debug!(?exited, "the agent spoke of a process that there is not");
+        };
+        if !process.started {
+            let message = "it said that a process ended that had not begun".into();
+            return self.give_up(Outcome::AgentFailed { message });
+        }
+        if process.exited.is_none() {
+            process.exited = Some((exited.status, exited.out_of_memory));
+            self.deadlines.flush = Some(Instant::now() + self.own.patience.identify());
+            self.tell_exit(exited.process);
+        }
+    }
+
+    /// The agent has answered for the function, if it had been asked.
+    fn end_invocation(&mut self) -> bool {
         self.deadlines.step.take_if(|(_, step, _)| *step == Step::Invoke);
+        std::mem::replace(&mut self.invoking, false)
     }
 
     fn failed(&mut self, failed: &Failed) {
@@ -233,9 +245,9 @@ impl Room {
             }
             Request::Invoke(_) => {
                 self.event = None;
-                self.end_invocation();
-                let creator = self.creator;
-                self.tell_client(creator, api::Refused { failure: failed.failure, message });
+                if self.end_invocation() {
+                    self.tell_client(self.creator, api::Refused { failure: failed.failure, message });
+                }
             }
             // A signal or a size for a process that is gone already.
             Request::Process(_) | Request::Prepare(_) => {

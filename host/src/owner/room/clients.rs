@@ -1,12 +1,13 @@
-//! What commands ask of the room.
+//! What commands ask of the room, and what they are told.
 
 use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use carrel_protocol::agent::{Failure, Invoke, ProcessId, Resize, Signal};
 
-use super::super::api::{self, FromClient};
+use super::super::api::{self, FromClient, StreamKind, ToClient};
 use super::super::chain;
 use super::super::events::ClientId;
 use super::super::streams::Purpose;
@@ -17,6 +18,8 @@ use crate::record::Phase;
 
 /// Commands at once.
 const MOST_CLIENTS: usize = 128;
+/// What a guest can have its owner tell the user.
+const MOST_NOTICES: u32 = 20;
 /// Signals that end a room whose workload does not run yet: HUP, INT, QUIT, KILL, TERM.
 const ENDING_SIGNALS: [u8; 5] = [1, 2, 3, 9, 15];
 
@@ -68,9 +71,7 @@ impl Room {
             FromClient::Invoke(invoke) => {
                 let event = packet.descriptors.into_iter().next().map(File::from);
                 match event {
-                    Some(event) if id == self.creator && self.event.is_none() => {
-                        self.invoke(id, invoke, event)
-                    }
+                    Some(event) if id == self.creator && !self.invoking => self.invoke(id, invoke, event),
                     Some(_) | None => self.refuse(id, "the room takes one event at a time, from its creator"),
                 }
             }
@@ -115,8 +116,16 @@ impl Room {
             if ENDING_SIGNALS.contains(&signal) {
                 self.give_up(Outcome::Stopped { signal });
             }
+        } else if process == WORKLOAD && self.record.phase == Phase::Draining {
+            // All that is left is output that nobody may be reading.
+            if ENDING_SIGNALS.contains(&signal) {
+                self.shut_down();
+            }
         } else if self.processes.get(&process).is_some_and(|process| process.exited.is_none()) {
-            self.tell_agent(Signal { process, signal });
+            match (process, signal) {
+                (WORKLOAD, SIGKILL) => self.kill_workload(),
+                _ => self.tell_agent(Signal { process, signal }),
+            }
         }
     }
 
@@ -132,7 +141,8 @@ impl Room {
                 self.deadlines.kill = Some(self.deadlines.kill.map_or(at, |other| other.min(at)));
                 self.signal_workload(self.own.spec.stop_signal);
             }
-            Phase::Draining | Phase::Ending | Phase::Ended => {}
+            Phase::Draining => self.shut_down(),
+            Phase::Ending | Phase::Ended => {}
         }
     }
 
@@ -144,7 +154,8 @@ impl Room {
             .and_then(|event| Ok((event, self.streams.agree(Purpose::Response(id))?)));
         match streams {
             Ok((stream, response)) => {
-                self.event = Some((event, event_bytes, id));
+                self.event = Some((event, event_bytes));
+                self.invoking = true;
                 // The agent times out the runtime; this times out the agent.
                 let init_ms = self.own.spec.function.as_ref().map_or(0, |function| function.init_timeout_ms);
                 let limits = Duration::from_millis(u64::from(init_ms) + u64::from(timeout_ms));
@@ -198,6 +209,44 @@ impl Room {
             if process.exited.is_none() {
                 self.tell_agent(Signal { process: id, signal: SIGKILL });
             }
+        }
+    }
+
+    /// Says something that the user should know to every command that listens, and to the log; so often and no more.
+    pub(super) fn notice(&mut self, message: &str) {
+        self.noticed = self.noticed.saturating_add(1);
+        if self.noticed > MOST_NOTICES {
+            return;
+        }
+        tracing::warn!(message, "notice");
+        if let Some(log) = &self.log {
+            log.write(StreamKind::Stderr, format!("carrel: {message}\n").as_bytes());
+        }
+        let clients: Vec<ClientId> = self.clients.keys().copied().collect();
+        for client in clients {
+            self.tell_client(client, api::Noticed { message: message.to_owned() });
+        }
+    }
+
+    pub(super) fn tell_client(&mut self, id: ClientId, message: impl Into<ToClient>) {
+        self.tell(id, &message.into(), None);
+    }
+
+    pub(super) fn tell_client_with(
+        &mut self,
+        id: ClientId,
+        message: impl Into<ToClient>,
+        descriptor: BorrowedFd<'_>,
+    ) {
+        self.tell(id, &message.into(), Some(descriptor));
+    }
+
+    /// A command that doesn't read its messages is as good as gone.
+    fn tell(&mut self, id: ClientId, message: &ToClient, descriptor: Option<BorrowedFd<'_>>) {
+        let Some(client) = self.clients.get(&id) else { return };
+        if let Err(error) = client.connection.send(message, descriptor.as_slice()) {
+            tracing::debug!(?id, error = %chain(&error), "a command doesn't listen");
+            client.connection.shut_down();
         }
     }
 }

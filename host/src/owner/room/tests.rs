@@ -11,6 +11,7 @@ use carrel_protocol::agent::{
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::{Dialled, End, FromOwner};
 
+mod hostile;
 mod invocations;
 
 use super::*;
@@ -84,6 +85,10 @@ impl Place {
 
 /// Begins a room; the guest has dialled its control port.
 fn begin(spec: RoomSpec) -> (Place, Guest) {
+    begin_with(spec, Patience::default())
+}
+
+fn begin_with(spec: RoomSpec, patience: Patience) -> (Place, Guest) {
     let directory = tempfile::tempdir().unwrap();
     let room = directory.path().join("room");
     std::fs::create_dir(&room).unwrap();
@@ -95,11 +100,10 @@ fn begin(spec: RoomSpec) -> (Place, Guest) {
     let ownership = Ownership {
         id: spec.id.clone().unwrap(),
         spec: spec.clone(),
-        directory: room.clone(),
+        directory: room,
         blobs: vec![blob],
         lock: lock.into(),
-        patience: Patience::default(),
-        listener: super::super::listen(&room).unwrap(),
+        patience,
     };
     let (life, held) = UnixStream::pair().unwrap();
     let child = testing::stand_in(held.as_fd());

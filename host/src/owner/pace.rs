@@ -1,0 +1,102 @@
+//! What a guest may take of its owner's time: the owner runs outside of the room's cgroup, so nobody else holds this down.
+//!
+//! ```text
+//!   heard: so many messages in a while, then the reader sleeps; the guest's next ones wait in its own buffers
+//!   told:  a message is taken whole within a time, however slowly the guest reads
+//! ```
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Messages of one connection in one [`WINDOW`].
+const AT_ONCE: u32 = 50;
+const WINDOW: Duration = Duration::from_millis(100);
+
+/// Slows the reader of one connection down to 500 messages a second.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    window: Option<Instant>,
+    heard: u32,
+}
+
+impl Pace {
+    /// Waits until one more message may be heard.
+    pub(super) fn wait(&mut self) {
+        let now = Instant::now();
+        let end = self.window.map(|begun| begun + WINDOW).filter(|end| now < *end);
+        match end {
+            Some(_) if self.heard < AT_ONCE => self.heard += 1,
+            Some(end) => {
+                thread::sleep(end - now);
+                *self = Self { window: Some(end), heard: 1 };
+            }
+            None => *self = Self { window: Some(now), heard: 1 },
+        }
+    }
+}
+
+/// What one write is given: the kernel takes it as one buffer, and waits once.
+const PART_BYTES: usize = 16 << 10;
+
+/// A socket that takes all that is written, in however many parts, before a deadline. A timeout of the socket's own begins anew with
+/// every buffer that the kernel makes of it: a guest that reads a little now and then would stretch ten seconds to minutes.
+#[derive(Debug)]
+pub(super) struct InTime<'a> {
+    socket: &'a UnixStream,
+    until: Instant,
+}
+
+impl<'a> InTime<'a> {
+    pub(super) fn new(socket: &'a UnixStream, time: Duration) -> Self {
+        Self { socket, until: Instant::now() + time }
+    }
+}
+
+impl Write for InTime<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the guest does not read"));
+        }
+        self.socket.set_write_timeout(Some(left))?;
+        self.socket.write(bytes.get(..PART_BYTES).unwrap_or(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use super::*;
+
+    #[test]
+    fn a_few_messages_are_heard_at_once_and_many_take_their_time() {
+        let begun = Instant::now();
+        let mut pace = Pace::default();
+        (0..AT_ONCE * 3 + 1).for_each(|_| pace.wait());
+        assert!(begun.elapsed() >= WINDOW * 3, "{:?}", begun.elapsed());
+    }
+
+    #[test]
+    fn a_reader_of_a_byte_now_and_then_does_not_stretch_the_deadline() {
+        let (mut slow, ours) = UnixStream::pair().unwrap();
+        let reader = thread::spawn(move || {
+            let mut byte = [0; 4096];
+            while slow.read(&mut byte).is_ok_and(|n| n > 0) {
+                thread::sleep(Duration::from_millis(10));
+            }
+        });
+        let begun = Instant::now();
+        let error = InTime::new(&ours, Duration::from_millis(300)).write_all(&vec![0; 4 << 20]).unwrap_err();
+        assert!(matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{error}");
+        assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+        drop(ours);
+        reader.join().unwrap();
+    }
+}

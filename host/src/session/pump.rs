@@ -1,0 +1,214 @@
+//! The threads that move a process's bytes between the guest's sockets and the caller's files.
+//!
+//! ```text
+//!   connect ─▶ reading ⇄ writing ─▶ done        the guest closed its end, or nobody reads the file any more
+//!   drain:        │ reading, and nothing came for a while: the guest holds its end open for nothing
+//!   end:          │ the room is over: what is in the socket is all there is
+//!                 └── shut for reading ─▶ what is in the socket is still written ─▶ done
+//! ```
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use super::{SessionError, StreamKind, Streams};
+use crate::patience::Patience;
+
+/// Bytes that a pump moves at once.
+const PUMP_BYTES: usize = 128 << 10;
+
+/// All pumps of one process.
+#[derive(Debug)]
+pub(crate) struct Pumps {
+    stdin: Option<File>,
+    stdout: Option<File>,
+    stderr: Option<File>,
+    outputs: Vec<Output>,
+}
+
+impl Pumps {
+    pub(crate) fn new(streams: Streams) -> Self {
+        let Streams { stdin, stdout, stderr } = streams;
+        Self { stdin, stdout: Some(stdout), stderr: Some(stderr), outputs: Vec::new() }
+    }
+
+    pub(crate) fn connect(&mut self, stream: StreamKind, socket: UnixStream) -> Result<(), SessionError> {
+        socket.set_nonblocking(false).map_err(SessionError::Streams)?;
+        let output = match stream {
+            StreamKind::Stdin => {
+                if let Some(stdin) = self.stdin.take() {
+                    // Not joined: it may wait for a terminal when all else is over, and ends with this process.
+                    spawn("stdin", move || to_guest(stdin, socket))?;
+                }
+                return Ok(());
+            }
+            StreamKind::Stdout => self.stdout.take(),
+            StreamKind::Stderr => self.stderr.take(),
+            StreamKind::Response => None,
+        };
+        if let Some(output) = output {
+            self.outputs.push(Output::begin(socket, output)?);
+        }
+        Ok(())
+    }
+
+    /// The process ended. Waits until all of its output was written, or nobody reads it, or the guest has been silent for too long.
+    pub(crate) fn drain(&mut self) {
+        let silence = Patience::from_environment().identify();
+        self.outputs.drain(..).for_each(|output| output.drain(silence));
+    }
+
+    /// The room ended. Waits until what had come by now was written, or nobody reads it.
+    pub(crate) fn end(&mut self) {
+        for output in &self.outputs {
+            output.cut();
+        }
+        self.outputs.drain(..).for_each(Output::join);
+    }
+}
+
+/// A thread that moves a stream's bytes out of the guest.
+#[derive(Debug)]
+struct Output {
+    thread: JoinHandle<()>,
+    socket: UnixStream,
+    /// Counts every end of a read and of a write: even while the pump waits for the guest.
+    turns: Arc<AtomicU64>,
+    /// Closed when the pump is done.
+    done: Receiver<()>,
+}
+
+impl Output {
+    fn begin(socket: UnixStream, to: File) -> Result<Self, SessionError> {
+        let (turns, (alive, done)) = (Arc::<AtomicU64>::default(), channel());
+        let (from, counted) = (socket.try_clone().map_err(SessionError::Streams)?, Arc::clone(&turns));
+        let thread = spawn("output", move || from_guest(from, to, &counted, alive))?;
+        Ok(Self { thread, socket, turns, done })
+    }
+
+    fn drain(self, silence: Duration) {
+        loop {
+            let before = self.turns.load(Ordering::Relaxed);
+            match self.done.recv_timeout(silence) {
+                Err(RecvTimeoutError::Timeout) => {
+                    if before.is_multiple_of(2) && before == self.turns.load(Ordering::Relaxed) {
+                        tracing::debug!("the guest holds a stream open that has nothing more to say");
+                        self.cut();
+                    }
+                }
+                Ok(()) | Err(RecvTimeoutError::Disconnected) => return self.join(),
+            }
+        }
+    }
+
+    /// What is in the socket can still be read (unix(7)); then comes its end, whoever holds the other one open.
+    fn cut(&self) {
+        let _ = self.socket.shutdown(Shutdown::Read);
+    }
+
+    fn join(self) {
+        let _ = self.thread.join();
+    }
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, SessionError> {
+    thread::Builder::new().name(name.into()).spawn(body).map_err(SessionError::Streams)
+}
+
+fn to_guest(mut from: File, mut to: UnixStream) {
+    let mut buffer = vec![0; PUMP_BYTES];
+    while let Some(bytes) = read(&mut from, &mut buffer) {
+        if to.write_all(bytes).is_err() {
+            return;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// `_alive` is dropped at its end, whatever that is.
+fn from_guest(mut from: UnixStream, mut to: File, turns: &AtomicU64, _alive: Sender<()>) {
+    let mut buffer = vec![0; PUMP_BYTES];
+    while let Some(bytes) = read(&mut from, &mut buffer) {
+        turns.fetch_add(1, Ordering::Relaxed);
+        if to.write_all(bytes).is_err() {
+            // Nobody reads any more: the guest's writer gets EPIPE.
+            let _ = from.shutdown(Shutdown::Both);
+            return;
+        }
+        turns.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// The next bytes; `None` at the end or after an error, which to a stream is the same.
+fn read<'a>(from: &mut impl Read, buffer: &'a mut [u8]) -> Option<&'a [u8]> {
+    loop {
+        match from.read(buffer) {
+            Ok(0) => return None,
+            Ok(n) => return buffer.get(..n),
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    fn output() -> (UnixStream, Output, std::io::PipeReader) {
+        let (guest, ours) = UnixStream::pair().unwrap();
+        let (read, write) = std::io::pipe().unwrap();
+        (guest, Output::begin(ours, OwnedFd::from(write).into()).unwrap(), read)
+    }
+
+    #[test]
+    fn an_end_that_the_guest_holds_open_is_not_waited_for() {
+        let (mut guest, output, mut read) = output();
+        guest.write_all(b"said").unwrap();
+        output.drain(Duration::from_millis(50));
+        let mut said = String::new();
+        read.read_to_string(&mut said).unwrap();
+        assert_eq!(said, "said");
+        assert!(guest.write_all(b"more").is_err(), "nobody listens to it any more");
+    }
+
+    #[test]
+    fn a_slow_reader_is_waited_for_and_loses_nothing() {
+        let (mut guest, output, mut read) = output();
+        const MANY: usize = 1 << 20;
+        let writer = thread::spawn(move || guest.write_all(&vec![b'x'; MANY]).unwrap());
+        let reader = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(300));
+            let mut all = Vec::new();
+            read.read_to_end(&mut all).unwrap();
+            all.len()
+        });
+        output.drain(Duration::from_millis(20));
+        writer.join().unwrap();
+        assert_eq!(reader.join().unwrap(), MANY);
+    }
+
+    #[test]
+    fn what_is_in_the_socket_at_the_rooms_end_is_written() {
+        let (mut guest, output, mut read) = output();
+        // More than the pipe holds, so that some of it is in the socket still.
+        guest.write_all(&vec![b'x'; 100 << 10]).unwrap();
+        output.cut();
+        let reader = thread::spawn(move || {
+            let mut all = Vec::new();
+            read.read_to_end(&mut all).unwrap();
+            all.len()
+        });
+        output.join();
+        assert_eq!(reader.join().unwrap(), 100 << 10);
+        drop(guest);
+    }
+}
