@@ -127,8 +127,7 @@ pub fn boot(
     timeline.mark("configuration");
 
     let memory = memory::allocate(config.memory_mib, config.huge_pages)?;
-    // Copied while KVM makes the rest: the one takes about as long as the other, and neither needs the other.
-    let loader = start_loader(&memory, config.kernel.image, config.initramfs)?;
+    let loaded = start_loading(&memory, config.kernel.image, config.initramfs)?;
     timeline.mark("memory");
 
     // SAFETY: the descriptor is owned and was opened as /dev/kvm; its owner is given up here.
@@ -159,7 +158,7 @@ pub fn boot(
     };
     timeline.mark("devices");
 
-    let (kernel, initramfs) = loader.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+    let (kernel, initramfs) = loaded()?;
     timeline.mark("kernel");
 
     let command_line = devices.command_line(&config.kernel.command_line);
@@ -230,24 +229,35 @@ fn connect_devices(vm: &VmFd, devices: &Devices) -> Result<(), BootError> {
 }
 
 /// A kernel and, if there is one, the address and size of the initramfs.
-type Loaded = (arch::load::LoadedKernel, Option<(GuestAddress, u64)>);
+type Loaded = Result<(arch::load::LoadedKernel, Option<(GuestAddress, u64)>), BootError>;
 
-fn start_loader(
+/// A kernel below this size, bytes, is copied sooner than a thread is made.
+const WORTH_A_THREAD: u64 = 1 << 20;
+
+/// Begins to copy the kernel, while KVM makes the rest: neither needs the other. What is returned waits for it.
+fn start_loading(
     memory: &GuestMemoryMmap,
     kernel: OwnedFd,
     initramfs: Option<OwnedFd>,
-) -> Result<JoinHandle<Result<Loaded, BootError>>, BootError> {
+) -> Result<Box<dyn FnOnce() -> Loaded>, BootError> {
+    let mut image = File::from(kernel);
+    // A device has no size that it would tell here, and is loaded at once.
+    let size = image.metadata().map_err(host("look at the kernel's image"))?.len();
     let memory = memory.clone();
     let load = move || {
-        let kernel = arch::load::kernel(&memory, &mut File::from(kernel))?;
+        let kernel = arch::load::kernel(&memory, &mut image)?;
         let initramfs = match initramfs {
             Some(image) => Some(arch::load::initramfs(&memory, kernel.end, &mut File::from(image))?),
             None => None,
         };
         Ok((kernel, initramfs))
     };
+    if size < WORTH_A_THREAD {
+        return Ok(Box::new(load));
+    }
     let thread = std::thread::Builder::new().name("loader".into()).stack_size(128 << 10);
-    thread.spawn(load).map_err(host("start a thread"))
+    let thread = thread.spawn(load).map_err(host("start a thread"))?;
+    Ok(Box::new(move || thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))))
 }
 
 fn create_vcpus(device: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, BootError> {

@@ -69,7 +69,7 @@ enum Bench {
     Tiny,
     /// Process start to /init of a Linux guest, 128 MiB, 1 vCPU
     Boot,
-    /// The VMM's own memory with the three-instruction guest: PSS, and kernel memory of its cgroup
+    /// The VMM's own memory with the three-instruction guest: PSS without guest memory, and kernel memory of its cgroup
     Memory,
     /// 256 MiB into the guest, out of it, and single bytes there and back
     Vsock,
@@ -198,7 +198,7 @@ fn sample(bench: Bench, side: &Engine, machine: &Machine) -> Result<Sample> {
             let cgroup = meter::Cgroup::new("carrel-bench");
             let wrapper = cgroup.as_ref().map(meter::Cgroup::wrapper).unwrap_or_default();
             let (_, running) = side.start(machine, &wrapper)?;
-            let pss = meter::pss_kib(&meter::family(running.pid()))?;
+            let pss = meter::pss_kib(&meter::family(running.pid()), machine.memory_mib)?;
             let kernel = match &cgroup {
                 Some(cgroup) => number(cgroup.kernel_kib()?),
                 None => f64::NAN,
