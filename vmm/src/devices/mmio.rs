@@ -151,7 +151,8 @@ impl Transport {
         }
     }
 
-    fn notify(&self, queue: u32) {
+    /// Lets the event thread look at this queue, as if the driver had notified.
+    pub fn notify(&self, queue: u32) {
         let event = usize::try_from(queue).ok().and_then(|queue| self.notifications.get(queue));
         if let Some(event) = event {
             // Full means that it is signalled already.

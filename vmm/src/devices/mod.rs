@@ -380,12 +380,13 @@ impl Devices {
         }
         let mut dialled = Vec::new();
         self.with_vsock(|vsock, rings| {
-            if vsock.next_deadline().is_some_and(|at| at <= now) {
+            let late = vsock.next_deadline().is_some_and(|at| at <= now);
+            if late {
                 vsock.expire(now);
-                vsock.pump(rings)?;
             }
+            let more = late && vsock.pump(rings)?;
             dialled = vsock.take_dialled();
-            Ok(())
+            Ok(more)
         });
         self.notices.extend(dialled.into_iter().map(|(port, end)| Notice::Dialled(Dialled { port }, end)));
     }
@@ -495,16 +496,19 @@ impl Devices {
         metrics
     }
 
-    fn with_vsock(&mut self, act: impl FnOnce(&mut Vsock, &mut [Ring]) -> Result<(), Fault>) {
+    /// Gives vsock a turn. What says that there is more to do has another one soon, after everybody else.
+    fn with_vsock(&mut self, act: impl FnOnce(&mut Vsock, &mut [Ring]) -> Result<bool, Fault>) {
         let Some(n) = self.vsock else { return };
         let Some(transport) = self.transports.get(n) else { return };
         let done = transport.with(|device, rings| match device {
             Device::Vsock(vsock) => act(vsock, rings),
-            Device::Block(_) | Device::Entropy(_) | Device::Balloon(_) => Ok(()),
+            Device::Block(_) | Device::Entropy(_) | Device::Balloon(_) => Ok(false),
             Device::Net(net) => match *net {},
         });
-        if done.is_err() {
-            self.broken(n);
+        match done {
+            Ok(true) => transport.notify(vsock::RECEIVE),
+            Ok(false) => {}
+            Err(_) => self.broken(n),
         }
     }
 
