@@ -154,12 +154,7 @@ const CALLS: &[Call] = &[
         &[Without(2, EXECUTABLE)],
         "guest memory, kvm_run, stacks, the allocator; never executable",
     ),
-    call(
-        libc::SYS_mprotect,
-        Both,
-        &[Without(2, EXECUTABLE)],
-        "stack guards and the allocator's arenas; never executable",
-    ),
+    call(libc::SYS_mprotect, SetUp, &[Without(2, EXECUTABLE)], "stacks and their guards; never executable"),
     call(libc::SYS_munmap, Both, &[], "the allocator, a thread's end"),
     call(libc::SYS_mremap, Both, &[], "the allocator"),
     call(libc::SYS_brk, Both, &[], "the allocator"),

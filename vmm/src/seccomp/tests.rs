@@ -251,6 +251,7 @@ fn what_made_the_machine_is_forbidden_once_it_runs() {
         ("a handler", libc::SYS_rt_sigaction, &[10, 0, 0, 8]),
         ("eventfd2", libc::SYS_eventfd2, &[]),
         ("epoll_create1", libc::SYS_epoll_create1, &[]),
+        ("mprotect", libc::SYS_mprotect, &[0, 4096, READ]),
         ("lseek", libc::SYS_lseek, &[0]),
         ("MADV_HUGEPAGE", libc::SYS_madvise, &[0, 0, 14]),
     ];
