@@ -187,6 +187,8 @@ pub fn boot(
         seccomp::install(Stage::RunEvents)?;
     }
     timeline.mark("filters");
+    // What only the set-up needs is closed before the guest's first instruction.
+    drop((kvm_device, kernel_image));
     shared.gate.resume();
     Ok(Machine { _vm: vm, shared, devices, vcpus, epoll, control: config.control, signals })
 }

@@ -149,16 +149,17 @@ fn a_wrong_command_line_ends_with_2() {
 
 #[test]
 fn a_wrong_configuration_ends_with_2_and_names_what_is_wrong() {
-    let wrong: [(&str, &dyn Fn(&mut serde_json::Value)); 9] = [
-        ("memory in MiB", &|vm| vm["memory_mib"] = 63.into()),
-        ("memory in MiB", &|vm| vm["memory_mib"] = 65_537.into()),
-        ("the number of vCPUs", &|vm| vm["vcpus"] = 0.into()),
-        ("the number of vCPUs", &|vm| vm["vcpus"] = 17.into()),
-        ("colour", &|vm| vm["colour"] = "blue".into()),
-        ("kernel", &|vm| vm["kernel"]["image"] = "/nonexistent".into()),
-        ("command line", &|vm| vm["kernel"]["command_line"] = "x".repeat(2048).into()),
-        ("neither", &|vm| vm["kernel"]["image"] = "/etc/passwd".into()),
-        ("guest_cid", &|vm| vm["vsock"] = serde_json::json!({"guest_cid": 2})),
+    type Change = fn(&mut serde_json::Value);
+    let wrong: [(&str, Change); 9] = [
+        ("memory in MiB", |vm| vm["memory_mib"] = 63.into()),
+        ("memory in MiB", |vm| vm["memory_mib"] = 65_537.into()),
+        ("the number of vCPUs", |vm| vm["vcpus"] = 0.into()),
+        ("the number of vCPUs", |vm| vm["vcpus"] = 17.into()),
+        ("colour", |vm| vm["colour"] = "blue".into()),
+        ("kernel", |vm| vm["kernel"]["image"] = "/nonexistent".into()),
+        ("command line", |vm| vm["kernel"]["command_line"] = "x".repeat(2048).into()),
+        ("neither", |vm| vm["kernel"]["image"] = "/etc/passwd".into()),
+        ("guest_cid", |vm| vm["vsock"] = serde_json::json!({"guest_cid": 2})),
     ];
     for (word, change) in wrong {
         let over = Vmm::start_with(&Guest::new().wait(), change, &[]).over();
