@@ -25,6 +25,7 @@ pub(crate) mod driver;
 #[cfg(test)]
 mod hostile;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
@@ -271,6 +272,8 @@ pub struct Devices {
     transports: Arc<Vec<Transport>>,
     names: Vec<String>,
     notices: Vec<Notice>,
+    /// Devices whose driver's fault was told. A driver may reset its device and break it again as often as it likes.
+    told_broken: BTreeSet<usize>,
     vsock: Option<usize>,
     blocks: Vec<usize>,
     balloon: Option<usize>,
@@ -327,7 +330,8 @@ impl Devices {
             }
         }
         let transports = Arc::new(transports);
-        Ok(Self { transports, names, notices: Vec::new(), vsock, blocks, balloon, memory_mib })
+        let told_broken = BTreeSet::new();
+        Ok(Self { transports, names, notices: Vec::new(), told_broken, vsock, blocks, balloon, memory_mib })
     }
 
     /// What vCPU threads need of them.
@@ -513,7 +517,9 @@ impl Devices {
     }
 
     fn broken(&mut self, n: usize) {
-        self.stopped(n, DeviceStopReason::DriverFault);
+        if self.told_broken.insert(n) {
+            self.stopped(n, DeviceStopReason::DriverFault);
+        }
     }
 
     fn stopped(&mut self, n: usize, reason: DeviceStopReason) {
