@@ -110,7 +110,7 @@ pub fn run(vm: VmFile, options: &Options) -> Result<Outcome, StandaloneError> {
 /// What became of a VMM that ended without a word.
 fn wordless(status: i32) -> Outcome {
     if !libc::WIFSIGNALED(status) {
-        eprintln!("carrel-vmm: the VMM ended without saying why");
+        // Another owner has heard the word, or nobody; the status says the same.
         let own = u8::try_from(libc::WEXITSTATUS(status)).ok().and_then(End::from_status);
         return Outcome::Ended(own.unwrap_or(End::Internal));
     }

@@ -11,4 +11,5 @@ mod confinement;
 mod ends;
 mod guest;
 mod limits;
+mod owners;
 mod run;

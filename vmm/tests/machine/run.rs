@@ -41,7 +41,7 @@ pub(crate) fn machine(folder: &Path, guest: &Guest) -> Value {
 /// A running one; killed and waited for when dropped.
 pub(crate) struct Vmm {
     child: Child,
-    _folder: TempDir,
+    folder: TempDir,
 }
 
 /// What was left of one.
@@ -76,7 +76,7 @@ impl Vmm {
         command.arg("--config").arg(config).args(options);
         let child =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        Self { child, _folder: folder }
+        Self { child, folder: folder }
     }
 
     /// Waits until the guest has said this byte.
@@ -90,6 +90,11 @@ impl Vmm {
                 panic!("it ended before it said {:?}: {errors}", char::from(mark));
             }
         }
+    }
+
+    /// Where its files are.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     /// The process that was started.
