@@ -358,7 +358,7 @@ impl Machine {
                     }
                     FromOwner::Pause(_) => {
                         self.shared.gate.pause(|| self.vcpus.iter().for_each(vcpu::kick));
-                        self.devices.quiesce();
+                        // Devices carry out requests where they take them from their queues, on this thread: none is under way.
                         Done {}.into()
                     }
                     FromOwner::Resume(_) => {

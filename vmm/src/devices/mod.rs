@@ -440,10 +440,6 @@ impl Devices {
         std::mem::take(&mut self.notices)
     }
 
-    /// Lets everything under way come to rest. Requests are carried out where they are taken from their queues, on the thread that
-    /// calls this, so nothing is.
-    pub fn quiesce(&self) {}
-
     /// Looks at every queue again, after a pause.
     pub fn kick(&self) {
         self.transports.iter().for_each(Transport::serve_all_soon);

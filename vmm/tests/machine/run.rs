@@ -76,7 +76,7 @@ impl Vmm {
         command.arg("--config").arg(config).args(options);
         let child =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        Self { child, folder: folder }
+        Self { child, folder }
     }
 
     /// Waits until the guest has said this byte.
