@@ -188,6 +188,8 @@ pub fn boot(
         seccomp::install(Stage::RunEvents)?;
     }
     timeline.mark("filters");
+    // What only the set-up needs is closed before the guest's first instruction.
+    drop((kvm_device, kernel_image));
     shared.gate.resume();
     Ok(Machine { _vm: vm, shared, devices, vcpus, epoll, control: config.control, signals })
 }
@@ -383,7 +385,7 @@ impl Machine {
                     }
                     FromOwner::Pause(_) => {
                         self.shared.gate.pause(|| self.vcpus.iter().for_each(vcpu::kick));
-                        self.devices.quiesce();
+                        // Devices carry out requests where they take them from their queues, on this thread: none is under way.
                         Done {}.into()
                     }
                     FromOwner::Resume(_) => {
