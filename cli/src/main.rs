@@ -28,18 +28,20 @@ fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return ExitCode::from(usage_error(&error)),
     };
-    let format = cli.global.log_format.unwrap_or_default();
+    let mut format = cli.global.log_format.unwrap_or_default();
     let default = cli.command.as_ref().map_or(failure::FAILED, failure_status);
-    match dispatch(cli) {
+    match dispatch(cli, &mut format) {
         Ok(status) => ExitCode::from(status),
         Err(error) => ExitCode::from(failure::report(&error, default, format)),
     }
 }
 
-fn dispatch(cli: Cli) -> anyhow::Result<u8> {
+/// Carries out the command. `format` becomes what the configuration says, as soon as that is known.
+fn dispatch(cli: Cli, format: &mut LogFormat) -> anyhow::Result<u8> {
     let is_root = rustix::process::geteuid().is_root();
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(Into::into);
     let configuration = Configuration::load(&cli.global, is_root, &variable)?;
+    *format = configuration.log_format;
     if cli.global.print_config {
         failure::print(format_args!("{}\n", serde_json::to_string_pretty(&configuration)?))?;
         return Ok(0);

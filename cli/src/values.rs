@@ -10,6 +10,7 @@ pub(crate) mod span;
 use std::str::FromStr;
 
 use anyhow::{Result, bail, ensure};
+use carrel_host::spec::Part;
 
 /// A share of the host's processors, in thousandths of one CPU: `--cpus 1.5` is 1,500. From 10 to 16,000.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +45,21 @@ impl FromStr for CpuMillis {
             .filter(|millis| (Self::MIN..=Self::MAX).contains(millis))
             .map(Self)
             .ok_or_else(wrong)
+    }
+}
+
+/// Parts of the VMM's confinement to do without: `all`, or their names with commas between.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Without(pub(crate) Vec<Part>);
+
+impl FromStr for Without {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "all" => Ok(Self(Part::ALL.to_vec())),
+            parts => Ok(Self(parts.split(',').map(str::parse).collect::<Result<_, _>>()?)),
+        }
     }
 }
 
@@ -152,6 +168,16 @@ mod tests {
         assert_eq!(millis("0.01"), Some(10));
         for wrong in ["", ".", "0", "0.001", "16.001", "-1", "1,5", "1e3", "4294968", "x", "1.x", "+1"] {
             assert_eq!(millis(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn parts_are_named_one_by_one_or_all_at_once() {
+        let parts = |text: &str| text.parse::<Without>().map(|without| without.0).ok();
+        assert_eq!(parts("all"), Some(Part::ALL.to_vec()));
+        assert_eq!(parts("seccomp,cgroup"), Some(vec![Part::Seccomp, Part::Cgroup]));
+        for wrong in ["", "everything", "cgroup,", "all,cgroup"] {
+            assert_eq!(parts(wrong), None, "{wrong:?}");
         }
     }
 

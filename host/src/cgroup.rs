@@ -30,14 +30,14 @@ const GONE: Duration = Duration::from_secs(10);
 pub enum CgroupError {
     /// No cgroup v2 file system.
     #[error(
-        "this host mounts no cgroup v2; mount one (`mount -t cgroup2 none /sys/fs/cgroup`), or use --unconfined"
+        "this host mounts no cgroup v2; mount one (`mount -t cgroup2 none /sys/fs/cgroup`), or use --unconfined=cgroup"
     )]
     NotMounted,
     /// Nowhere to make one.
-    #[error("no cgroup may be made below {}; run carrel as root or in a delegated scope (`systemd-run --user --scope -p Delegate=yes`), or use --unconfined", .0.display())]
+    #[error("no cgroup may be made below {}; run carrel as root or in a delegated scope (`systemd-run --user --scope -p Delegate=yes`), or use --unconfined=cgroup", .0.display())]
     NotDelegated(PathBuf),
     /// A controller is not to be had.
-    #[error("the cgroup controller {controller} can't be had below {}; boot with cgroup v2 alone (`systemd.unified_cgroup_hierarchy=1`), or use --unconfined", .path.display())]
+    #[error("the cgroup controller {controller} can't be had below {}; boot with cgroup v2 alone (`systemd.unified_cgroup_hierarchy=1`), or use --unconfined=cgroup", .path.display())]
     Controller {
         /// Which.
         controller: &'static str,
@@ -48,7 +48,7 @@ pub enum CgroupError {
         source: Option<io::Error>,
     },
     /// A cgroup with processes of its own hands no controllers down (cgroups(7), *no internal processes*).
-    #[error("there are other processes than carrel's in the cgroup {0} itself, so it can't have rooms below it; move them into a leaf (`mkdir {0}/rest; for p in $(cat {0}/cgroup.procs); do echo $p > {0}/rest/cgroup.procs; done`), or use --unconfined", .path.display())]
+    #[error("there are other processes than carrel's in the cgroup {0} itself, so it can't have rooms below it; move them into a leaf (`mkdir {0}/rest; for p in $(cat {0}/cgroup.procs); do echo $p > {0}/rest/cgroup.procs; done`), or use --unconfined=cgroup", .path.display())]
     Occupied {
         /// Which.
         path: PathBuf,

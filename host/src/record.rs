@@ -1,6 +1,6 @@
 //! A room's record, `state.json`: written by its owner at every transition, read by every command.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
 
@@ -117,17 +117,28 @@ impl Record {
         serde_json::from_slice(&fs::read(path).ok()?).ok()
     }
 
-    /// Writes it whole or not at all.
+    /// Writes it whole or not at all. On a full disk it is written over the one before, which has a block already; nobody but readers
+    /// looks at a record whose owner lives, and they look again.
     pub fn write(&self, path: &Path) -> io::Result<()> {
+        let text = serde_json::to_vec(self)?;
         let fresh = path.with_extension("new");
         let written = File::create(&fresh)
-            .and_then(|mut file| file.write_all(&serde_json::to_vec(self)?))
+            .and_then(|mut file| file.write_all(&text))
             .and_then(|()| fs::rename(&fresh, path));
-        if written.is_err() {
-            let _ = fs::remove_file(&fresh);
+        let Err(error) = written else { return Ok(()) };
+        let _ = fs::remove_file(&fresh);
+        if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+            return write_over(path, &text);
         }
-        written
+        Err(error)
     }
+}
+
+/// Replaces a file's content in place.
+fn write_over(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).open(path)?;
+    file.write_all(text)?;
+    file.set_len(u64::try_from(text.len()).unwrap_or(u64::MAX))
 }
 
 #[cfg(test)]
@@ -153,5 +164,18 @@ mod tests {
         assert_eq!(Record::read(&path), Some(record));
         fs::write(&path, "{").unwrap();
         assert_eq!(Record::read(&path), None);
+    }
+
+    #[test]
+    fn a_record_written_over_a_longer_one_is_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("state.json");
+        let longer =
+            Record { outcome: Some(Outcome::OwnerFailed { message: "x".repeat(500) }), ..Record::new(7) };
+        longer.write(&path).unwrap();
+        let shorter = Record::new(8);
+        write_over(&path, &serde_json::to_vec(&shorter).unwrap()).unwrap();
+        assert_eq!(Record::read(&path), Some(shorter));
+        assert!(write_over(&directory.path().join("none"), b"x").is_err(), "no new file is made");
     }
 }

@@ -22,6 +22,9 @@ pub enum NameError {
     /// Not an id.
     #[error("{0:?} is no room's id: an id is 12 hexadecimal digits")]
     Id(String),
+    /// Not a part of the confinement.
+    #[error("{0:?} is no part of the confinement: they are cgroup, namespaces, capabilities and seccomp")]
+    Part(String),
     /// Not a name.
     #[error(
         "{0:?} is no name for a room: use 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
@@ -246,6 +249,16 @@ impl Part {
     pub const ALL: [Self; 4] = [Self::Cgroup, Self::Namespaces, Self::Capabilities, Self::Seccomp];
 }
 
+impl FromStr for Part {
+    type Err = NameError;
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        Self::ALL
+            .into_iter()
+            .find(|part| part.to_string() == text)
+            .ok_or_else(|| NameError::Part(text.to_owned()))
+    }
+}
+
 impl fmt::Display for Part {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -269,6 +282,14 @@ mod tests {
         for right in ["desk", "web-1", "0", "a.b_c"] {
             assert_eq!(right.parse::<RoomName>().unwrap().as_str(), right);
         }
+    }
+
+    #[test]
+    fn a_part_is_known_by_its_name() {
+        for part in Part::ALL {
+            assert_eq!(part.to_string().parse(), Ok(part));
+        }
+        assert!("all".parse::<Part>().is_err());
     }
 
     #[test]

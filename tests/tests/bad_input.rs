@@ -372,6 +372,54 @@ fn a_host_out_of_disk() {
     assert!(done.errors().to_lowercase().contains("space") || done.errors().contains("disk"), "{done:?}");
 }
 
+#[test]
+fn a_home_without_a_byte_left() {
+    let carrel = Carrel::new();
+    let small = Mounted::tmpfs(&carrel.scratch().join("full"), "24m");
+    let with = |arguments: &[&str]| {
+        let mut command = carrel.command(arguments);
+        Running::spawn(command.env("CARREL_HOME", &small.0)).done()
+    };
+    let image = fixtures::busybox();
+    let script = "echo begun; while :; do echo line; sleep 0.1; done";
+    with(&["run", "-d", "--name", "desk", &image, "sh", "-c", script]).succeeds();
+    wait_for("the room's log", || with(&["logs", "desk"]).text().contains("begun").then_some(()));
+    let fill = small.0.join("fill");
+    let mut file = fs::File::create(&fill).unwrap();
+    for size in [1 << 20, 4096, 1] {
+        while std::io::Write::write_all(&mut file, &vec![1; size]).is_ok() {}
+    }
+    // The room that is there goes on, heeds every command, and ends with a record.
+    assert!(with(&["ps"]).succeeds().text().contains("desk"));
+    assert_eq!(with(&["exec", "desk", "echo", "well"]).succeeds().text(), "well\n");
+    with(&["stats", "--no-stream"]).succeeds();
+    with(&["run", &image, "true"]).complains(125, &["space"]);
+    with(&["run", "-d", &image, "true"]).complains(125, &["space"]);
+    with(&["stop", "-t", "0", "desk"]).succeeds();
+    assert!(with(&["logs", "desk"]).succeeds().text().contains("begun"));
+    let rooms: Value = serde_json::from_str(with(&["ps", "-a", "--json"]).succeeds().text()).unwrap();
+    assert_eq!((rooms[0]["state"].as_str(), rooms[1].as_object()), (Some("exited"), None), "{rooms:#}");
+    with(&["rm", "desk"]).succeeds();
+    fs::remove_file(&fill).unwrap();
+    drop(file);
+    assert_eq!(with(&["run", &image, "echo", "fits"]).succeeds().text(), "fits\n");
+}
+
+#[test]
+fn a_usage_report_that_has_no_space() {
+    let carrel = Carrel::new();
+    let file = "/dev/full";
+    let line = ["run", "--usage-file", file, &fixtures::busybox(), "echo", "ran"];
+    let done = carrel.run(&line).complains(125, &[file, "space"]);
+    assert_eq!(done.text(), "ran\n");
+    // Nobody can be told, and the status says it alone.
+    let mut command = carrel.command(&["run", &fixtures::busybox(), "sh", "-c", "echo ran; exit 3"]);
+    let full = || fs::OpenOptions::new().write(true).open(file).unwrap();
+    Running::spawn(command.stdout(full()).stderr(full())).done().ends_with(3);
+    let mut command = carrel.command(&["run", "--pull", "never", "no-such-image:1"]);
+    Running::spawn(command.stdout(full()).stderr(full())).done().ends_with(125);
+}
+
 /// A file system that is unmounted in the end.
 struct Mounted(PathBuf);
 

@@ -7,7 +7,7 @@ use carrel_protocol::units::MemoryMib;
 use clap::{ArgGroup, Args};
 
 use super::run::UsageArgs;
-use crate::values::{size, span};
+use crate::values::{Without, size, span};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -60,9 +60,10 @@ pub(crate) struct InvokeArgs {
     /// Boot this kernel in place of the one that carrel came with
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
-    /// Go on where the host can't confine the VMM fully; `carrel doctor` says what is missing
-    #[arg(long)]
-    pub(crate) unconfined: bool,
+    /// Do without parts of the VMM's confinement: cgroup, namespaces, capabilities, seccomp, or all of them; `carrel doctor` says what this
+    /// host can't give
+    #[arg(long, value_name = "PARTS", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
+    pub(crate) unconfined: Option<Without>,
     #[command(flatten)]
     pub(crate) usage: UsageArgs,
 }

@@ -50,6 +50,16 @@ fn options_may_follow_the_image_directly_and_still_belong_to_the_command() {
 }
 
 #[test]
+fn what_is_done_without_is_named_after_an_equals_sign_only() {
+    use carrel_host::spec::Part;
+    let without = |line: &[&str]| run(line).machine.unconfined.map(|without| without.0);
+    assert_eq!(without(&["img"]), None);
+    assert_eq!(without(&["--unconfined", "img"]), Some(Part::ALL.to_vec()));
+    assert_eq!(without(&["--unconfined=cgroup,seccomp", "img"]), Some(vec![Part::Cgroup, Part::Seccomp]));
+    assert!(refused(&["run", "--unconfined=kvm", "img"]).to_string().contains("cgroup, namespaces"));
+}
+
+#[test]
 fn an_image_without_a_command_runs_its_own() {
     assert!(run(&["img"]).command().is_empty());
 }

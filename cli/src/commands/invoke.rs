@@ -56,7 +56,7 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
     let around = Circumstances::now().context("The kernel gives no random bytes.")?;
     let mut spec = function.room(parts, &around)?;
     let kernel = args.kernel.as_ref().map(std::path::absolute).transpose()?;
-    function::adjust(&mut spec, without(args.unconfined), kernel);
+    function::adjust(&mut spec, without(args.unconfined.as_ref()), kernel);
     let call = call(&function, &event)?;
     let (_, session) = home.create(spec, blobs)?;
     // The room has its blobs open: nobody can take them away any more.

@@ -18,7 +18,7 @@ use crate::arguments::run::{MachineArgs, RunArgs};
 use crate::configuration::Configuration;
 use crate::failure;
 use crate::terminal::{self, Raw};
-use crate::values::environment;
+use crate::values::{CpuMillis, Without, environment};
 
 const DEFAULT_MEMORY_MIB: u64 = 512;
 const DEFAULT_CPU_MILLIS: u32 = 1000;
@@ -63,7 +63,7 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
         stop_timeout_ms: millis(args.ends.stop_timeout.unwrap_or(DEFAULT_STOP_TIMEOUT)),
         timeout_ms: args.ends.timeout.map(millis),
         detached: args.detach,
-        without: without(args.machine.unconfined),
+        without: without(args.machine.unconfined.as_ref()),
         function: None,
     };
     let (room, session) = home.create(spec, blobs)?;
@@ -137,7 +137,7 @@ fn attach(
 }
 
 pub(super) fn machine(args: &MachineArgs) -> Result<Machine> {
-    let cpu_millis = args.cpus.map_or(DEFAULT_CPU_MILLIS, crate::values::CpuMillis::get);
+    let cpu_millis = args.cpus.map_or(DEFAULT_CPU_MILLIS, CpuMillis::get);
     Ok(Machine {
         vcpus: VcpuCount::try_from(u64::from(cpu_millis.div_ceil(1000)))?,
         memory_mib: match args.memory {
@@ -157,13 +157,15 @@ fn surroundings(args: &RunArgs, image: &Image) -> Surroundings {
         read_only_root: args.machine.read_only,
         tmpfs: args.machine.tmpfs.iter().map(tmpfs).collect(),
         volumes: image.config.volumes.iter().cloned().collect(),
+        // A whole number of CPUs is as many vCPUs. The host's own quota has some for the VMM beside it.
+        cpu_millis: args.machine.cpus.map(CpuMillis::get).filter(|millis| !millis.is_multiple_of(1000)),
         ..Surroundings::default()
     }
 }
 
-/// `--unconfined` does without whatever the host can't give.
-pub(super) fn without(unconfined: bool) -> Vec<Part> {
-    if unconfined { Part::ALL.to_vec() } else { Vec::new() }
+/// What `--unconfined` names.
+pub(super) fn without(unconfined: Option<&Without>) -> Vec<Part> {
+    unconfined.map(|parts| parts.0.clone()).unwrap_or_default()
 }
 
 pub(super) fn millis(span: Duration) -> u64 {

@@ -113,31 +113,30 @@ fn above(mount: &Path, own: Option<&Path>) -> Result<PathBuf, CgroupError> {
 fn enable(path: &Path, own: Option<&Path>) -> Result<(), CgroupError> {
     let read = |file: &str| fs::read_to_string(path.join(file)).unwrap_or_default();
     let has = |text: &str, controller: &str| text.split_ascii_whitespace().any(|word| word == controller);
-    let hand_down =
-        |controller: &str| fs::write(path.join("cgroup.subtree_control"), format!("+{controller}"));
+    let hand_down = |words: &str| fs::write(path.join("cgroup.subtree_control"), words);
     let (available, enabled) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
-    for controller in NEEDED {
-        if has(&enabled, controller) {
-            continue;
-        }
-        let missing = |source| CgroupError::Controller { controller, path: path.to_owned(), source };
-        if !has(&available, controller) {
-            return Err(missing(None));
-        }
-        let handed = match hand_down(controller) {
+    let refused = |controller, source| CgroupError::Controller { controller, path: path.to_owned(), source };
+    if let Some(controller) = NEEDED.into_iter().find(|controller| !has(&available, controller)) {
+        return Err(refused(controller, None));
+    }
+    // In one write: `cpu` alone would be taken from a cgroup with processes, as the root of a threaded one, which takes `memory` no more.
+    let missing: Vec<&str> = NEEDED.into_iter().filter(|controller| !has(&enabled, controller)).collect();
+    if let Some(first) = missing.first() {
+        let words: String = missing.iter().map(|controller| format!("+{controller} ")).collect();
+        let handed = match hand_down(&words) {
             Err(e) if e.kind() == io::ErrorKind::ResourceBusy && own == Some(path) => {
-                step_aside(path).and_then(|()| hand_down(controller))
+                step_aside(path).and_then(|()| hand_down(&words))
             }
             handed => handed,
         };
         handed.map_err(|source| match source.kind() == io::ErrorKind::ResourceBusy {
             true => CgroupError::Occupied { path: path.to_owned(), source },
-            false => missing(Some(source)),
+            false => refused(first, Some(source)),
         })?;
     }
     if has(&available, "io") && !has(&enabled, "io") {
         // Only the meter reads it.
-        let _ = hand_down("io");
+        let _ = hand_down("+io");
     }
     Ok(())
 }

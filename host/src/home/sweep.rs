@@ -71,8 +71,9 @@ fn clear(room: &Path) {
             record.outcome.get_or_insert(Outcome::Lost);
             record.remains = Default::default();
             let _ = fs::remove_file(room.join("owner.sock"));
-            if record.write(&room.join("state.json")).is_err() {
-                let _ = fs::remove_dir_all(room);
+            // Where even that can't be written its log stays, and the next sweep tries again.
+            if let Err(error) = record.write(&room.join("state.json")) {
+                tracing::warn!(%error, room = %room.display(), "a room's end can't be recorded");
             }
         }
         _ => {
