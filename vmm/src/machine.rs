@@ -189,7 +189,7 @@ pub fn boot(
     }
     timeline.mark("filters");
     // What only the set-up needs is closed before the guest's first instruction.
-    drop((kvm_device, kernel_image));
+    drop(kvm_device);
     shared.gate.resume();
     Ok(Machine { _vm: vm, shared, devices, vcpus, epoll, control: config.control, signals })
 }
