@@ -316,7 +316,7 @@ pub struct DeviceStopped {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DeviceStopReason {
-    /// The guest's driver broke the rules of its queues; the device needs a reset (virtio §2.1.1).
+    /// The guest's driver broke the rules of its queues; the device needs a reset (virtio §2.1.1). Said once a device, however often.
     DriverFault,
     /// The host's file system has no room for the guest's writes. The guest sees an I/O error. Said once.
     HostDiskFull,

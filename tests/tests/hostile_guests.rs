@@ -91,7 +91,7 @@ fn a_guest_that_floods_its_log() {
 fn a_guest_that_opens_a_hundred_thousand_connections() {
     let carrel = Carrel::new();
     let neighbour = Neighbour::new(&carrel);
-    // To the host (AF_VSOCK, refused to workloads), and on its own loopback, as many as it is given descriptors for.
+    // To the host (AF_VSOCK, refused to workloads); on its own loopback some thousand, which are its own kernel's matter.
     let script = "import socket\n\
         opened = refused = 0\n\
         for port in range(100000):\n\
@@ -100,7 +100,7 @@ fn a_guest_that_opens_a_hundred_thousand_connections() {
         \x20   except OSError: refused += 1\n\
         listener = socket.create_server(('127.0.0.1', 0), backlog=1000)\n\
         kept = []\n\
-        for _ in range(100000):\n\
+        for _ in range(5000):\n\
         \x20   try: kept.append(socket.create_connection(listener.getsockname(), timeout=1)); kept.append(listener.accept()[0])\n\
         \x20   except OSError: break\n\
         print(opened, refused)";

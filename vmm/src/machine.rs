@@ -13,7 +13,7 @@ use carrel_protocol::vmm::{
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::current as arch;
@@ -127,6 +127,9 @@ pub fn boot(
     timeline.mark("configuration");
 
     let memory = memory::allocate(config.memory_mib, config.huge_pages)?;
+    let loaded = start_loading(&memory, config.kernel.image, config.initramfs)?;
+    timeline.mark("memory");
+
     // SAFETY: the descriptor is owned and was opened as /dev/kvm; its owner is given up here.
     let kvm_device = unsafe { Kvm::from_raw_fd(config.kvm.into_raw_fd()) };
     if kvm_device.get_api_version() != 12 {
@@ -137,17 +140,10 @@ pub fn boot(
     }
     let vm = create_vm(&kvm_device)?;
     register_memory(&vm, &memory)?;
-    timeline.mark("memory");
-
-    let mut kernel_image = File::from(config.kernel.image);
-    let kernel = arch::load::kernel(&memory, &mut kernel_image)?;
-    let initramfs = match config.initramfs {
-        Some(image) => Some(arch::load::initramfs(&memory, kernel.end, &mut File::from(image))?),
-        None => None,
-    };
-    timeline.mark("kernel");
-
     arch::create_interrupt_chips(&vm).map_err(kvm("create interrupt chips"))?;
+    let vcpus = create_vcpus(&kvm_device, &vm, config.vcpus.get())?;
+    timeline.mark("vm");
+
     let epoll = Epoll::new().map_err(host("create an epoll"))?;
     let devices = Devices::new(config.vsock, config.blocks, config.entropy, config.balloon, &memory, &epoll)?;
     let bus = devices.bus();
@@ -162,13 +158,18 @@ pub fn boot(
     };
     timeline.mark("devices");
 
+    let (kernel, initramfs) = loaded()?;
+    timeline.mark("kernel");
+
     let command_line = devices.command_line(&config.kernel.command_line);
     arch::boot::write(&memory, &kernel, &command_line, initramfs)?;
     arch::mptable::write(&memory, config.vcpus)?;
     arch::registers::write_tables(&memory, !kernel.pvh)?;
     arch::arm_restart_flag(&memory)?;
-    let vcpu_fds = create_vcpus(&kvm_device, &vm, config.vcpus.get(), &kernel)?;
-    timeline.mark("vcpus");
+    for (index, vcpu) in (0u8..).zip(&vcpus) {
+        arch::registers::set_up(vcpu, index, &kernel)?;
+    }
+    timeline.mark("registers");
 
     let shared = Arc::new(Shared {
         gate: Gate::default(),
@@ -182,11 +183,13 @@ pub fn boot(
     let signals = signal::watch().map_err(host("watch for signals"))?;
     // Nobody passes the gate before every thread is under its filter.
     shared.gate.pause(|| {});
-    let vcpus = start_vcpus(vcpu_fds, &shared, filters)?;
+    let vcpus = start_vcpus(vcpus, &shared, filters)?;
     if filters {
         seccomp::install(Stage::RunEvents)?;
     }
     timeline.mark("filters");
+    // What only the set-up needs is closed before the guest's first instruction.
+    drop(kvm_device);
     shared.gate.resume();
     Ok(Machine { _vm: vm, shared, devices, vcpus, epoll, control: config.control, signals })
 }
@@ -227,12 +230,39 @@ fn connect_devices(vm: &VmFd, devices: &Devices) -> Result<(), BootError> {
     Ok(())
 }
 
-fn create_vcpus(
-    device: &Kvm,
-    vm: &VmFd,
-    count: u8,
-    kernel: &arch::load::LoadedKernel,
-) -> Result<Vec<VcpuFd>, BootError> {
+/// A kernel and, if there is one, the address and size of the initramfs.
+type Loaded = Result<(arch::load::LoadedKernel, Option<(GuestAddress, u64)>), BootError>;
+
+/// A kernel below this size, bytes, is copied sooner than a thread is made.
+const WORTH_A_THREAD: u64 = 1 << 20;
+
+/// Begins to copy the kernel, while KVM makes the rest: neither needs the other. What is returned waits for it.
+fn start_loading(
+    memory: &GuestMemoryMmap,
+    kernel: OwnedFd,
+    initramfs: Option<OwnedFd>,
+) -> Result<Box<dyn FnOnce() -> Loaded>, BootError> {
+    let mut image = File::from(kernel);
+    // A device has no size that it would tell here, and is loaded at once.
+    let size = image.metadata().map_err(host("look at the kernel's image"))?.len();
+    let memory = memory.clone();
+    let load = move || {
+        let kernel = arch::load::kernel(&memory, &mut image)?;
+        let initramfs = match initramfs {
+            Some(image) => Some(arch::load::initramfs(&memory, kernel.end, &mut File::from(image))?),
+            None => None,
+        };
+        Ok((kernel, initramfs))
+    };
+    if size < WORTH_A_THREAD {
+        return Ok(Box::new(load));
+    }
+    let thread = std::thread::Builder::new().name("loader".into()).stack_size(128 << 10);
+    let thread = thread.spawn(load).map_err(host("start a thread"))?;
+    Ok(Box::new(move || thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))))
+}
+
+fn create_vcpus(device: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, BootError> {
     let supported = arch::cpuid::supported(device)?;
     let mut vcpus = Vec::with_capacity(usize::from(count));
     for index in 0..count {
@@ -242,7 +272,6 @@ fn create_vcpus(
         if let Some(components) = arch::cpuid::extended_state(&cpuid) {
             arch::registers::enable_extended_state(&vcpu, components)?;
         }
-        arch::registers::set_up(&vcpu, index, kernel)?;
         vcpus.push(vcpu);
     }
     Ok(vcpus)
@@ -356,7 +385,7 @@ impl Machine {
                     }
                     FromOwner::Pause(_) => {
                         self.shared.gate.pause(|| self.vcpus.iter().for_each(vcpu::kick));
-                        self.devices.quiesce();
+                        // Devices carry out requests where they take them from their queues, on this thread: none is under way.
                         Done {}.into()
                     }
                     FromOwner::Resume(_) => {

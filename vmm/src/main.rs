@@ -36,7 +36,7 @@ Exit status:
   11  the guest triple-faulted
    2  wrong command line or configuration  21  the host lacks something, a part of the confinement for one
   20  KVM failed                           22  an inner error of the VMM
-  159 (128 + SIGSYS, as a shell shows it)  a system-call filter ended it
+  128 + n  signal n ended the VMM; 159 (SIGSYS): a system-call filter did
 
 Example:
   carrel-vmm --config vm.json, with vm.json:
@@ -66,7 +66,7 @@ fn main() -> ExitCode {
             return ExitCode::from(End::BadConfiguration.status());
         }
     };
-    ExitCode::from(run(&arguments).status())
+    ExitCode::from(run(&arguments))
 }
 
 fn parse() -> Result<Option<Arguments>, String> {
@@ -107,16 +107,17 @@ fn parse() -> Result<Option<Arguments>, String> {
     }
 }
 
-fn run(arguments: &Arguments) -> End {
+/// Does what the arguments ask for and returns the exit status.
+fn run(arguments: &Arguments) -> u8 {
     if let Some(fd) = arguments.owner {
         // SAFETY: the descriptor was passed to this process for this use; nobody else here knows of it.
         let owner = unsafe { OwnedFd::from_raw_fd(fd) };
-        return confined::run(Connection::new(owner), &arguments.without);
+        return confined::run(Connection::new(owner), &arguments.without).status();
     }
     if arguments.print_kvm {
-        return print_kvm();
+        return print_kvm().status();
     }
-    let Some(path) = &arguments.config else { return End::BadConfiguration };
+    let Some(path) = &arguments.config else { return End::BadConfiguration.status() };
     let vm: VmFile = match fs::read(path)
         .map_err(|e| e.to_string())
         .and_then(|text| serde_json::from_slice(&text).map_err(|e| e.to_string()))
@@ -124,12 +125,16 @@ fn run(arguments: &Arguments) -> End {
         Ok(vm) => vm,
         Err(why) => {
             eprintln!("carrel-vmm: {} is no usable configuration: {why}", path.display());
-            return End::BadConfiguration;
+            return End::BadConfiguration.status();
         }
     };
     if arguments.print_config {
-        return print_config(&vm);
+        return print_config(&vm).status();
     }
+    run_alone(vm, arguments)
+}
+
+fn run_alone(vm: VmFile, arguments: &Arguments) -> u8 {
     for part in arguments.without.parts() {
         eprintln!("carrel-vmm: running without this part of the confinement: {part}");
     }
@@ -139,14 +144,14 @@ fn run(arguments: &Arguments) -> End {
         timeline: arguments.timeline,
     };
     match standalone::run(vm, &options) {
-        Ok(end) => end,
+        Ok(outcome) => outcome.status(),
         Err(e) => {
             eprintln!("carrel-vmm: {}", confined::chain(&e));
             match e {
-                standalone::StandaloneError::Resources(_) => End::BadConfiguration,
+                standalone::StandaloneError::Resources(_) => End::BadConfiguration.status(),
                 standalone::StandaloneError::Clone { .. }
                 | standalone::StandaloneError::Owner(_)
-                | standalone::StandaloneError::Io(_) => End::Host,
+                | standalone::StandaloneError::Io(_) => End::Host.status(),
             }
         }
     }

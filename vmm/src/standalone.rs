@@ -63,8 +63,27 @@ pub struct Options {
     pub timeline: bool,
 }
 
+/// How it came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The VMM said so.
+    Ended(End),
+    /// A signal ended the VMM: SIGSYS is a system-call filter's.
+    Killed(i32),
+}
+
+impl Outcome {
+    /// The launcher's own exit status: the VMM's, or 128 + n as a shell has it.
+    pub fn status(self) -> u8 {
+        match self {
+            Self::Ended(end) => end.status(),
+            Self::Killed(signal) => u8::try_from(128 + signal).unwrap_or(u8::MAX),
+        }
+    }
+}
+
 /// Runs the machine to its end.
-pub fn run(vm: VmFile, options: &Options) -> Result<End, StandaloneError> {
+pub fn run(vm: VmFile, options: &Options) -> Result<Outcome, StandaloneError> {
     let dial = vm.vsock.as_ref().and_then(|vsock| vsock.socket.clone());
     let made = SocketFiles::of(&vm);
     let (vm, descriptors) = resources::from_file(vm)?;
@@ -78,11 +97,30 @@ pub fn run(vm: VmFile, options: &Options) -> Result<End, StandaloneError> {
     ours.send(&FromOwner::from(Configure { version: vmm::VERSION, vm }), &borrowed)?;
     drop(borrowed);
     drop(descriptors);
-    let end = serve(&ours, dial.as_deref(), options.timeline)?;
-    child.wait()?;
+    let last_word = serve(&ours, dial.as_deref(), options.timeline)?;
+    let status = child.wait()?;
     drop(cgroup);
     drop(made);
-    Ok(end)
+    match last_word {
+        Some(end) => Ok(Outcome::Ended(end)),
+        None => Ok(wordless(status)),
+    }
+}
+
+/// What became of a VMM that ended without a word.
+fn wordless(status: i32) -> Outcome {
+    if !libc::WIFSIGNALED(status) {
+        // Another owner has heard the word, or nobody; the status says the same.
+        let own = u8::try_from(libc::WEXITSTATUS(status)).ok().and_then(End::from_status);
+        return Outcome::Ended(own.unwrap_or(End::Internal));
+    }
+    match libc::WTERMSIG(status) {
+        libc::SIGSYS => {
+            eprintln!("carrel-vmm: a system-call filter ended the VMM; the audit log names the call")
+        }
+        signal => eprintln!("carrel-vmm: the VMM was killed by signal {signal}"),
+    }
+    Outcome::Killed(libc::WTERMSIG(status))
 }
 
 /// Sockets that were bound for this run; removed with it.
@@ -251,8 +289,12 @@ fn map_user(pid: i32) -> io::Result<()> {
     fs::write(format!("/proc/{pid}/gid_map"), format!("0 {} 1", outside(gid)))
 }
 
-/// The owner's part until the VMM says that it ended, or is gone.
-fn serve(connection: &Connection, dial: Option<&Path>, timeline: bool) -> Result<End, StandaloneError> {
+/// The owner's part until the VMM says how it ended, or is gone without a word.
+fn serve(
+    connection: &Connection,
+    dial: Option<&Path>,
+    timeline: bool,
+) -> Result<Option<End>, StandaloneError> {
     // The VMM watches these signals itself, but its PID namespace hides it from whoever sends them: they become a Stop.
     let signals = signal::watch()?;
     loop {
@@ -274,13 +316,13 @@ fn serve(connection: &Connection, dial: Option<&Path>, timeline: bool) -> Result
                 }
                 FromVmm::Broken(Broken { end, message }) => {
                     eprintln!("carrel-vmm: {message}");
-                    return Ok(end);
+                    return Ok(Some(end));
                 }
                 FromVmm::Ended(Ended { end, detail }) => {
                     if let (End::Kvm | End::Host | End::Internal, Some(detail)) = (end, detail) {
                         eprintln!("carrel-vmm: {detail}");
                     }
-                    return Ok(end);
+                    return Ok(Some(end));
                 }
                 FromVmm::DeviceStopped(stopped) => {
                     eprintln!("carrel-vmm: {} stopped: {:?}", stopped.device, stopped.reason);
@@ -290,10 +332,7 @@ fn serve(connection: &Connection, dial: Option<&Path>, timeline: bool) -> Result
             Err(OwnerError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {}
             // It ended before it read our Stop (unix(7)); its last words come with the next packet.
             Err(OwnerError::Io(e)) if e.kind() == io::ErrorKind::ConnectionReset => {}
-            Err(OwnerError::Closed) => {
-                eprintln!("carrel-vmm: the VMM was killed");
-                return Ok(End::Internal);
-            }
+            Err(OwnerError::Closed) => return Ok(None),
             Err(e) => return Err(e.into()),
         }
     }

@@ -189,8 +189,15 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Errors mean that it is gone already.
-        let _ = self.child.kill();
+        // Its children too: what strace followed outlives a killed strace. Errors mean that it is gone already.
+        for pid in crate::meter::family(self.pid()).into_iter().rev() {
+            if let Ok(pid) = i32::try_from(pid) {
+                let _ = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(pid),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
+            }
+        }
         let _ = self.child.wait();
     }
 }

@@ -69,7 +69,7 @@ enum Bench {
     Tiny,
     /// Process start to /init of a Linux guest, 128 MiB, 1 vCPU
     Boot,
-    /// The VMM's own memory with the three-instruction guest: PSS, and kernel memory of its cgroup
+    /// The VMM's own memory with the three-instruction guest: PSS without guest memory, and kernel memory of its cgroup
     Memory,
     /// 256 MiB into the guest, out of it, and single bytes there and back
     Vsock,
@@ -102,21 +102,24 @@ fn main() -> Result<()> {
     let options = Options::parse();
     let folder = tempfile::tempdir()?;
     let machine = machine(&options, folder.path())?;
-    let confined = Engine::Carrel { binary: options.carrel_vmm.clone(), arguments: Vec::new() };
-    let unconfined =
-        Engine::Carrel { binary: options.carrel_vmm.clone(), arguments: vec!["--unconfined".into()] };
-    let peer = Engine::Firecracker { binary: options.firecracker.clone() };
+    let binary = stage(&options.carrel_vmm, folder.path(), "carrel-vmm")?;
+    let confined = Engine::Carrel { binary: binary.clone(), arguments: Vec::new() };
+    let unconfined = Engine::Carrel { binary, arguments: vec!["--unconfined".into()] };
+    let peer = Engine::Firecracker { binary: stage(&options.firecracker, folder.path(), "firecracker")? };
     let sides = [confined, peer, unconfined];
 
     let mut samples: [Vec<Sample>; 3] = Default::default();
+    let mut turns: Vec<_> = sides.iter().zip(&mut samples).collect();
     for round in 0..options.warm_ups + options.runs {
-        for (side, samples) in sides.iter().zip(&mut samples) {
+        for (side, samples) in &mut turns {
             let sample = sample(options.bench, side, &machine)
                 .with_context(|| format!("round {round} of {} failed", side.name()))?;
             if round >= options.warm_ups {
                 samples.push(sample);
             }
         }
+        // Another side begins: what one leaves to be done meets the next.
+        turns.rotate_left(1);
         progress(round, options.warm_ups + options.runs);
     }
     let [confined, theirs, unconfined] = &samples;
@@ -133,6 +136,13 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// A copy beside everything else that is measured: read over a shared file system, a kernel takes longer than its boot.
+fn stage(from: &Path, folder: &Path, name: &str) -> Result<PathBuf> {
+    let to = folder.join(name);
+    fs::copy(from, &to).with_context(|| format!("{} can't be copied", from.display()))?;
+    Ok(to)
+}
+
 /// What the bench boots, its images written into `folder`.
 fn machine(options: &Options, folder: &Path) -> Result<Machine> {
     let write = |name: &str, bytes: &[u8]| -> Result<PathBuf> {
@@ -140,7 +150,10 @@ fn machine(options: &Options, folder: &Path) -> Result<Machine> {
         fs::write(&path, bytes)?;
         Ok(path)
     };
-    let linux = || options.kernel.clone().context("--kernel says which guest kernel to boot");
+    let linux = || {
+        let kernel = options.kernel.as_ref().context("--kernel says which guest kernel to boot")?;
+        stage(kernel, folder, "vmlinux")
+    };
     let (kernel, initramfs) = match options.bench {
         Bench::Tiny | Bench::Memory => (write("tiny", &guest_images::tiny_kernel())?, None),
         Bench::Boot => {
@@ -185,7 +198,7 @@ fn sample(bench: Bench, side: &Engine, machine: &Machine) -> Result<Sample> {
             let cgroup = meter::Cgroup::new("carrel-bench");
             let wrapper = cgroup.as_ref().map(meter::Cgroup::wrapper).unwrap_or_default();
             let (_, running) = side.start(machine, &wrapper)?;
-            let pss = meter::pss_kib(&meter::family(running.pid()))?;
+            let pss = meter::pss_kib(&meter::family(running.pid()), machine.memory_mib)?;
             let kernel = match &cgroup {
                 Some(cgroup) => number(cgroup.kernel_kib()?),
                 None => f64::NAN,

@@ -23,15 +23,30 @@ pub(crate) fn family(pid: u32) -> Vec<u32> {
     family
 }
 
-/// Proportional set size of the processes, KiB (`smaps_rollup`).
-pub(crate) fn pss_kib(pids: &[u32]) -> Result<u64> {
+/// Proportional set size of the processes, KiB, without guest memory: mappings of `guest_mib` or more (`smaps`). How much of its
+/// memory a guest takes, and in pages of which size, is its own affair and the host's.
+pub(crate) fn pss_kib(pids: &[u32], guest_mib: u32) -> Result<u64> {
     let mut total = 0;
     for pid in pids {
-        let path = format!("/proc/{pid}/smaps_rollup");
+        let path = format!("/proc/{pid}/smaps");
         let text = fs::read_to_string(&path).with_context(|| path.clone())?;
-        total += field(&text, "Pss:").with_context(|| format!("{path} has no Pss"))?;
+        total += own_pss(&text, u64::from(guest_mib) << 10);
     }
     Ok(total)
+}
+
+/// The sum of `Pss:` over the mappings whose `Size:`, which comes first, is below a limit; KiB.
+fn own_pss(smaps: &str, limit: u64) -> u64 {
+    let mut total = 0;
+    let mut counts = false;
+    for line in smaps.lines() {
+        if let Some(size) = field(line, "Size:") {
+            counts = size < limit;
+        } else if let Some(pss) = field(line, "Pss:").filter(|_| counts) {
+            total += pss;
+        }
+    }
+    total
 }
 
 /// Minor and major page faults of the processes so far.
@@ -66,6 +81,9 @@ impl Cgroup {
             fs::read_to_string(root.join(file))
                 .is_ok_and(|text| text.split_whitespace().any(|c| c == "memory"))
         };
+        if !has("cgroup.controllers") {
+            return None;
+        }
         if !has("cgroup.subtree_control") {
             fs::write(root.join("cgroup.subtree_control"), "+memory").ok()?;
         }
@@ -113,6 +131,14 @@ fn stat_field(pid: u32, number: usize) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn guest_memory_is_not_the_vmms() {
+        let smaps = "1000-2000 r-xp 0 0:0 0 a\nSize: 4 kB\nKernelPageSize: 4 kB\nPss: 3 kB\nPss_Dirty: 3 kB\n\
+            2000-9000 rw-p 0 0:0 0\nSize: 131072 kB\nPss: 2048 kB\n\
+            9000-a000 rw-p 0 0:0 0\nSize: 8 kB\nPss: 8 kB\n";
+        assert_eq!(own_pss(smaps, 128 << 10), 11);
+    }
 
     #[test]
     fn ones_own_family_has_a_size_and_faults() {

@@ -14,9 +14,10 @@ const F_DEFLATE_ON_OOM: u64 = 1 << 2;
 const F_REPORTING: u64 = 1 << 5;
 const PAGE: u64 = 4096;
 const PAGES_PER_MIB: u32 = 256;
-const BATCH: usize = 64;
+/// Chains served in one turn: each may ask for as many madvise calls as it names pages or ranges.
+const BATCH: usize = 8;
 /// Page numbers taken from one chain at most; Linux sends 256.
-const MAX_PAGES: usize = 4096;
+const MAX_PAGES: usize = 1024;
 
 /// See the module's page.
 #[derive(Debug)]

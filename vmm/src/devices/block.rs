@@ -10,10 +10,12 @@
 //! corrupt it. Data goes between file and guest memory without a copy of ours (`preadv`, `pwritev`). Requests are carried out at once, on the
 //! event thread: a room has a page cache beneath it, and a slow disk slows its own room alone.
 
+mod file;
+
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
@@ -37,12 +39,20 @@ const ID_BYTES: usize = 20;
 const SEGMENT: usize = 16;
 /// Segments of one discard or zeroing at most, and sectors in each: what the configuration space promises.
 const MAX_SEGMENTS: u32 = 16;
-const MAX_SEGMENT_SECTORS: u32 = 1 << 20;
+const MAX_SEGMENT_SECTORS: u32 = 1 << 17;
+/// The same for zeroing, which has to be written out where the host's file system knows no holes.
+const MAX_ZEROED_SEGMENTS: u32 = 1;
+const MAX_ZEROED_SECTORS: u32 = 1 << 15;
 const QUEUE_SIZE: u16 = 128;
-/// Data segments of one request: what fits into a queue beside header and status.
+/// Data segments of one request: what fits into a queue beside header and status; and bytes in each. Without the second a guest could name
+/// the same pages again and again, and keep the event thread with one request for 4 GiB.
 const MAX_DATA_SEGMENTS: u32 = 126;
-/// Requests served before other devices have their turn.
+const MAX_SEGMENT_BYTES: u32 = 128 << 10;
+/// Bytes of one request at most, 15.75 MiB: what the two promise.
+const MAX_REQUEST_BYTES: usize = 126 * (128 << 10);
+/// A turn ends with so many requests, or with so many bytes.
 const BATCH: usize = 32;
+const BATCH_BYTES: usize = 4 << 20;
 
 const CONFIG_BYTES: usize = 60;
 
@@ -107,6 +117,8 @@ pub struct Block {
     /// One bit a block, where there are both a base and an overlay.
     present: Vec<u64>,
     bucket: Option<Bucket>,
+    /// Bytes moved in this turn.
+    turn_bytes: usize,
     /// Counters.
     pub counters: Counters,
     /// A reason to tell the owner of, once each.
@@ -128,7 +140,7 @@ impl Block {
             return Err(BlockError::Nothing { id });
         }
         let base = match base.map(File::from) {
-            Some(file) => match length(&file) {
+            Some(file) => match file::length(&file) {
                 Ok(length) => Some((file, length)),
                 Err(source) => return Err(BlockError::Measure { id, source }),
             },
@@ -145,6 +157,7 @@ impl Block {
             overlay: overlay.map(File::from),
             present: vec![0; words],
             bucket: limit.map(|limit| Bucket::new(limit, Instant::now())),
+            turn_bytes: 0,
             counters: Counters::default(),
             trouble: None,
             told: Vec::new(),
@@ -158,7 +171,8 @@ impl Block {
 
     /// Offered features.
     pub fn features(&self) -> u64 {
-        let always = 1 << wire::VIRTIO_BLK_F_SEG_MAX
+        let always = 1 << wire::VIRTIO_BLK_F_SIZE_MAX
+            | 1 << wire::VIRTIO_BLK_F_SEG_MAX
             | 1 << wire::VIRTIO_BLK_F_BLK_SIZE
             | 1 << wire::VIRTIO_BLK_F_FLUSH;
         let kind = match self.overlay {
@@ -180,13 +194,14 @@ impl Block {
             }
         };
         put(0, &(self.bytes / SECTOR).to_le_bytes());
-        put(12, &MAX_DATA_SEGMENTS.to_le_bytes());
+        put(8, &MAX_SEGMENT_BYTES.to_le_bytes()); // size_max
+        put(12, &MAX_DATA_SEGMENTS.to_le_bytes()); // seg_max
         put(20, &512u32.to_le_bytes()); // blk_size
         put(36, &MAX_SEGMENT_SECTORS.to_le_bytes()); // max_discard_sectors
         put(40, &MAX_SEGMENTS.to_le_bytes()); // max_discard_seg
         put(44, &8u32.to_le_bytes()); // discard_sector_alignment
-        put(48, &MAX_SEGMENT_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
-        put(52, &MAX_SEGMENTS.to_le_bytes()); // max_write_zeroes_seg
+        put(48, &MAX_ZEROED_SECTORS.to_le_bytes()); // max_write_zeroes_sectors
+        put(52, &MAX_ZEROED_SEGMENTS.to_le_bytes()); // max_write_zeroes_seg
         put(56, &[1]); // write_zeroes_may_unmap
         config
     }
@@ -220,7 +235,11 @@ impl Block {
 
     /// Serves the request queue. True when there is more to do at once.
     pub fn serve(&mut self, ring: &mut Ring) -> Result<bool, Fault> {
+        self.turn_bytes = 0;
         for _ in 0..BATCH {
+            if self.turn_bytes >= BATCH_BYTES {
+                break;
+            }
             if self.bucket.as_mut().is_some_and(|bucket| !bucket.is_open(Instant::now())) {
                 ring.notify()?;
                 return Ok(false);
@@ -251,8 +270,11 @@ impl Block {
             wire::VIRTIO_BLK_T_OUT => self.write(sector, &from).map(|()| 0),
             wire::VIRTIO_BLK_T_FLUSH => self.flush().map(|()| 0),
             wire::VIRTIO_BLK_T_GET_ID => self.tell_id(&into),
-            wire::VIRTIO_BLK_T_DISCARD | wire::VIRTIO_BLK_T_WRITE_ZEROES => {
-                self.clear_segments(&from).map(|()| 0)
+            wire::VIRTIO_BLK_T_DISCARD => {
+                self.clear_segments(&from, MAX_SEGMENTS, MAX_SEGMENT_SECTORS, Clear::Discard).map(|()| 0)
+            }
+            wire::VIRTIO_BLK_T_WRITE_ZEROES => {
+                self.clear_segments(&from, MAX_ZEROED_SEGMENTS, MAX_ZEROED_SECTORS, Clear::Zero).map(|()| 0)
             }
             _ => Err(Refusal::Unsupported),
         };
@@ -272,6 +294,14 @@ impl Block {
         Ok(written + 1)
     }
 
+    /// The byte range of a request's data, if the disk has it and the request is no larger than was promised.
+    fn data_range(&self, sector: u64, length: usize) -> Result<Range<u64>, Refusal> {
+        if length > MAX_REQUEST_BYTES {
+            return Err(Refusal::Wrong);
+        }
+        self.range(sector, length)
+    }
+
     /// The byte range of `length` bytes from a sector, if the disk has it.
     fn range(&self, sector: u64, length: usize) -> Result<Range<u64>, Refusal> {
         let length = u64::try_from(length).map_err(|_| Refusal::Wrong)?;
@@ -281,13 +311,19 @@ impl Block {
     }
 
     fn spend(&mut self, bytes: usize) {
+        self.turn_bytes = self.turn_bytes.saturating_add(bytes);
         if let Some(bucket) = &mut self.bucket {
             bucket.spend(u64::try_from(bytes).unwrap_or(u64::MAX));
         }
     }
 
+    /// After this request the others have their turn: how long it takes is up to the host's file system.
+    fn end_turn(&mut self) {
+        self.turn_bytes = BATCH_BYTES;
+    }
+
     fn read(&mut self, sector: u64, into: &Ranges) -> Result<(), Refusal> {
-        let range = self.range(sector, into.len())?;
+        let range = self.data_range(sector, into.len())?;
         self.spend(into.len());
         self.counters.reads += 1;
         let mut at = range.start;
@@ -295,9 +331,9 @@ impl Block {
             let run = self.run(at, range.end);
             let part = into.part(offset(at - range.start), offset(run.end - at));
             match (self.source(at), &self.base) {
-                (Some(file), _) => read_all(file, &part, at)?,
+                (Some(file), _) => file::read_all(file, &part, at).map_err(Refusal::Host)?,
                 (None, Some((base, length))) if at < *length => {
-                    read_all(base, &part.part(0, offset(length - at)), at)?;
+                    file::read_all(base, &part.part(0, offset(length - at)), at).map_err(Refusal::Host)?;
                     part.part(offset(length.saturating_sub(at)), usize::MAX).zero();
                 }
                 (None, _) => part.zero(),
@@ -345,7 +381,7 @@ impl Block {
     }
 
     fn write(&mut self, sector: u64, from: &Ranges) -> Result<(), Refusal> {
-        let range = self.range(sector, from.len())?;
+        let range = self.data_range(sector, from.len())?;
         if self.overlay.is_none() {
             return Err(Refusal::Wrong);
         }
@@ -353,7 +389,7 @@ impl Block {
         self.counters.writes += 1;
         self.copy_up_edges(&range)?;
         if let Some(overlay) = &self.overlay {
-            write_all(overlay, from, range.start)?;
+            file::write_all(overlay, from, range.start).map_err(Refusal::Host)?;
         }
         self.mark(&range);
         self.counters.written_bytes += range.end - range.start;
@@ -385,7 +421,10 @@ impl Block {
         Ok(())
     }
 
-    fn flush(&self) -> Result<(), Refusal> {
+    fn flush(&mut self) -> Result<(), Refusal> {
+        // Costs the host as much as a write.
+        self.spend(0);
+        self.end_turn();
         match &self.overlay {
             Some(overlay) => overlay.sync_data().map_err(Refusal::Host),
             None => Ok(()),
@@ -401,10 +440,16 @@ impl Block {
         Ok(ID_BYTES)
     }
 
-    /// Discard and write-zeroes (§5.2.6): both leave zeros, and both give the host its room back.
-    fn clear_segments(&mut self, from: &Ranges) -> Result<(), Refusal> {
+    /// Discard and write-zeroes (§5.2.6): where the host's file system knows holes, both leave zeros and give the host its room back.
+    fn clear_segments(
+        &mut self,
+        from: &Ranges,
+        segments: u32,
+        sectors_each: u32,
+        how: Clear,
+    ) -> Result<(), Refusal> {
         let count = from.len() / SEGMENT;
-        if self.overlay.is_none() || count == 0 || u32::try_from(count).is_ok_and(|n| n > MAX_SEGMENTS) {
+        if self.overlay.is_none() || count == 0 || u32::try_from(count).map_or(true, |n| n > segments) {
             return Err(Refusal::Wrong);
         }
         let mut bytes = vec![0; count * SEGMENT];
@@ -417,27 +462,41 @@ impl Block {
             if u32::from_le_bytes(flags) & !1 != 0 {
                 return Err(Refusal::Unsupported);
             }
-            if sectors > MAX_SEGMENT_SECTORS {
+            if sectors > sectors_each {
                 return Err(Refusal::Wrong);
             }
             let length = usize::try_from(u64::from(sectors) * SECTOR).map_err(|_| Refusal::Wrong)?;
-            self.clear(&self.range(sector, length)?)?;
+            self.clear(&self.range(sector, length)?, how)?;
         }
         Ok(())
     }
 
-    fn clear(&mut self, range: &Range<u64>) -> Result<(), Refusal> {
+    fn clear(&mut self, range: &Range<u64>, how: Clear) -> Result<(), Refusal> {
         if range.is_empty() {
             return Ok(());
         }
         self.spend(0);
+        self.end_turn();
         self.copy_up_edges(range)?;
-        if let Some(overlay) = &self.overlay {
-            punch(overlay, range).map_err(Refusal::Host)?;
+        let Some(overlay) = &self.overlay else { return Err(Refusal::Wrong) };
+        match (file::punch(overlay, range).map_err(Refusal::Host)?, how) {
+            (true, _) => {}
+            (false, Clear::Zero) => file::write_zeros(overlay, range).map_err(Refusal::Host)?,
+            // What is read afterwards is the device's choice; what was there costs nobody anything.
+            (false, Clear::Discard) => return Ok(()),
         }
         self.mark(range);
         Ok(())
     }
+}
+
+/// What a clearing promises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Clear {
+    /// Nothing but that the sectors hold nothing of worth.
+    Discard,
+    /// Zeros.
+    Zero,
 }
 
 /// Why a request fails, the device going on.
@@ -454,86 +513,6 @@ enum Refusal {
 /// Lengths of one request: bounded by what a queue can describe, so they fit.
 fn offset(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
-}
-
-/// A file's or block device's length.
-fn length(file: &File) -> io::Result<u64> {
-    use std::io::{Seek, SeekFrom};
-    let mut file = file;
-    file.seek(SeekFrom::End(0))
-}
-
-/// Reads until the ranges are full; what the file doesn't have reads as zeros.
-fn read_all(file: &File, into: &Ranges, at: u64) -> Result<(), Refusal> {
-    let mut done = 0;
-    while done < into.len() {
-        let rest = into.part(done, usize::MAX);
-        let position = position(at, done)?;
-        let n = rest
-            .with(|parts, count| {
-                // SAFETY: the parts are ranges of guest memory, mapped and writable as long as the device lives.
-                unsafe { libc::preadv(file.as_raw_fd(), parts, count, position) }
-            })
-            .map_err(Refusal::Host)?;
-        if n == 0 {
-            rest.zero();
-            break;
-        }
-        done += n;
-    }
-    Ok(())
-}
-
-fn write_all(file: &File, from: &Ranges, at: u64) -> Result<(), Refusal> {
-    let mut done = 0;
-    while done < from.len() {
-        let rest = from.part(done, usize::MAX);
-        let position = position(at, done)?;
-        let n = rest
-            .with(|parts, count| {
-                // SAFETY: the parts are ranges of guest memory, mapped as long as the device lives.
-                unsafe { libc::pwritev(file.as_raw_fd(), parts, count, position) }
-            })
-            .map_err(Refusal::Host)?;
-        if n == 0 {
-            return Err(Refusal::Host(io::ErrorKind::WriteZero.into()));
-        }
-        done += n;
-    }
-    Ok(())
-}
-
-fn position(at: u64, done: usize) -> Result<i64, Refusal> {
-    u64::try_from(done)
-        .ok()
-        .and_then(|done| at.checked_add(done))
-        .and_then(|at| i64::try_from(at).ok())
-        .ok_or(Refusal::Wrong)
-}
-
-/// fallocate(2): a hole reads as zeros. A file system without holes gets zeros written.
-fn punch(file: &File, range: &Range<u64>) -> io::Result<()> {
-    let (start, length) = (range.start.cast_signed(), (range.end - range.start).cast_signed());
-    let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-    // SAFETY: no pointers are passed.
-    if unsafe { libc::fallocate(file.as_raw_fd(), mode, start, length) } == 0 {
-        return Ok(());
-    }
-    match io::Error::last_os_error() {
-        e if e.raw_os_error() == Some(libc::EOPNOTSUPP) => write_zeros(file, range),
-        e => Err(e),
-    }
-}
-
-fn write_zeros(file: &File, range: &Range<u64>) -> io::Result<()> {
-    let zeros = [0; 64 << 10];
-    let mut at = range.start;
-    while at < range.end {
-        let now = zeros.get(..offset(range.end - at).min(zeros.len())).unwrap_or_default();
-        file.write_all_at(now, at)?;
-        at += u64::try_from(now.len()).unwrap_or(0);
-    }
-    Ok(())
 }
 
 #[cfg(test)]

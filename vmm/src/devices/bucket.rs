@@ -63,7 +63,8 @@ impl Bucket {
             && passed > 0
         {
             self.tokens().for_each(|tokens| tokens.refill(passed));
-            self.filled = now;
+            // By whole milliseconds: what is left of the last one counts the next time.
+            self.filled += Duration::from_millis(passed.unsigned_abs());
         }
         let open = self.tokens().all(|tokens| tokens.wait_ms() == 0);
         self.closed = !open;
@@ -102,11 +103,18 @@ mod tests {
 
     /// Requests of this size that go through in ten seconds.
     fn in_ten_seconds(limit: IoLimit, size: u64) -> u64 {
+        in_steps_of(Duration::from_millis(1), limit, size)
+    }
+
+    /// The same, asked so often.
+    fn in_steps_of(step: Duration, limit: IoLimit, size: u64) -> u64 {
         let start = Instant::now();
         let mut bucket = Bucket::new(limit, start);
         let mut through = 0;
-        for ms in 0..10_000 {
-            while bucket.is_open(start + Duration::from_millis(ms)) {
+        let mut passed = Duration::ZERO;
+        while passed < Duration::from_secs(10) {
+            passed += step;
+            while bucket.is_open(start + passed) {
                 bucket.spend(size);
                 through += 1;
             }
@@ -120,6 +128,14 @@ mod tests {
         assert!((1090..=1110).contains(&in_ten_seconds(limit(Some(4096 * 100), None), 4096)));
         // Larger than the bucket: through, and the debt is waited for.
         assert!((10..=12).contains(&in_ten_seconds(limit(Some(1000), None), 1000)));
+    }
+
+    #[test]
+    fn the_rate_holds_however_often_it_is_asked() {
+        for step in [200, 999, 1_900] {
+            let through = in_steps_of(Duration::from_micros(step), limit(None, Some(1000)), 0);
+            assert!((10_900..=11_100).contains(&through), "{through} in steps of {step} µs");
+        }
     }
 
     #[test]

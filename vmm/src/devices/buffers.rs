@@ -10,8 +10,11 @@ use virtio_bindings::bindings::virtio_ring::VRING_DESC_F_WRITE;
 use virtio_queue::DescriptorChain;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
-/// Ranges that one system call takes at most (IOV_MAX).
-const MAX_PARTS: usize = 1024;
+/// Descriptors of one chain at most: as many as the longest queue has (virtio §2.7.5.3.1 forbids longer chains, in indirect tables too), and
+/// room for those that lie across the hole below 4 GiB. Descriptors of no length count: a table may hold 65,535 of them.
+pub(super) const MAX_PARTS: usize = 256;
+/// Ranges that one system call takes at most (IOV_MAX). What is left over is a short read or write.
+const MAX_IOVECS: usize = 1024;
 
 /// The guest's driver broke the rules.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +43,10 @@ impl Buffers {
     pub fn parse(chain: DescriptorChain<&GuestMemoryMmap>, memory: &GuestMemoryMmap) -> Result<Self, Fault> {
         let mut buffers =
             Self { head: chain.head_index(), readable: Ranges::default(), writable: Ranges::default() };
-        for descriptor in chain {
+        for (index, descriptor) in chain.enumerate() {
+            if index == MAX_PARTS {
+                return Err(Fault);
+            }
             let writable = u32::from(descriptor.flags()) & VRING_DESC_F_WRITE != 0;
             let length = usize::try_from(descriptor.len()).map_err(|_| Fault)?;
             let ranges = match (writable, buffers.writable.parts.is_empty()) {
@@ -61,9 +67,6 @@ impl Ranges {
     fn add(&mut self, start: *mut u8, length: usize) -> Result<(), Fault> {
         if length == 0 {
             return Ok(());
-        }
-        if self.parts.len() == MAX_PARTS {
-            return Err(Fault);
         }
         self.bytes = self.bytes.checked_add(length).ok_or(Fault)?;
         self.parts.push(libc::iovec { iov_base: start.cast(), iov_len: length });
@@ -160,12 +163,12 @@ impl Ranges {
         }
     }
 
-    /// Runs a vectored system call on the ranges; an empty list is no call.
+    /// Runs a vectored system call on the ranges, or on the first of very many; an empty list is no call.
     pub fn with(&self, call: impl Fn(*const libc::iovec, i32) -> isize) -> io::Result<usize> {
         if self.parts.is_empty() {
             return Ok(0);
         }
-        let count = i32::try_from(self.parts.len()).unwrap_or(0);
+        let count = i32::try_from(self.parts.len().min(MAX_IOVECS)).unwrap_or(0);
         loop {
             match usize::try_from(call(self.parts.as_ptr(), count)) {
                 Ok(n) => return Ok(n),

@@ -123,6 +123,11 @@ impl Driver {
         usize::from(self.available.wrapping_sub(self.seen))
     }
 
+    /// Takes back what came, whatever it holds.
+    pub(crate) fn skip_used(&mut self) {
+        self.seen = self.memory.read_obj(GuestAddress(self.base + 0xa002)).unwrap();
+    }
+
     /// Room for a buffer; old ones are used again after a while.
     fn buffer(&mut self, length: usize) -> u64 {
         if self.next_buffer + u64::try_from(length).unwrap() > self.first_buffer + REGION {

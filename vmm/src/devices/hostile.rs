@@ -218,6 +218,38 @@ fn access() -> impl Strategy<Value = Access> {
     ]
 }
 
+/// What a driver does to its device reaches the owner's log: it must not be able to fill it.
+#[test]
+fn a_driver_that_breaks_its_device_again_and_again_is_told_of_once() {
+    let (memory, epoll) = (memory(), Epoll::new().unwrap());
+    let mut devices = Devices::new(None, Vec::new(), Some(EntropyConfig {}), None, &memory, &epoll).unwrap();
+    let bus = devices.bus();
+    let write = |offset: u64, value: u32| bus.write(BASE + offset, &value.to_le_bytes());
+    // More available than the queue holds.
+    memory.write_obj(ENTRIES + 1, GuestAddress(QUEUE + AVAILABLE + 2)).unwrap();
+    let mut notices = 0;
+    for _ in 0..10 {
+        for (offset, value) in [(STATUS, 0), (STATUS, 3), (0x24, 1), (0x20, 1), (STATUS, 11)] {
+            write(offset, value);
+        }
+        write(0x38, ENTRIES.into());
+        for (register, part) in [(0x80, 0), (0x90, AVAILABLE), (0xa0, USED)] {
+            write(register, u32::try_from(QUEUE + part).unwrap());
+        }
+        write(0x44, 1);
+        write(STATUS, 15);
+        devices.handle(
+            &Event { token: queue_token(0, 0), readable: true, writable: false, closed: false },
+            &epoll,
+        );
+        let mut status = [0; 4];
+        bus.read(BASE + STATUS, &mut status);
+        assert_eq!(u32::from_le_bytes(status), 15 | NEEDS_RESET);
+        notices += devices.take_notices().len();
+    }
+    assert_eq!(notices, 1);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 

@@ -34,8 +34,8 @@ const VENDOR: u32 = u32::from_le_bytes(*b"crrl");
 const CONFIG: u64 = 0x100;
 /// The register by which a driver notifies; KVM takes its writes and signals the queue's eventfd.
 pub const QUEUE_NOTIFY: u64 = 0x50;
-/// Times that one queue is served before other devices have their turn.
-const TURNS: usize = 16;
+/// Turns of one queue before other devices, the owner and signals have theirs. What a turn may take is each device's to bound.
+const TURNS: usize = 4;
 
 /// A device behind its registers.
 #[derive(Debug)]
@@ -151,7 +151,8 @@ impl Transport {
         }
     }
 
-    fn notify(&self, queue: u32) {
+    /// Lets the event thread look at this queue, as if the driver had notified.
+    pub fn notify(&self, queue: u32) {
         let event = usize::try_from(queue).ok().and_then(|queue| self.notifications.get(queue));
         if let Some(event) = event {
             // Full means that it is signalled already.

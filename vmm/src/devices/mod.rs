@@ -25,6 +25,7 @@ pub(crate) mod driver;
 #[cfg(test)]
 mod hostile;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
@@ -271,6 +272,8 @@ pub struct Devices {
     transports: Arc<Vec<Transport>>,
     names: Vec<String>,
     notices: Vec<Notice>,
+    /// Devices whose driver's fault was told. A driver may reset its device and break it again as often as it likes.
+    told_broken: BTreeSet<usize>,
     vsock: Option<usize>,
     blocks: Vec<usize>,
     balloon: Option<usize>,
@@ -327,7 +330,8 @@ impl Devices {
             }
         }
         let transports = Arc::new(transports);
-        Ok(Self { transports, names, notices: Vec::new(), vsock, blocks, balloon, memory_mib })
+        let told_broken = BTreeSet::new();
+        Ok(Self { transports, names, notices: Vec::new(), told_broken, vsock, blocks, balloon, memory_mib })
     }
 
     /// What vCPU threads need of them.
@@ -380,12 +384,13 @@ impl Devices {
         }
         let mut dialled = Vec::new();
         self.with_vsock(|vsock, rings| {
-            if vsock.next_deadline().is_some_and(|at| at <= now) {
+            let late = vsock.next_deadline().is_some_and(|at| at <= now);
+            if late {
                 vsock.expire(now);
-                vsock.pump(rings)?;
             }
+            let more = late && vsock.pump(rings)?;
             dialled = vsock.take_dialled();
-            Ok(())
+            Ok(more)
         });
         self.notices.extend(dialled.into_iter().map(|(port, end)| Notice::Dialled(Dialled { port }, end)));
     }
@@ -434,10 +439,6 @@ impl Devices {
     pub fn take_notices(&mut self) -> Vec<Notice> {
         std::mem::take(&mut self.notices)
     }
-
-    /// Lets everything under way come to rest. Requests are carried out where they are taken from their queues, on the thread that
-    /// calls this, so nothing is.
-    pub fn quiesce(&self) {}
 
     /// Looks at every queue again, after a pause.
     pub fn kick(&self) {
@@ -495,21 +496,26 @@ impl Devices {
         metrics
     }
 
-    fn with_vsock(&mut self, act: impl FnOnce(&mut Vsock, &mut [Ring]) -> Result<(), Fault>) {
+    /// Gives vsock a turn. What says that there is more to do has another one soon, after everybody else.
+    fn with_vsock(&mut self, act: impl FnOnce(&mut Vsock, &mut [Ring]) -> Result<bool, Fault>) {
         let Some(n) = self.vsock else { return };
         let Some(transport) = self.transports.get(n) else { return };
         let done = transport.with(|device, rings| match device {
             Device::Vsock(vsock) => act(vsock, rings),
-            Device::Block(_) | Device::Entropy(_) | Device::Balloon(_) => Ok(()),
+            Device::Block(_) | Device::Entropy(_) | Device::Balloon(_) => Ok(false),
             Device::Net(net) => match *net {},
         });
-        if done.is_err() {
-            self.broken(n);
+        match done {
+            Ok(true) => transport.notify(vsock::RECEIVE),
+            Ok(false) => {}
+            Err(_) => self.broken(n),
         }
     }
 
     fn broken(&mut self, n: usize) {
-        self.stopped(n, DeviceStopReason::DriverFault);
+        if self.told_broken.insert(n) {
+            self.stopped(n, DeviceStopReason::DriverFault);
+        }
     }
 
     fn stopped(&mut self, n: usize, reason: DeviceStopReason) {

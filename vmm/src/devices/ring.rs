@@ -153,6 +153,26 @@ mod tests {
     }
 
     #[test]
+    fn an_endless_table_of_nothing_is_a_fault() {
+        for (entries, is_fault) in [(256u32, false), (257, true), (65_535, true)] {
+            let memory = memory();
+            let (mut driver, mut ring) = Driver::new(&memory, 0, 16);
+            const TABLE: u64 = 0x20_0000;
+            for index in 0..entries {
+                let at = TABLE + 16 * u64::from(index);
+                memory.write_obj(0x8000u64, GuestAddress(at)).unwrap();
+                memory.write_obj(0u32, GuestAddress(at + 8)).unwrap();
+                let next = if index + 1 < entries { 1u16 } else { 0 };
+                memory.write_obj(next, GuestAddress(at + 12)).unwrap();
+                memory.write_obj(u16::try_from(index + 1).unwrap(), GuestAddress(at + 14)).unwrap();
+            }
+            const INDIRECT: u16 = 4;
+            driver.add(&[Part::Raw(TABLE, 16 * entries, INDIRECT)]);
+            assert_eq!(ring.pop().is_err(), is_fault, "{entries}");
+        }
+    }
+
+    #[test]
     fn a_queue_that_the_driver_left_alone_is_at_rest() {
         let memory = memory();
         memory.write_slice(&[0xff; 4096], GuestAddress(0)).unwrap();

@@ -41,10 +41,12 @@ const LEAF_1_ECX: u32 = 1
 const TSC_DEADLINE_X2APIC: u32 = TSC_DEADLINE | 1 << 21;
 const TSC_DEADLINE: u32 = 1 << 24;
 const HYPERVISOR: u32 = 1 << 31;
-/// Leaf 1 EDX without machine-check reporting's thermal parts: FPU … SSE2 and HTT; no DS, ACPI, TM, PBE.
+/// Leaf 1 EDX: FPU … SSE2 and self-snoop; no serial number, DS, ACPI, TM, PBE. HTT says the topology.
 const LEAF_1_EDX: u32 = 0x0fff_fbff & !(1 << 18 | 1 << 20 | 1 << 21 | 1 << 22);
 const HTT: u32 = 1 << 28;
-/// Leaf 7.0 EBX without SGX, RTM-deprecated bits, RDT, processor trace, MPX.
+/// Subleaves of leaf 7 that are passed on.
+const LEAF_7_SUBLEAVES: u32 = 2;
+/// Leaf 7.0 EBX without SGX, RDT, processor trace, MPX. All of its bits have their meaning.
 const LEAF_7_EBX: u32 = !(1 << 2 | 1 << 12 | 1 << 14 | 1 << 15 | 1 << 25);
 /// Leaf 7.0 ECX: AVX-512 VBMI, UMIP, PKU, VBMI2, GFNI, VAES, VPCLMULQDQ, VNNI, BITALG, VPOPCNTDQ, LA57, RDPID.
 const LEAF_7_ECX: u32 = 1 << 1
@@ -62,6 +64,13 @@ const LEAF_7_ECX: u32 = 1 << 1
 /// Leaf 7.0 EDX: AVX-512 4VNNIW/4FMAPS, FSRM, MD_CLEAR, SERIALIZE, IBRS/IBPB, STIBP, L1D flush, arch capabilities, SSBD.
 const LEAF_7_EDX: u32 =
     1 << 2 | 1 << 3 | 1 << 4 | 1 << 8 | 1 << 10 | 1 << 14 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 29 | 1 << 31;
+/// Leaf 7.1 EAX: AVX-VNNI, AVX-512 BF16, CMPCCXADD, fast short string operations, AVX-IFMA. Not what has registers of its own to be saved:
+/// FRED, LAM, AMX.
+const LEAF_7_1_EAX: u32 = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 23;
+/// Leaf 7.1 EDX: AVX-VNNI-INT8, AVX-NE-CONVERT, AVX-VNNI-INT16, PREFETCHI. Not AVX10 and APX, which have leaves of their own.
+const LEAF_7_1_EDX: u32 = 1 << 4 | 1 << 5 | 1 << 10 | 1 << 14;
+/// Leaf 7.2 EDX: the speculation controls PSFD, IPRED, RRSBA, DDPD, BHI, and MCDT_NO.
+const LEAF_7_2_EDX: u32 = 0x3f;
 /// ARAT: the local APIC's timer goes on in every idle state.
 const LEAF_6_EAX: u32 = ARAT;
 const ARAT: u32 = 1 << 2;
@@ -131,7 +140,17 @@ fn masked(mut entry: kvm_cpuid_entry2, has_deadline: bool) -> kvm_cpuid_entry2 {
             entry.ebx &= LEAF_7_EBX;
             entry.ecx &= LEAF_7_ECX;
             entry.edx &= LEAF_7_EDX;
+            entry.eax = entry.eax.min(LEAF_7_SUBLEAVES);
         }
+        (7, 1) => {
+            (entry.eax, entry.ebx, entry.ecx) = (entry.eax & LEAF_7_1_EAX, 0, 0);
+            entry.edx &= LEAF_7_1_EDX;
+        }
+        (7, 2) => {
+            (entry.eax, entry.ebx, entry.ecx) = (0, 0, 0);
+            entry.edx &= LEAF_7_2_EDX;
+        }
+        (7, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         (0x8000_0001, _) => entry.ecx &= LEAF_8001_ECX,
         (0x8000_0007, _) => {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, entry.edx & LEAF_8007_EDX)
@@ -214,6 +233,16 @@ mod tests {
         assert!(!is_allowed(0xa) && !is_allowed(0x8000_000a) && !is_allowed(0x12) && !is_allowed(5));
         assert_eq!(masked(leaf(1, 0), false).ecx & (1 << 5), 0, "VMX");
         assert_eq!(masked(leaf(0x8000_0001, 0), false).ecx & (1 << 2), 0, "SVM");
+    }
+
+    #[test]
+    fn leaf_7_offers_nothing_that_has_a_state_which_nobody_saves() {
+        let with = |index| masked(leaf(7, index), false);
+        assert_eq!(with(0).eax, 2, "subleaves");
+        assert_eq!(with(1).eax & (1 << 17 | 1 << 21 | 1 << 26), 0, "FRED, AMX-FP16, LAM");
+        assert_eq!(with(1).edx & (1 << 19 | 1 << 21), 0, "AVX10, APX");
+        assert_eq!((with(1).ebx, with(1).ecx, with(2).eax, with(2).edx), (0, 0, 0, 0x3f));
+        assert_eq!((with(3).eax, with(3).edx), (0, 0));
     }
 
     #[test]

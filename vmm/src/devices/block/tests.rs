@@ -138,6 +138,93 @@ fn what_lies_beyond_the_disk_is_an_error_however_it_is_reached() {
     assert_eq!(request(&mut disk, OUT, 0, &[1; 100], 0).0, IOERR, "half a sector");
 }
 
+/// A read whose data parts all name the same pages; its status.
+fn read_into_the_same_pages(disk: &mut Block, parts: u32, each: u32) -> u8 {
+    use vm_memory::{Bytes, GuestAddress};
+    const STATUS: u64 = 0x10_0000;
+    let memory = memory();
+    let (mut driver, mut ring) = Driver::new(&memory, 0, 128);
+    let header = header(IN, 0);
+    let mut chain = vec![Part::Readable(&header)];
+    chain.extend((0..parts).map(|_| Part::Raw(0x20_0000, each, 2)));
+    chain.push(Part::Raw(STATUS, 1, 2));
+    memory.write_obj(0xffu8, GuestAddress(STATUS)).unwrap();
+    driver.add(&chain);
+    disk.serve(&mut ring).unwrap();
+    memory.read_obj(GuestAddress(STATUS)).unwrap()
+}
+
+#[test]
+fn a_request_is_no_larger_than_was_promised_however_it_is_described() {
+    let large = BlockConfig { size_bytes: 1 << 30, ..config(None, Some(file(&[]))) };
+    let mut disk = Block::new(large).unwrap();
+    let config = disk.config();
+    let promised = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    assert_eq!(read_into_the_same_pages(&mut disk, promised(12), promised(8)), OK);
+    assert_eq!(read_into_the_same_pages(&mut disk, promised(12), promised(8) + 512), IOERR);
+    assert_eq!(read_into_the_same_pages(&mut disk, 64, 8 << 20), IOERR, "512 MiB with one request");
+}
+
+#[test]
+fn a_turn_ends_after_so_many_bytes_or_a_flush_and_goes_on_where_it_was() {
+    let large = BlockConfig { size_bytes: 1 << 30, ..config(None, Some(file(&[]))) };
+    let mut disk = Block::new(large).unwrap();
+    let memory = memory();
+    let (mut driver, mut ring) = Driver::new(&memory, 0, 128);
+    let (read, flush) = (header(IN, 0), header(wire::VIRTIO_BLK_T_FLUSH, 0));
+    for _ in 0..5 {
+        driver.add(&[Part::Readable(&read), Part::Raw(0x20_0000, 2 << 20, 2), Part::Raw(0x10_0000, 1, 2)]);
+    }
+    for _ in 0..2 {
+        driver.add(&[Part::Readable(&flush), Part::Raw(0x10_0000, 1, 2)]);
+    }
+    let mut turns = Vec::new();
+    loop {
+        let before = driver.outstanding();
+        let more = disk.serve(&mut ring).unwrap();
+        driver.skip_used();
+        turns.push(before - driver.outstanding());
+        if !more {
+            break;
+        }
+    }
+    assert_eq!(turns, [2, 2, 2, 1], "4 MiB, 4 MiB, 2 MiB and a flush, a flush");
+}
+
+#[test]
+fn a_limit_counts_flushes_and_clearings_as_operations() {
+    let limit = IoLimit { bytes_per_second: None, operations_per_second: Some(1) };
+    for (kind, data) in [
+        (wire::VIRTIO_BLK_T_FLUSH, Vec::new()),
+        (wire::VIRTIO_BLK_T_DISCARD, segment(0, 8, 0)),
+        (wire::VIRTIO_BLK_T_WRITE_ZEROES, segment(0, 8, 0)),
+    ] {
+        let limited = BlockConfig { limit: Some(limit), ..config(None, Some(file(&[]))) };
+        let mut disk = Block::new(limited).unwrap();
+        assert_eq!(request(&mut disk, kind, 0, &data, 0).0, OK);
+        let memory = memory();
+        let (mut driver, mut ring) = Driver::new(&memory, 0, 128);
+        driver.add(&[Part::Readable(&header(IN, 0)), Part::Writable(513)]);
+        disk.serve(&mut ring).unwrap();
+        assert_eq!(driver.outstanding(), 1, "the next request of kind {kind} waits");
+        assert!(disk.resumes_at().is_some());
+    }
+}
+
+#[test]
+fn zeroing_is_as_large_as_was_promised() {
+    let large = BlockConfig { size_bytes: 1 << 30, ..config(None, Some(file(&[]))) };
+    let mut disk = Block::new(large).unwrap();
+    let zeroes = wire::VIRTIO_BLK_T_WRITE_ZEROES;
+    let config = disk.config();
+    let sectors = u32::from_le_bytes(config[48..52].try_into().unwrap());
+    assert_eq!(request(&mut disk, zeroes, 0, &segment(0, sectors, 0), 0).0, OK);
+    assert_eq!(request(&mut disk, zeroes, 0, &segment(0, sectors + 8, 0), 0).0, IOERR);
+    let two = [segment(0, 8, 0), segment(8, 8, 0)].concat();
+    assert_eq!(request(&mut disk, zeroes, 0, &two, 0).0, IOERR, "one segment was promised");
+    assert_eq!(request(&mut disk, wire::VIRTIO_BLK_T_DISCARD, 0, &two, 0).0, OK);
+}
+
 #[test]
 fn chains_that_break_the_rules_are_faults() {
     let header = header(IN, 0);

@@ -30,6 +30,8 @@ use super::packet::{FromGuest, Operation, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE
 
 /// Bytes that we hold for one connection.
 pub(super) const BUF_ALLOC: u32 = 256 << 10;
+/// The same, and the greeting.
+const BACKLOG: usize = (256 << 10) + 32;
 /// How long a guest may take to answer a request, or a shutdown of both directions.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -65,6 +67,8 @@ pub(super) enum Next {
 pub(super) struct Connection {
     /// Its name.
     pub(super) ports: Ports,
+    /// By which the event loop names its socket.
+    pub(super) token: u64,
     socket: OwnedFd,
     phase: Phase,
     deadline: Option<Instant>,
@@ -114,6 +118,7 @@ impl Connection {
     fn new(ports: Ports, socket: OwnedFd, phase: Phase) -> Self {
         Self {
             ports,
+            token: 0,
             socket,
             phase,
             deadline: None,
@@ -306,6 +311,8 @@ impl Connection {
         if !rest.is_empty() {
             let mut bytes = vec![0; rest.len()];
             rest.read(&mut bytes).map_err(|_| Gone)?;
+            // All that it will ever hold, once: growing as it likes it would take up to twice as much.
+            self.backlog.reserve_exact(BACKLOG.saturating_sub(self.backlog.len()));
             self.backlog.extend(bytes);
         }
         Ok(())
@@ -370,5 +377,33 @@ impl Connection {
         self.fwd_cnt += Wrapping(u32::try_from(bytes).unwrap_or(0));
         // Tell before the guest has to stop, but not with every packet.
         self.credit_due |= (self.fwd_cnt - self.fwd_told).0 >= BUF_ALLOC / 4;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::owner::socketpair;
+
+    #[test]
+    fn what_is_held_back_takes_no_more_memory_than_was_promised() {
+        let (socket, _nobody_reads) = socketpair(libc::SOCK_STREAM).unwrap();
+        let ports = Ports { host: 1, guest: 2 };
+        let packet = FromGuest {
+            ports,
+            operation: Some(Operation::Request),
+            flags: 0,
+            length: 0,
+            buf_alloc: 0,
+            fwd_cnt: 0,
+        };
+        let mut connection = Connection::dialled(&packet, socket);
+        let bytes = [0; 3000];
+        let mut held = 0;
+        while connection.take(&Ranges::of_ours(&bytes)).is_ok() {
+            held = connection.backlog.len();
+        }
+        assert!(held > connection.room(), "{held}");
+        assert!(connection.backlog.capacity() <= BACKLOG, "{}", connection.backlog.capacity());
     }
 }

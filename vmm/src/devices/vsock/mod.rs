@@ -28,7 +28,8 @@ use crate::owner::socketpair;
 use connection::{Connection, Next};
 use packet::{FromGuest, HEADER_BYTES, Operation, Ports, ToGuest};
 
-const RECEIVE: usize = 0;
+/// The queue to the guest.
+pub(super) const RECEIVE: u32 = 0;
 const TRANSMIT: usize = 1;
 const QUEUE_SIZE: u16 = 256;
 /// Chains from the guest taken before others have their turn.
@@ -51,6 +52,10 @@ const FIRST_HOST_PORT: u32 = 1 << 30;
 const LISTENER: u64 = 1 << 33;
 const GREETINGS: u64 = 1 << 34;
 const CONNECTIONS: u64 = 1 << 35;
+/// A connection's token: its slot, and which of the slot's connections it is. One that ended in this round of events may have a successor
+/// already, which must not hear what was meant for it.
+const SLOT_BITS: u32 = 11;
+const GENERATIONS: u64 = 1 << 22;
 
 /// Counters since the start.
 #[derive(Clone, Copy, Debug, Default)]
@@ -78,6 +83,8 @@ pub struct Vsock {
     listener: Option<OwnedFd>,
     max_connections: usize,
     connections: Vec<Option<Connection>>,
+    /// Tokens given out so far.
+    generation: u64,
     slots: HashMap<Ports, usize>,
     /// Connections that have something for the guest, in turn.
     ready: VecDeque<usize>,
@@ -101,6 +108,7 @@ impl Vsock {
             listener: config.socket,
             max_connections: config.connections.into(),
             connections: Vec::new(),
+            generation: 0,
             slots: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
@@ -153,25 +161,25 @@ impl Vsock {
             TRANSMIT => self.serve_transmit(from_guest, epoll)?,
             _ => false,
         };
+        // Whatever the driver notified: what is left for the guest must not wait for the next event.
         let more_to = self.serve_receive(to_guest)?;
-        Ok(more_from || (more_to && queue == RECEIVE))
+        Ok(more_from || more_to)
     }
 
-    /// A socket of this device became ready.
-    pub fn handle(&mut self, event: &Event, rings: &mut [Ring], epoll: &Epoll) -> Result<(), Fault> {
+    /// A socket of this device became ready. True when there is more to do at once.
+    pub fn handle(&mut self, event: &Event, rings: &mut [Ring], epoll: &Epoll) -> Result<bool, Fault> {
         match event.token {
             LISTENER => self.accept(epoll),
-            token if token & CONNECTIONS != 0 => self.wake(token & !CONNECTIONS, event),
+            token if token & CONNECTIONS != 0 => self.wake(event),
             token => self.hear_greeting(token & !GREETINGS, epoll),
         }
         self.pump(rings)
     }
 
-    /// Gives the guest what is due, after a time or an event that came from elsewhere.
-    pub fn pump(&mut self, rings: &mut [Ring]) -> Result<(), Fault> {
-        let Some(to_guest) = rings.first_mut() else { return Ok(()) };
-        while self.serve_receive(to_guest)? {}
-        Ok(())
+    /// Gives the guest what is due, after a time or an event that came from elsewhere. True when there is more to do at once.
+    pub fn pump(&mut self, rings: &mut [Ring]) -> Result<bool, Fault> {
+        let Some(to_guest) = rings.first_mut() else { return Ok(false) };
+        self.serve_receive(to_guest)
     }
 
     /// Ends what has run out of time.
@@ -351,6 +359,7 @@ impl Vsock {
         if let Some(Greeting { socket, said, .. }) = self.greetings.remove(&id)
             && let Some(guest) = asked_port(&said)
             && epoll.remove(&socket).is_ok()
+            && self.slots.len() < self.max_connections
             && let Some(host) = self.free_host_port(guest)
         {
             let ports = Ports { host, guest };
@@ -367,9 +376,11 @@ impl Vsock {
         })
     }
 
-    fn wake(&mut self, slot: u64, event: &Event) {
-        let Ok(slot) = usize::try_from(slot) else { return };
-        let Some(connection) = self.connection(slot) else { return };
+    fn wake(&mut self, event: &Event) {
+        let Ok(slot) = usize::try_from(event.token & ((1 << SLOT_BITS) - 1)) else { return };
+        let Some(connection) = self.connection(slot).filter(|known| known.token == event.token) else {
+            return;
+        };
         match connection.wake(event.readable, event.writable, event.closed) {
             Ok(()) => self.look(slot),
             Err(connection::Gone) => self.reset_connection(slot),
@@ -382,7 +393,7 @@ impl Vsock {
         self.connections.get_mut(slot)?.as_mut()
     }
 
-    fn add(&mut self, connection: Connection, epoll: &Epoll) -> io::Result<()> {
+    fn add(&mut self, mut connection: Connection, epoll: &Epoll) -> io::Result<()> {
         let slot = match self.connections.iter().position(Option::is_none) {
             Some(slot) => slot,
             None => {
@@ -390,8 +401,9 @@ impl Vsock {
                 self.connections.len() - 1
             }
         };
-        let token = CONNECTIONS | u64::try_from(slot).unwrap_or(0);
-        epoll.add(connection.socket(), token, Interest::EDGES)?;
+        self.generation = (self.generation + 1) % GENERATIONS;
+        connection.token = CONNECTIONS | self.generation << SLOT_BITS | u64::try_from(slot).unwrap_or(0);
+        epoll.add(connection.socket(), connection.token, Interest::EDGES)?;
         self.slots.insert(connection.ports, slot);
         if let Some(place) = self.connections.get_mut(slot) {
             *place = Some(connection);

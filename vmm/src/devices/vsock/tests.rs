@@ -429,6 +429,61 @@ fn greetings_that_are_none_are_hung_up_on() {
     assert!(guest.vsock.greetings.is_empty());
 }
 
+#[test]
+fn an_event_of_a_connection_that_is_over_does_not_reach_its_successor() {
+    let mut guest = Guest::new();
+    let _first = guest.dial();
+    let stale = guest.vsock.connections[0].as_ref().unwrap().token;
+    guest.send(RESET, 0, &[]);
+    let second = guest.dial();
+    assert!(guest.vsock.connections[0].is_some(), "it has the same slot");
+    let event = Event { token: stale, readable: true, writable: true, closed: true };
+    guest.vsock.handle(&event, &mut guest.rings, &guest.epoll).unwrap();
+    second.shutdown(std::net::Shutdown::Write).unwrap();
+    let got = guest.got();
+    assert_eq!((got[0].operation, got[0].flags), (SHUTDOWN, SHUTDOWN_SEND), "the guest may go on");
+}
+
+#[test]
+fn what_is_due_is_given_in_turns_and_nothing_is_left_waiting() {
+    for by_pump in [true, false] {
+        let mut guest = Guest::new();
+        // Nobody listens, and there are no buffers for the answers yet.
+        for port in 0..100 {
+            guest.send_as((port, 9), DATA, 0, &[]).unwrap();
+        }
+        guest.offer(200);
+        let mut turns = Vec::new();
+        loop {
+            let more = match by_pump {
+                true => guest.vsock.pump(&mut guest.rings),
+                false => guest.vsock.serve(1, &mut guest.rings, &guest.epoll),
+            }
+            .unwrap();
+            turns.push(guest.receive.used().len());
+            if !more {
+                break;
+            }
+        }
+        assert_eq!(turns, [TURNS, 100 - TURNS]);
+    }
+}
+
+#[test]
+fn a_host_that_was_slow_to_say_its_port_takes_no_connection_beyond_the_cap() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("v.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    let mut guest = Guest::with(config(Some(listener.into()), 1));
+    let mut host = UnixStream::connect(&path).unwrap();
+    guest.got();
+    let _owner = guest.dial();
+    host.write_all(b"CONNECT 52\n").unwrap();
+    guest.got();
+    assert_eq!(guest.vsock.slots.len(), 1);
+    assert_eq!(host.read(&mut [0]).unwrap(), 0);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
