@@ -1,6 +1,7 @@
 //! A machine: made by [`boot`], which reads top to bottom, and served by [`Machine::serve`] until it ends.
 
 use std::fs::File;
+use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -243,8 +244,9 @@ fn start_loading(
     initramfs: Option<OwnedFd>,
 ) -> Result<Box<dyn FnOnce() -> Loaded>, BootError> {
     let mut image = File::from(kernel);
-    // A device has no size that it would tell here, and is loaded at once.
-    let size = image.metadata().map_err(host("look at the kernel's image"))?.len();
+    // By lseek, which the set-up's filter allows. A device has no size that it would tell here, and is loaded at once.
+    let size = image.seek(SeekFrom::End(0)).map_err(host("measure the kernel's image"))?;
+    image.rewind().map_err(host("measure the kernel's image"))?;
     let memory = memory.clone();
     let load = move || {
         let kernel = arch::load::kernel(&memory, &mut image)?;

@@ -91,3 +91,29 @@ fn untouched_memory_costs_nothing() {
     let kib: u64 = resident.trim().trim_end_matches(" kB").parse().unwrap();
     assert!(kib < 32 << 10, "{kib} KiB");
 }
+
+/// A large kernel is copied by a thread of its own, under the same filter.
+#[test]
+fn a_large_kernel_and_an_initramfs_are_loaded() {
+    if !has_kvm() {
+        return;
+    }
+    // The initramfs ends with low memory, page-aligned.
+    let at = (64 << 20) - 4096;
+    let guest = Guest::new().tell(at, 3).power_off().wait();
+    let start = |guest: &Guest| {
+        Vmm::start_with(
+            guest,
+            |vm| {
+                let image = vm["kernel"]["image"].as_str().unwrap().to_owned();
+                fs::OpenOptions::new().write(true).open(&image).unwrap().set_len(8 << 20).unwrap();
+                let initramfs = format!("{image}.cpio");
+                fs::write(&initramfs, "070701").unwrap();
+                vm["initramfs"] = initramfs.into();
+            },
+            &[],
+        )
+    };
+    let over = start(&guest).over();
+    assert_eq!((over.code(), over.said.as_slice()), (0, &b"070"[..]), "{over:?}");
+}
