@@ -128,7 +128,8 @@ impl Record {
         let Err(error) = written else { return Ok(()) };
         let _ = fs::remove_file(&fresh);
         if matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
-            return write_over(path, &text);
+            // Where there is none before, the disk is what is wrong.
+            return write_over(path, &text).map_err(|_| error);
         }
         Err(error)
     }

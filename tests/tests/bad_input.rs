@@ -438,6 +438,11 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // What runs there ends by itself, or is the culprit: the failure is to be seen at once.
+            let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+            return;
+        }
         wait_for("the file system to be unused", || {
             Command::new("umount").arg(&self.0).status().is_ok_and(|status| status.success()).then_some(())
         });

@@ -160,20 +160,20 @@ fn two_rooms_do_not_see_each_other() {
     let carrel = Carrel::new();
     let image = fixtures::busybox();
     let script = "echo $0 > /work/mine; echo begun; while :; do sleep 0.1; done";
-    for name in ["one", "two"] {
+    for name in ["north", "south"] {
         carrel.detach(&["--name", name, &image, "sh", "-c", script, name]);
         carrel.wait_for_log(name, "begun");
     }
-    for (name, other) in [("one", "two"), ("two", "one")] {
+    for (name, other) in [("north", "south"), ("south", "north")] {
         let seen = carrel.run(&["exec", name, "sh", "-c", "cat /work/mine; ps"]).succeeds();
         assert!(seen.text().starts_with(&format!("{name}\n")), "{seen:?}");
         assert!(seen.text().contains(&format!("begun; while :; do sleep 0.1; done {name}\n")), "{seen:?}");
         assert!(!seen.text().contains(other), "{seen:?}");
     }
     let hostnames =
-        ["one", "two"].map(|name| carrel.run(&["exec", name, "hostname"]).succeeds().text().to_owned());
+        ["north", "south"].map(|name| carrel.run(&["exec", name, "hostname"]).succeeds().text().to_owned());
     assert_ne!(hostnames[0], hostnames[1]);
-    let boots: Vec<String> = ["one", "two"]
+    let boots: Vec<String> = ["north", "south"]
         .map(|name| {
             carrel.run(&["exec", name, "cat", "/proc/sys/kernel/random/boot_id"]).succeeds().text().to_owned()
         })
