@@ -124,7 +124,7 @@ const THREAD: &[u64] = &[0x003d_0f00];
 use Arg::{OneOf, OwnProcess, Without};
 use Who::{Both, Events, SetUp, Vcpu};
 
-/// The table. Observed in use: under `strace`, or by a filter's kill without it (tests/machine, and a Linux boot).
+/// The table. What has been seen in use and what is kept without: docs/vmm.md.
 const CALLS: &[Call] = &[
     // The guest.
     call(libc::SYS_ioctl, SetUp, &[OneOf(1, KVM_REQUESTS)], "make the VM, its vCPUs and their state"),
