@@ -106,9 +106,16 @@ impl Vmm {
 
     /// The confined process.
     pub(crate) fn confined(&self) -> u32 {
+        let children = self.children();
+        assert_eq!(children.len(), 1, "one child");
+        children[0]
+    }
+
+    /// The launcher's children that have not been waited for.
+    fn children(&self) -> Vec<u32> {
         let id = self.launcher();
-        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
-        children.trim().parse().expect("one child")
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap_or_default();
+        children.split_whitespace().map(|child| child.parse().unwrap()).collect()
     }
 
     /// Sends a signal.
@@ -138,7 +145,10 @@ impl Vmm {
 impl Drop for Vmm {
     fn drop(&mut self) {
         if self.child.try_wait().unwrap().is_none() {
-            // The confined process dies with its owner's socket.
+            // The confined process dies with its owner's socket, but not one that waits for another owner.
+            for confined in self.children() {
+                Self::signal(confined, libc::SIGKILL);
+            }
             self.child.kill().unwrap();
             self.child.wait().unwrap();
         }
