@@ -1,11 +1,6 @@
 //! `carrel-vmm` as a process, with guests of a few instructions: how it ends, how it is confined, how large it gets.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    reason = "what the tests share fails as they do"
-)]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "what the tests share fails as they do")]
 
 mod confinement;
 mod ends;
