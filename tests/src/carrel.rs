@@ -290,7 +290,8 @@ impl Done {
         for word in words {
             assert!(errors.contains(&word.to_lowercase()), "no '{word}': {done:?}");
         }
-        assert!(!errors.contains("panicked"), "{done:?}");
+        // A thread of carrel's own, that is; a guest's kernel may.
+        assert!(!errors.contains("panicked at"), "{done:?}");
         done
     }
 }
