@@ -38,9 +38,9 @@ fn processes(words: &[&str]) -> Vec<Pid> {
     found
 }
 
-/// The one VMM that runs: tests take turns, so there is no other.
+/// The one VMM of a room that runs: tests take turns, so there is no other.
 fn vmm() -> Pid {
-    wait_for("one VMM", || match processes(&["carrel-vmm"])[..] {
+    wait_for("one VMM", || match processes(&["carrel-vmm", " --owner-fd "])[..] {
         [one] => Some(one),
         _ => None,
     })
