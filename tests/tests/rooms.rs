@@ -218,8 +218,9 @@ fn a_killed_vmm_hurts_no_other_room() {
     forever(&carrel, "survivor");
     let survivor = vmm();
     forever(&carrel, "victim");
-    let victim =
-        wait_for("the other VMM", || processes(&["carrel-vmm"]).into_iter().find(|pid| *pid != survivor));
+    let victim = wait_for("the other VMM", || {
+        processes(&["carrel-vmm", " --owner-fd "]).into_iter().find(|pid| *pid != survivor)
+    });
     kill_process(victim, Signal::KILL).unwrap();
     wait_for("the victim's end", || (state(&carrel, "victim").as_deref() != Some("running")).then_some(()));
     let done = carrel.run(&["exec", "survivor", "echo", "alive"]).succeeds();
