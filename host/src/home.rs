@@ -159,8 +159,11 @@ impl Home {
     /// Makes what is missing, and sweeps up what rooms left whose owner was killed.
     ///
     /// ```no_run
-    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// # let (spec, blobs, assets): (carrel_host::RoomSpec, Vec<std::os::fd::OwnedFd>, carrel_host::Assets) = todo!();
+    /// # fn example(
+    /// #     spec: carrel_host::RoomSpec,
+    /// #     blobs: Vec<std::os::fd::OwnedFd>,
+    /// #     assets: carrel_host::Assets,
+    /// # ) -> Result<(), Box<dyn std::error::Error>> {
     /// let home = carrel_host::Home::open("/var/lib/carrel".as_ref(), assets)?;
     /// let (room, session) = home.create(spec, blobs)?;
     /// let ended = session.run(carrel_host::session::Streams::standard()?, &mut |notice| eprintln!("{notice}"))?;

@@ -17,6 +17,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
+use carrel_protocol::chain;
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use thiserror::Error;
@@ -113,19 +114,4 @@ fn listen(directory: &Path) -> io::Result<OwnedFd> {
     rustix::net::bind(&socket, &socket_address(&folder)?)?;
     rustix::net::listen(&socket, 16)?;
     Ok(socket)
-}
-
-/// An error and its causes in one sentence.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use carrel_protocol::agent::{Compression, Surroundings, TerminalSize};
+pub use carrel_protocol::confinement::Part;
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -22,9 +23,6 @@ pub enum NameError {
     /// Not an id.
     #[error("{0:?} is no room's id: an id is 12 hexadecimal digits")]
     Id(String),
-    /// Not a part of the confinement.
-    #[error("{0:?} is no part of the confinement: they are cgroup, namespaces, capabilities and seccomp")]
-    Part(String),
     /// Not a name.
     #[error(
         "{0:?} is no name for a room: use 1 to 63 letters, digits, '.', '_' or '-', beginning with a letter or digit"
@@ -230,46 +228,6 @@ pub struct FunctionSpec {
     pub response_bytes: u64,
 }
 
-/// A part of the VMM's confinement that an operator can do without, when told so.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Part {
-    /// A cgroup of its own.
-    Cgroup,
-    /// User, mount, PID, network, IPC and UTS namespaces, and the empty root that they make possible.
-    Namespaces,
-    /// No capabilities.
-    Capabilities,
-    /// System-call filters.
-    Seccomp,
-}
-
-impl Part {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::Cgroup, Self::Namespaces, Self::Capabilities, Self::Seccomp];
-}
-
-impl FromStr for Part {
-    type Err = NameError;
-    fn from_str(text: &str) -> Result<Self, NameError> {
-        Self::ALL
-            .into_iter()
-            .find(|part| part.to_string() == text)
-            .ok_or_else(|| NameError::Part(text.to_owned()))
-    }
-}
-
-impl fmt::Display for Part {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Cgroup => "cgroup",
-            Self::Namespaces => "namespaces",
-            Self::Capabilities => "capabilities",
-            Self::Seccomp => "seccomp",
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -282,14 +240,6 @@ mod tests {
         for right in ["desk", "web-1", "0", "a.b_c"] {
             assert_eq!(right.parse::<RoomName>().unwrap().as_str(), right);
         }
-    }
-
-    #[test]
-    fn a_part_is_known_by_its_name() {
-        for part in Part::ALL {
-            assert_eq!(part.to_string().parse(), Ok(part));
-        }
-        assert!("all".parse::<Part>().is_err());
     }
 
     #[test]

@@ -15,9 +15,13 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
+pub mod confinement;
 pub mod frame;
 pub mod units;
 pub mod usage;
 pub mod vmm;
 
+mod sentence;
+
 pub use frame::{Decoder, FrameError, HEADER_BYTES, Header, Message};
+pub use sentence::chain;

@@ -2,9 +2,11 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
+use carrel_protocol::chain;
+use carrel_protocol::confinement::Part;
 use carrel_protocol::vmm::{self, Broken, Configure, End, FromOwner, FromVmm};
 
-use crate::jail::{self, Part, Without};
+use crate::jail::{self, Without};
 use crate::machine::{self, Machine};
 use crate::owner::{Connection, Packet};
 use crate::seccomp::{self, Stage};
@@ -55,20 +57,4 @@ fn set_up(owner: &Connection, without: &Without, timeline: &mut Timeline) -> Res
         return Err((End::BadConfiguration, message));
     }
     machine::boot(vm, descriptors, filters, timeline).map_err(|e| (e.end(), chain(&e)))
-}
-
-/// An error and its causes in one sentence.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        // A transparent error repeats its cause word by word.
-        let cause_text = cause.to_string();
-        if !text.ends_with(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
-    }
-    text
 }

@@ -12,12 +12,12 @@
 //!
 //! then seccomp follows ([`crate::seccomp`]). A part that can't be had is an error that names it.
 
-use std::fmt;
 use std::io;
 use std::os::fd::RawFd;
 use std::ptr;
 use std::str::FromStr;
 
+use carrel_protocol::confinement::Part;
 use thiserror::Error;
 
 use crate::event::check;
@@ -29,35 +29,6 @@ const LAST_CAPABILITY: i32 = 63;
 const PR_SET_MDWE: i32 = 65;
 const PR_MDWE_REFUSE_EXEC_GAIN: u64 = 1;
 const CAPABILITY_VERSION_3: u32 = 0x2008_0522;
-
-/// A part of the confinement that an operator can do without, when told so.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    /// A cgroup of its own.
-    Cgroup,
-    /// User, mount, PID, network, IPC and UTS namespaces, and the empty root that they make possible.
-    Namespaces,
-    /// No capabilities.
-    Capabilities,
-    /// System-call filters.
-    Seccomp,
-}
-
-impl Part {
-    /// All of them.
-    pub const ALL: [Self; 4] = [Self::Cgroup, Self::Namespaces, Self::Capabilities, Self::Seccomp];
-}
-
-impl fmt::Display for Part {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Cgroup => "cgroup",
-            Self::Namespaces => "namespaces",
-            Self::Capabilities => "capabilities",
-            Self::Seccomp => "seccomp",
-        })
-    }
-}
 
 /// Parts to do without.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -89,7 +60,7 @@ impl FromStr for Without {
     fn from_str(list: &str) -> Result<Self, String> {
         list.split(',')
             .map(|name| {
-                Part::ALL.into_iter().find(|part| part.to_string() == name).ok_or_else(|| {
+                name.parse().map_err(|_| {
                     format!(
                         "{name:?} is no part of the confinement; they are cgroup, namespaces, capabilities, seccomp"
                     )

@@ -146,7 +146,7 @@ fn run_alone(vm: VmFile, arguments: &Arguments) -> u8 {
     match standalone::run(vm, &options) {
         Ok(outcome) => outcome.status(),
         Err(e) => {
-            eprintln!("carrel-vmm: {}", confined::chain(&e));
+            eprintln!("carrel-vmm: {}", carrel_protocol::chain(&e));
             match e {
                 standalone::StandaloneError::Resources(_) => End::BadConfiguration.status(),
                 standalone::StandaloneError::Clone { .. }
@@ -171,7 +171,7 @@ fn print_config(vm: &VmFile) -> End {
 }
 
 fn print_kvm() -> End {
-    let support = capabilities::of_this_host().map_err(|e| confined::chain(&e));
+    let support = capabilities::of_this_host().map_err(|e| carrel_protocol::chain(&e));
     match support.and_then(|support| serde_json::to_string(&support).map_err(|e| e.to_string())) {
         Ok(text) => {
             println!("{text}");

@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use carrel_protocol::confinement::Part;
 use carrel_protocol::vmm::{
     self, Broken, Configure, Dialled, End, Ended, FromOwner, FromVmm, Mark, Stop, VmFile,
 };
@@ -20,7 +21,7 @@ use thiserror::Error;
 
 use crate::confined;
 use crate::event::check;
-use crate::jail::{Part, Without};
+use crate::jail::Without;
 use crate::owner::{Connection, OwnerError};
 use crate::resources::{self, ResourceError};
 use crate::signal;

@@ -16,9 +16,9 @@ use crate::cgroup::CgroupError;
 use crate::home::Assets;
 use crate::launch::LaunchError;
 use crate::outcome::clean;
-use crate::owner::chain;
 use crate::patience::Patience;
 use crate::spec::Part;
+use carrel_protocol::chain;
 
 /// Slower than this, the counted instructions were interpreted.
 const HARDWARE: Duration = Duration::from_millis(200);

@@ -12,7 +12,7 @@ use super::Check;
 use super::readings::Readings;
 use crate::home::Assets;
 use crate::outcome::clean;
-use crate::owner::chain;
+use carrel_protocol::chain;
 
 const BUILD: &str = "run scripts/build and set CARREL_ASSETS to what it prints, or set CARREL_VMM";
 /// clone3 into a cgroup is of 5.7, close_range of 5.9.

@@ -14,10 +14,10 @@ use carrel_protocol::vmm::FromVmm;
 use rustix::net::SocketFlags;
 
 use super::api::{FromClient, StreamKind};
-use super::chain;
 use super::pace::Pace;
 use crate::launch::{Child, ChildEnd};
 use crate::packet::{Connection, Packet};
+use carrel_protocol::chain;
 
 /// So many events may wait: a flooding guest waits with them.
 const WAITING: usize = 64;

@@ -16,10 +16,10 @@ use carrel_protocol::usage::GuestUsage;
 use carrel_protocol::vmm::{DeviceStopReason, Ended, FromVmm};
 
 use super::api::{self, StreamKind};
+use super::blobs;
 use super::events::{ClientId, Event, Teller, channel};
 use super::pace::InTime;
 use super::streams::{Purpose, Streams};
-use super::{blobs, chain};
 use crate::launch::{self, ChildEnd, Launched};
 use crate::log::LogWriter;
 use crate::meter::Meter;
@@ -30,6 +30,7 @@ use crate::record::{Phase, ProcessMark, Record, Remains};
 use crate::spec::{RoomId, RoomSpec};
 use crate::timestamp::now_ms;
 use crate::usage::UsageReport;
+use carrel_protocol::chain;
 
 mod agent;
 mod clients;

@@ -8,7 +8,6 @@ use carrel_protocol::agent::{
 };
 
 use super::super::api::{self, StreamKind};
-use super::super::chain;
 use super::super::streams::Purpose;
 use super::{Process, Room, SAMPLE, WORKLOAD};
 use crate::home::random;
@@ -17,6 +16,7 @@ use crate::outcome::{Outcome, Step, clean};
 use crate::record::Phase;
 use crate::spec::{MOST_ENTRIES, ProcessSpec};
 use crate::timestamp::{now_ms, now_ns};
+use carrel_protocol::chain;
 
 /// The room's only container.
 const CONTAINER: ContainerId = ContainerId(0);

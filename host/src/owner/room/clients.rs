@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use carrel_protocol::agent::{Failure, Invoke, ProcessId, Resize, Signal};
 
 use super::super::api::{self, FromClient, StreamKind, ToClient};
-use super::super::chain;
 use super::super::events::ClientId;
 use super::super::streams::Purpose;
 use super::{Client, Room, SIGKILL, WORKLOAD};
 use crate::outcome::{Outcome, Step};
 use crate::packet::{Connection, Packet};
 use crate::record::Phase;
+use carrel_protocol::chain;
 
 /// Commands at once.
 const MOST_CLIENTS: usize = 128;
