@@ -31,7 +31,11 @@ const fn useful(cap: Cap, name: &'static str, purpose: &'static str) -> Want {
 /// KVM API documentation, section 4 and 8; the names are those of its headers.
 const WANTS: &[Want] = &[
     required(Cap::UserMemory, "KVM_CAP_USER_MEMORY", "guest memory is this process's own"),
-    required(Cap::Irqchip, "KVM_CAP_IRQCHIP", "interrupt chips in the kernel"),
+    required(
+        Cap::SplitIrqchip,
+        "KVM_CAP_SPLIT_IRQCHIP",
+        "local APICs in the kernel, and no other interrupt chip there",
+    ),
     required(Cap::Irqfd, "KVM_CAP_IRQFD", "devices interrupt by an eventfd"),
     required(
         Cap::Ioeventfd,

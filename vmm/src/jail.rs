@@ -48,6 +48,11 @@ impl Without {
         self.0.contains(&part)
     }
 
+    /// Leaves these out too.
+    pub fn add(&mut self, other: &Self) {
+        self.0.extend(&other.0);
+    }
+
     /// The parts, in order.
     pub fn parts(&self) -> &[Part] {
         &self.0

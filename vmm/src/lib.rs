@@ -13,6 +13,7 @@
 
 pub mod arch;
 pub mod capabilities;
+pub mod cgroup;
 pub mod confined;
 pub mod devices;
 pub mod event;

@@ -106,8 +106,6 @@ fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> BootError {
 /// A machine whose vCPUs run.
 #[derive(Debug)]
 pub struct Machine {
-    /// Keeps the VM's descriptor; the vCPUs have theirs.
-    _vm: VmFd,
     shared: Arc<Shared>,
     devices: Devices,
     vcpus: Vec<JoinHandle<()>>,
@@ -164,7 +162,7 @@ pub fn boot(
 
     let command_line = devices.command_line(&config.kernel.command_line);
     arch::boot::write(&memory, &kernel, &command_line, initramfs)?;
-    arch::mptable::write(&memory, config.vcpus)?;
+    arch::mptable::write(&memory, config.vcpus, devices.interrupt_count())?;
     arch::registers::write_tables(&memory, !kernel.pvh)?;
     arch::arm_restart_flag(&memory)?;
     for (index, vcpu) in (0u8..).zip(&vcpus) {
@@ -175,6 +173,7 @@ pub fn boot(
     let shared = Arc::new(Shared {
         gate: Gate::default(),
         bus,
+        io_apic: arch::ioapic::IoApic::new(vm, devices.interrupt_count()),
         ports: Ports::new(serial),
         memory,
         verdict: Verdict::new().map_err(host("create an eventfd"))?,
@@ -192,7 +191,7 @@ pub fn boot(
     // What only the set-up needs is closed before the guest's first instruction.
     drop(kvm_device);
     shared.gate.resume();
-    Ok(Machine { _vm: vm, shared, devices, vcpus, epoll, control: config.control, signals })
+    Ok(Machine { shared, devices, vcpus, epoll, control: config.control, signals })
 }
 
 fn create_vm(device: &Kvm) -> Result<VmFd, BootError> {

@@ -23,8 +23,8 @@ Usage:
 Options:
   --config FILE         a machine's configuration as JSON; what it names is opened, then everything is confined
   --owner-fd N          receive the configuration, with open descriptors, over the packet socket N
-  --cgroup DIR          be born in this cgroup v2 directory; made if missing
-  --unconfined[=PARTS]  do without parts of the confinement: cgroup, namespaces, capabilities, seccomp; without PARTS: all
+  --cgroup DIR          with --config: be born in this cgroup v2 directory, made if missing; without: in a new one below one's own
+  --unconfined[=PARTS]  do without parts of the confinement: cgroup, namespaces, capabilities, seccomp; without PARTS: all; may be repeated
   --timeline            print to stderr how long each step of the start took
   --print-config        read the configuration, print it with its defaults, and exit
   --print-kvm           print what /dev/kvm offers of what this program builds on, as JSON, and exit
@@ -95,7 +95,7 @@ fn parse() -> Result<Option<Arguments>, String> {
             "--timeline" => arguments.timeline = true,
             "--print-config" => arguments.print_config = true,
             other => match other.strip_prefix("--unconfined=") {
-                Some(list) => arguments.without = list.parse()?,
+                Some(list) => arguments.without.add(&list.parse()?),
                 None => return Err(format!("{other:?} is no option")),
             },
         }
@@ -110,6 +110,9 @@ fn parse() -> Result<Option<Arguments>, String> {
 /// Does what the arguments ask for and returns the exit status.
 fn run(arguments: &Arguments) -> u8 {
     if let Some(fd) = arguments.owner {
+        // Who is started by a descriptor is called by its number.
+        // SAFETY: the name is a C string.
+        unsafe { libc::prctl(libc::PR_SET_NAME, c"carrel-vmm".as_ptr()) };
         // SAFETY: the descriptor was passed to this process for this use; nobody else here knows of it.
         let owner = unsafe { OwnedFd::from_raw_fd(fd) };
         return confined::run(Connection::new(owner), &arguments.without).status();
@@ -149,7 +152,7 @@ fn run_alone(vm: VmFile, arguments: &Arguments) -> u8 {
             eprintln!("carrel-vmm: {}", carrel_protocol::chain(&e));
             match e {
                 standalone::StandaloneError::Resources(_) => End::BadConfiguration.status(),
-                standalone::StandaloneError::Clone { .. }
+                standalone::StandaloneError::Part { .. }
                 | standalone::StandaloneError::Owner(_)
                 | standalone::StandaloneError::Io(_) => End::Host.status(),
             }

@@ -89,7 +89,9 @@ const fn read_write<T>(number: u64) -> u64 {
 }
 
 const KVM_RUN: u64 = io(0x80);
-/// ioctl(2) requests of the set-up. KVM_RUN is there for the filters' stacking, and first since each entry into the guest passes here too.
+const SET_GSI_ROUTING: u64 = write::<kvm::kvm_irq_routing>(0x6a);
+/// ioctl(2) requests of the set-up. KVM_RUN and the routes are there for the filters' stacking, KVM_RUN first since each entry into the guest
+/// passes here too.
 const KVM_REQUESTS: &[u64] = &[
     KVM_RUN,
     io(0x00),                                        // KVM_GET_API_VERSION
@@ -100,18 +102,17 @@ const KVM_REQUESTS: &[u64] = &[
     io(0x41),                                        // KVM_CREATE_VCPU
     write::<kvm::kvm_userspace_memory_region>(0x46), // KVM_SET_USER_MEMORY_REGION
     io(0x47),                                        // KVM_SET_TSS_ADDR
-    io(0x60),                                        // KVM_CREATE_IRQCHIP
-    write::<kvm::kvm_irqfd>(0x76),                   // KVM_IRQFD
-    write::<kvm::kvm_ioeventfd>(0x79),               // KVM_IOEVENTFD
-    write::<kvm::kvm_regs>(0x82),                    // KVM_SET_REGS
-    read::<kvm::kvm_sregs>(0x83),                    // KVM_GET_SREGS
-    write::<kvm::kvm_sregs>(0x84),                   // KVM_SET_SREGS
-    write::<kvm::kvm_msrs>(0x89),                    // KVM_SET_MSRS
-    write::<kvm::kvm_fpu>(0x8d),                     // KVM_SET_FPU
-    read::<kvm::kvm_lapic_state>(0x8e),              // KVM_GET_LAPIC
-    write::<kvm::kvm_lapic_state>(0x8f),             // KVM_SET_LAPIC
-    write::<kvm::kvm_cpuid2>(0x90),                  // KVM_SET_CPUID2
-    write::<kvm::kvm_xcrs>(0xa7),                    // KVM_SET_XCRS
+    SET_GSI_ROUTING,
+    write::<kvm::kvm_irqfd>(0x76),      // KVM_IRQFD
+    write::<kvm::kvm_ioeventfd>(0x79),  // KVM_IOEVENTFD
+    write::<kvm::kvm_regs>(0x82),       // KVM_SET_REGS
+    read::<kvm::kvm_sregs>(0x83),       // KVM_GET_SREGS
+    write::<kvm::kvm_sregs>(0x84),      // KVM_SET_SREGS
+    write::<kvm::kvm_msrs>(0x89),       // KVM_SET_MSRS
+    write::<kvm::kvm_fpu>(0x8d),        // KVM_SET_FPU
+    write::<kvm::kvm_cpuid2>(0x90),     // KVM_SET_CPUID2
+    write::<kvm::kvm_enable_cap>(0xa3), // KVM_ENABLE_CAP
+    write::<kvm::kvm_xcrs>(0xa7),       // KVM_SET_XCRS
 ];
 
 const EXECUTABLE: u64 = 4; // PROT_EXEC
@@ -134,7 +135,12 @@ use Who::{Both, Events, SetUp, Vcpu};
 const CALLS: &[Call] = &[
     // The guest.
     call(libc::SYS_ioctl, SetUp, &[OneOf(1, KVM_REQUESTS)], "make the VM, its vCPUs and their state"),
-    call(libc::SYS_ioctl, Vcpu, &[OneOf(1, &[KVM_RUN])], "run the guest"),
+    call(
+        libc::SYS_ioctl,
+        Vcpu,
+        &[OneOf(1, &[KVM_RUN, SET_GSI_ROUTING])],
+        "run the guest; route an interrupt where the guest wants it",
+    ),
     // Threads.
     call(libc::SYS_clone, SetUp, &[OneOf(0, THREAD)], "start the vCPUs' threads"),
     call(libc::SYS_set_robust_list, SetUp, &[], "a new thread's start in libc"),

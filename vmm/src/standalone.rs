@@ -6,7 +6,7 @@
 //!     └─ puts what the guest dials through to <socket>_<port>; forwards SIGTERM and SIGINT; exits as the VMM does
 //! ```
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -19,6 +19,7 @@ use carrel_protocol::vmm::{
 };
 use thiserror::Error;
 
+use crate::cgroup::Cgroup;
 use crate::confined;
 use crate::event::check;
 use crate::jail::Without;
@@ -32,11 +33,11 @@ pub enum StandaloneError {
     /// A resource can't be opened.
     #[error(transparent)]
     Resources(#[from] ResourceError),
-    /// The confined process can't be made.
+    /// The confined process can't be made, or not as confined as it should be.
     #[error(
         "the host can't give this part of the confinement: {part}; --unconfined={option} does without it"
     )]
-    Clone {
+    Part {
         /// What was asked for.
         part: &'static str,
         /// The option's word.
@@ -58,7 +59,8 @@ pub enum StandaloneError {
 pub struct Options {
     /// What to do without.
     pub without: Without,
-    /// The cgroup v2 directory in which the VMM is born; made if missing and removed at the end if it was made.
+    /// The cgroup v2 directory in which the VMM is born; made if missing and removed at the end if it was made. Without: a new one below this
+    /// process's own.
     pub cgroup: Option<PathBuf>,
     /// Print the timeline of the start to stderr.
     pub timeline: bool,
@@ -89,9 +91,15 @@ pub fn run(vm: VmFile, options: &Options) -> Result<Outcome, StandaloneError> {
     let made = SocketFiles::of(&vm);
     let (vm, descriptors) = resources::from_file(vm)?;
     let cgroup = match &options.cgroup {
-        Some(path) => Some(Cgroup::open(path)?),
-        None => None,
+        _ if options.without.leaves_out(Part::Cgroup) => None,
+        Some(path) => Some(Cgroup::open(path)),
+        None => Some(Cgroup::below_own()),
     };
+    let cgroup = cgroup.transpose().map_err(|source| StandaloneError::Part {
+        part: "a cgroup of its own (cgroup v2)",
+        option: Part::Cgroup,
+        source,
+    })?;
     let (ours, theirs) = Connection::pair()?;
     let child = clone_confined(cgroup.as_ref(), options, theirs)?;
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
@@ -139,30 +147,6 @@ impl Drop for SocketFiles {
     fn drop(&mut self) {
         for path in &self.0 {
             let _ = fs::remove_file(path);
-        }
-    }
-}
-
-struct Cgroup {
-    directory: File,
-    made: Option<PathBuf>,
-}
-
-impl Cgroup {
-    fn open(path: &Path) -> io::Result<Self> {
-        let made = match fs::create_dir(path) {
-            Ok(()) => Some(path.to_owned()),
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => None,
-            Err(e) => return Err(e),
-        };
-        Ok(Self { directory: File::open(path)?, made })
-    }
-}
-
-impl Drop for Cgroup {
-    fn drop(&mut self) {
-        if let Some(path) = &self.made {
-            let _ = fs::remove_dir(path);
         }
     }
 }
@@ -240,7 +224,7 @@ fn clone_confined(
             } else {
                 ("birth in its cgroup", Part::Cgroup)
             };
-            return Err(StandaloneError::Clone { part, option, source });
+            return Err(StandaloneError::Part { part, option, source });
         }
     };
     if pid == 0 {
@@ -256,7 +240,7 @@ fn clone_confined(
     }
     let child = Child { pid };
     if namespaces {
-        map_user(pid).map_err(|source| StandaloneError::Clone {
+        map_user(pid).map_err(|source| StandaloneError::Part {
             part: "a user of its own in a user namespace",
             option: Part::Namespaces,
             source,
@@ -276,12 +260,14 @@ fn become_user_0() -> io::Result<()> {
     check(unsafe { libc::setresuid(0, 0, 0) }).map(drop)
 }
 
-/// User 0 inside is `nobody` outside for root, and oneself for anybody else.
+/// User 0 inside is a user of this VMM's own outside for root (who launches from other programs too, hence by process id and far from theirs), and
+/// oneself for anybody else.
 fn map_user(pid: i32) -> io::Result<()> {
-    const NOBODY: u32 = 65_534;
+    /// Above it is room for the largest process id, 2^22.
+    const FIRST_USER: u32 = 0x6000_0000;
     // SAFETY: these calls can't fail.
     let (uid, gid) = unsafe { (libc::geteuid(), libc::getegid()) };
-    let outside = |own: u32| if uid == 0 { NOBODY } else { own };
+    let outside = |own: u32| if uid == 0 { FIRST_USER + pid.unsigned_abs() } else { own };
     if uid != 0 {
         // An ordinary user may map itself only without the power to drop groups (user_namespaces(7)).
         fs::write(format!("/proc/{pid}/setgroups"), "deny")?;

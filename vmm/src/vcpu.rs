@@ -24,6 +24,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::arch::current::ioapic::{self, IoApic};
 use crate::arch::current::{ShutdownCause, shutdown_cause};
 use crate::devices::Bus;
 use crate::gate::Gate;
@@ -76,6 +77,8 @@ pub struct Shared {
     pub gate: Gate,
     /// virtio-mmio devices.
     pub bus: Bus,
+    /// Interrupts' ways.
+    pub io_apic: IoApic,
     /// Port I/O.
     pub ports: Ports,
     /// Guest memory, for the restart flag.
@@ -144,13 +147,24 @@ fn step(vcpu: &mut VcpuFd, shared: &Shared) -> Option<(End, Option<String>)> {
     match exit {
         Ok(VcpuExit::MmioRead(address, data)) => {
             shared.exits.mmio.fetch_add(1, Ordering::Relaxed);
-            shared.bus.read(address, data);
+            match ioapic::register(address) {
+                Some(register) => shared.io_apic.read(register, data),
+                None => shared.bus.read(address, data),
+            }
             None
         }
         Ok(VcpuExit::MmioWrite(address, data)) => {
             shared.exits.mmio.fetch_add(1, Ordering::Relaxed);
-            shared.bus.write(address, data);
-            None
+            match ioapic::register(address) {
+                Some(register) => match shared.io_apic.write(register, data) {
+                    Ok(()) => None,
+                    Err(e) => kvm(format!("KVM did not take the routes of the guest's interrupts: {e}")),
+                },
+                None => {
+                    shared.bus.write(address, data);
+                    None
+                }
+            }
         }
         Ok(VcpuExit::IoIn(port, data)) => {
             shared.exits.ports.fetch_add(1, Ordering::Relaxed);

@@ -351,6 +351,12 @@ impl Devices {
         (FIRST_GSI..).zip(self.transports.iter().map(Transport::interrupt))
     }
 
+    /// How many interrupts there are, the ones below the first device's counted too.
+    pub fn interrupt_count(&self) -> u8 {
+        let devices = u32::try_from(self.transports.len()).unwrap_or(u32::MAX);
+        u8::try_from(FIRST_GSI.saturating_add(devices)).unwrap_or(u8::MAX)
+    }
+
     /// A kernel command line that names every device (Linux, *kernel-parameters*, `virtio_mmio.device`).
     pub fn command_line(&self, base: &str) -> String {
         let mut line = base.to_owned();

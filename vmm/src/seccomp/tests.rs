@@ -197,7 +197,8 @@ fn forbidden() -> Vec<(&'static str, Attempt)> {
         call("TIOCSTI", libc::SYS_ioctl, &[0, 0x5412]),
         call("FIONREAD", libc::SYS_ioctl, &[0, 0x541b]),
         call("KVM_CREATE_DEVICE", libc::SYS_ioctl, &[0, 0xc00c_aee0]),
-        call("KVM_SET_GSI_ROUTING", libc::SYS_ioctl, &[0, 0x4008_ae6a]),
+        call("KVM_CREATE_IRQCHIP", libc::SYS_ioctl, &[0, 0xae60]),
+        call("KVM_SIGNAL_MSI", libc::SYS_ioctl, &[0, 0x4020_aea5]),
         call("KVM_RUN of another size", libc::SYS_ioctl, &[0, 0x4000_ae80]),
         call("bpf", libc::SYS_bpf, &[0]),
         call("perf_event_open", libc::SYS_perf_event_open, &[0]),
@@ -243,6 +244,7 @@ fn what_made_the_machine_is_forbidden_once_it_runs() {
         ("KVM_CREATE_VCPU", libc::SYS_ioctl, &[0, 0xae41]),
         ("KVM_SET_SREGS", libc::SYS_ioctl, &[0, 0x4138_ae84]),
         ("KVM_SET_MSRS", libc::SYS_ioctl, &[0, 0x4008_ae89]),
+        ("KVM_ENABLE_CAP", libc::SYS_ioctl, &[0, 0x4068_aea3]),
         ("a thread", libc::SYS_clone, &[0x003d_0f00]),
         ("clone3", libc::SYS_clone3, &[]),
         ("a further filter", libc::SYS_seccomp, &[1]),
@@ -265,6 +267,7 @@ fn what_made_the_machine_is_forbidden_once_it_runs() {
 fn each_kind_of_thread_may_do_its_own_part_alone() {
     let parts: &[(&str, Stage, i64, &[u64])] = &[
         ("KVM_RUN", Stage::RunEvents, libc::SYS_ioctl, &[0, 0xae80]),
+        ("KVM_SET_GSI_ROUTING", Stage::RunEvents, libc::SYS_ioctl, &[0, 0x4008_ae6a]),
         ("poll", Stage::RunEvents, libc::SYS_poll, &[]),
         ("rt_sigreturn", Stage::RunEvents, libc::SYS_rt_sigreturn, &[]),
         ("read", Stage::RunVcpu, libc::SYS_read, &[9]),

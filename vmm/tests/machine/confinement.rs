@@ -8,10 +8,10 @@ use std::process::Command;
 use serde_json::json;
 
 use super::guest::Guest;
-use super::run::{Vmm, has_kvm};
+use super::run::{Vmm, has_cgroups, has_kvm};
 
-/// `nobody`: whom root's VMMs run as, standalone.
-const NOBODY: u32 = 65_534;
+/// Where the users of root's VMMs begin, standalone.
+const FIRST_USER: u32 = 0x6000_0000;
 
 fn is_root() -> bool {
     // SAFETY: can't fail.
@@ -48,7 +48,7 @@ fn status(path: &str) -> BTreeMap<String, String> {
 }
 
 #[test]
-fn every_thread_is_nobody_without_capabilities_and_under_its_filters() {
+fn every_thread_is_a_user_of_its_own_without_capabilities_and_under_its_filters() {
     if !has_kvm() {
         return;
     }
@@ -60,8 +60,11 @@ fn every_thread_is_nobody_without_capabilities_and_under_its_filters() {
         if status["Name"].starts_with("kvm-") {
             continue;
         }
-        let user =
-            if is_root() { NOBODY.to_string() } else { status["Uid"].split('\t').next().unwrap().into() };
+        let user = if is_root() {
+            (FIRST_USER + process).to_string()
+        } else {
+            status["Uid"].split('\t').next().unwrap().into()
+        };
         let four = [user.as_str(); 4].join("\t");
         assert_eq!((&status["Uid"], &status["Gid"]), (&four, &four));
         for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
@@ -118,7 +121,7 @@ fn its_own_user_can_neither_read_its_memory_nor_trace_it() {
         let mut cat = Command::new("head");
         cat.args(["-c", "1", &format!("/proc/{process}/{file}")]);
         if is_root() {
-            cat.uid(NOBODY).gid(NOBODY);
+            cat.uid(FIRST_USER + process).gid(FIRST_USER + process);
         }
         let output = cat.output().unwrap();
         let said = String::from_utf8_lossy(&output.stderr);
@@ -186,6 +189,30 @@ fn what_is_left_out_is_left_out_alone_and_said() {
     assert_eq!((found["Seccomp"].as_str(), found["CapEff"].as_str()), ("2", "0000000000000000"));
     assert_eq!(found["NSpid"].split('\t').count(), status("/proc/self/status")["NSpid"].split('\t').count());
     drop(vmm);
+}
+
+#[test]
+fn it_is_born_in_a_cgroup_that_goes_with_it() {
+    if !has_kvm() || !has_cgroups() {
+        return;
+    }
+    let cgroup = |process: u32| {
+        let text = fs::read_to_string(format!("/proc/{process}/cgroup")).unwrap();
+        text.lines().find_map(|line| line.strip_prefix("0::").map(str::to_owned)).unwrap()
+    };
+    let (vmm, process) = running(&[]);
+    let launcher = vmm.launcher();
+    let own = cgroup(process);
+    assert_eq!(
+        own.strip_prefix(&cgroup(launcher)).unwrap().trim_start_matches('/'),
+        format!("carrel-vmm.{launcher}")
+    );
+    Vmm::signal(launcher, libc::SIGTERM);
+    assert_eq!(vmm.over().code(), 13);
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let root =
+        mounts.lines().find(|line| line.contains(" cgroup2 ")).unwrap().split(' ').nth(1).unwrap().to_owned();
+    assert!(!std::path::Path::new(&format!("{root}{own}")).exists(), "{root}{own}");
 }
 
 /// A stop and a continuation, as a debugger or a freezer of processes makes them, wake calls in the kernel that then start anew.

@@ -12,11 +12,12 @@
 //!  …         initramfs, as high as it fits below the hole
 //! ```
 //!
-//! No ACPI, no PCI, no i8042, no PIT: an in-kernel interrupt chip, an MP table that describes it, virtio-mmio devices named
-//! on the command line.
+//! No ACPI, no PCI, no i8042, no PIT, no 8259: local APICs in KVM, an I/O APIC here, an MP table that describes them, virtio-mmio devices
+//! named on the command line.
 
 pub mod boot;
 pub mod cpuid;
+pub mod ioapic;
 pub mod load;
 pub mod mptable;
 pub mod registers;
@@ -37,6 +38,7 @@ pub const COMMAND_LINE_MAX: usize = 2047;
 pub(crate) const MP_TABLE: GuestAddress = GuestAddress(0x9_fc00);
 pub(crate) const BASE_MEMORY_END: u64 = 0xa_0000;
 pub(crate) const HIGH_MEMORY: u64 = 0x10_0000;
+pub(crate) const LOCAL_APIC: u32 = 0xfee0_0000;
 /// Three pages for KVM's real-mode emulation on Intel; in the hole, away from devices.
 const TSS: usize = 0xfffb_d000;
 
@@ -70,11 +72,11 @@ pub fn shutdown_cause(memory: &GuestMemoryMmap) -> ShutdownCause {
     }
 }
 
-/// The in-kernel interrupt chips. After the memory slots: changing slots while there are chips costs an SRCU
+/// Interrupt chips: local APICs in KVM. After the memory slots: changing slots while there are chips costs an SRCU
 /// synchronisation each, which measured 5–10 ms.
 pub fn create_interrupt_chips(vm: &VmFd) -> Result<(), kvm_ioctls::Error> {
     if vm.check_extension(Cap::SetTssAddr) {
         vm.set_tss_address(TSS)?;
     }
-    vm.create_irq_chip()
+    ioapic::split(vm)
 }

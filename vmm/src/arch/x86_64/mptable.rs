@@ -1,17 +1,15 @@
 //! The MP table (Intel MultiProcessor Specification 1.4, chapter 4): how a kernel without ACPI learns of its processors
 //! and its interrupt controller.
 //!
-//! One bus (ISA), one I/O APIC with 24 pins, every bus interrupt n on pin n, LINT0 for external interrupts and LINT1 for NMI.
+//! One bus (ISA), one I/O APIC, every bus interrupt n on pin n, LINT1 for NMI.
 
 use carrel_protocol::units::VcpuCount;
 use vm_memory::{Address, Bytes, GuestMemoryError, GuestMemoryMmap};
 
-use super::MP_TABLE;
+use super::ioapic::ADDRESS as IO_APIC;
+use super::{LOCAL_APIC, MP_TABLE};
 
-const IO_APIC: u32 = 0xfec0_0000;
-const LOCAL_APIC: u32 = 0xfee0_0000;
 const APIC_VERSION: u8 = 0x14;
-const PINS: u8 = 24;
 const PROCESSOR: u8 = 0;
 const BUS: u8 = 1;
 const IO_APIC_ENTRY: u8 = 2;
@@ -19,11 +17,10 @@ const IO_INTERRUPT: u8 = 3;
 const LOCAL_INTERRUPT: u8 = 4;
 const VECTORED: u8 = 0;
 const NMI: u8 = 1;
-const EXTERNAL: u8 = 3;
 
 /// Writes the floating pointer and, right behind it, the table.
-pub fn write(memory: &GuestMemoryMmap, vcpus: VcpuCount) -> Result<(), GuestMemoryError> {
-    let table = table(vcpus);
+pub fn write(memory: &GuestMemoryMmap, vcpus: VcpuCount, pins: u8) -> Result<(), GuestMemoryError> {
+    let table = table(vcpus, pins);
     let table_at = u32::try_from(MP_TABLE.raw_value()).unwrap_or(0) + 16;
     let mut pointer = Vec::from(b"_MP_");
     pointer.extend(table_at.to_le_bytes());
@@ -33,7 +30,7 @@ pub fn write(memory: &GuestMemoryMmap, vcpus: VcpuCount) -> Result<(), GuestMemo
     memory.write_slice(&table, MP_TABLE.unchecked_add(16))
 }
 
-fn table(vcpus: VcpuCount) -> Vec<u8> {
+fn table(vcpus: VcpuCount, pins: u8) -> Vec<u8> {
     let io_apic_id = vcpus.get();
     let mut entries: Vec<u8> = Vec::new();
     let mut count: u16 = 0;
@@ -52,10 +49,9 @@ fn table(vcpus: VcpuCount) -> Vec<u8> {
     }
     entry(&[&[BUS, 0][..], b"ISA   "].concat());
     entry(&[&[IO_APIC_ENTRY, io_apic_id, APIC_VERSION, 1][..], &IO_APIC.to_le_bytes()].concat());
-    for pin in 0..PINS {
+    for pin in 0..pins {
         entry(&[IO_INTERRUPT, VECTORED, 0, 0, 0, pin, io_apic_id, pin]);
     }
-    entry(&[LOCAL_INTERRUPT, EXTERNAL, 0, 0, 0, 0, 0, 0]);
     entry(&[LOCAL_INTERRUPT, NMI, 0, 0, 0, 0, 0xff, 1]);
 
     let length = u16::try_from(44 + entries.len()).unwrap_or(u16::MAX);
@@ -91,8 +87,8 @@ mod tests {
         let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         for n in [1, 2, 16] {
             let vcpus = VcpuCount::try_from(n).unwrap();
-            write(&memory, vcpus).unwrap();
-            let table = table(vcpus);
+            write(&memory, vcpus, 24).unwrap();
+            let table = table(vcpus, 24);
             assert!(16 + table.len() <= 1024, "{} bytes", table.len());
             assert_eq!(usize::from(u16::from_le_bytes([table[4], table[5]])), table.len());
             let mut pointer = [0; 16];
@@ -101,7 +97,7 @@ mod tests {
                 assert_eq!(bytes.iter().fold(0u8, |s, b| s.wrapping_add(*b)), 0);
             }
             let entries = u16::from_le_bytes([table[34], table[35]]);
-            assert_eq!(u64::from(entries), n + 1 + 1 + 24 + 2);
+            assert_eq!(u64::from(entries), n + 1 + 1 + 24 + 1);
         }
     }
 }

@@ -27,12 +27,6 @@ const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
 /// MTRRs on, everything write-back.
 const MTRR_ON_WRITE_BACK: u64 = 1 << 11 | 6;
 
-/// LVT entries in the local APIC's page (SDM volume 3, chapter 11.5.1).
-const APIC_LVT0: usize = 0x350;
-const APIC_LVT1: usize = 0x360;
-const DELIVERY_NMI: u32 = 0x400;
-const DELIVERY_EXTERNAL: u32 = 0x700;
-
 /// A vCPU can't be set up.
 #[derive(Debug, Error)]
 pub enum RegisterError {
@@ -87,14 +81,6 @@ pub fn set_up(vcpu: &VcpuFd, index: u8, kernel: &LoadedKernel) -> Result<(), Reg
     // FCW and MXCSR as after FNINIT and a reset (SDM volume 1, chapters 8.1.5 and 10.2.3).
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
     vcpu.set_fpu(&fpu).map_err(kvm("floating-point state"))?;
-
-    let mut lapic = vcpu.get_lapic().map_err(kvm("local APIC"))?;
-    for (at, delivery) in [(APIC_LVT0, DELIVERY_EXTERNAL), (APIC_LVT1, DELIVERY_NMI)] {
-        for (to, from) in lapic.regs.iter_mut().skip(at).zip(delivery.to_le_bytes()) {
-            *to = from.cast_signed();
-        }
-    }
-    vcpu.set_lapic(&lapic).map_err(kvm("local APIC"))?;
 
     if index == 0 {
         enter(vcpu, kernel)?;
