@@ -90,7 +90,8 @@ impl Index {
         {
             return Err(Refusal::Truncated);
         }
-        self.name_bytes += name.len() + to.len();
+        // One more each, so that even a folder without a name can't come for ever.
+        self.name_bytes += name.len() + to.len() + 1;
         if self.name_bytes > MOST_NAME_BYTES {
             return Err(Refusal::TooManyNameBytes);
         }
