@@ -71,6 +71,7 @@ pub enum ReaderError {
 #[derive(Clone, Debug)]
 pub struct ArchiveReader {
     program: PathBuf,
+    arguments: Vec<String>,
     without: Vec<Part>,
     deadline: Duration,
 }
@@ -86,7 +87,7 @@ impl ArchiveReader {
     /// Readers that are another program, with so much time for each archive.
     #[must_use]
     pub fn new(program: PathBuf, without: Vec<Part>, deadline: Duration) -> Self {
-        Self { program, without, deadline }
+        Self { program, arguments: child::arguments(&without), without, deadline }
     }
 
     /// Starts one, and returns when it is confined.
@@ -103,7 +104,7 @@ impl ArchiveReader {
         let child = launch::spawn(&launch::Plan {
             program: program.as_fd(),
             path: &path,
-            arguments: child::arguments(&self.without),
+            arguments: self.arguments.clone(),
             socket: theirs.as_fd(),
             cgroup: None,
             user: (!self.without.contains(&Part::Namespaces)).then(launch::reading_user),

@@ -80,7 +80,7 @@ mod tests {
         let entry = Entry { name: longest.clone(), kind: Kind::Link { to: longest } };
         let encoded = FromReader::from(Entries(vec![entry])).encode().unwrap();
         assert!(encoded.len() < ENTRIES_BYTES);
-        assert!(ENTRIES_BYTES < carrel_protocol::vmm::MAX_PACKET_BYTES);
+        const { assert!(ENTRIES_BYTES < carrel_protocol::vmm::MAX_PACKET_BYTES) };
         let name = Printable::new(&"\u{10ffff}".repeat(300));
         FromReader::from(Refused(Refusal::Name { name, fault: NameFault::LinkNotUtf8 })).encode().unwrap();
     }
