@@ -202,10 +202,11 @@ fn clone(plan: &Plan<'_>, prepared: &Prepared) -> Result<Child, LaunchError> {
         // SAFETY: this is the child of a clone without CLONE_VM, and `prepared` is its copy.
         unsafe { become_vmm(prepared) }
     }
-    let part = if plan.user.is_some() {
-        "birth in its cgroup and in new namespaces (user, mount, pid, net, ipc, uts)"
-    } else {
-        "birth in its cgroup"
+    let part = match (plan.cgroup.is_some(), plan.user.is_some()) {
+        (true, true) => "birth in its cgroup and in new namespaces (user, mount, pid, net, ipc, uts)",
+        (true, false) => "birth in its cgroup",
+        (false, true) => "birth in new namespaces (user, mount, pid, net, ipc, uts)",
+        (false, false) => "a process of its own",
     };
     let pid =
         u32::try_from(pid).map_err(|_| LaunchError::Part { part, source: io::Error::last_os_error() })?;
