@@ -17,6 +17,9 @@ use crate::guest_images::READY;
 /// How long any guest may take to be ready: far above what an emulated host needs.
 const READY_DEADLINE: Duration = Duration::from_secs(120);
 
+/// How long a VMM has to end when it is asked to.
+const GRACE: Duration = Duration::from_secs(2);
+
 /// A VMM to measure.
 #[derive(Clone, Debug)]
 pub(crate) enum Engine {
@@ -189,6 +192,18 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        // It may have something to clean up; what does not listen is killed.
+        if let Ok(pid) = i32::try_from(self.pid()) {
+            let _ =
+                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM);
+        }
+        let deadline = Instant::now() + GRACE;
+        while Instant::now() < deadline {
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
         // Its children too: what strace followed outlives a killed strace. Errors mean that it is gone already.
         for pid in crate::meter::family(self.pid()).into_iter().rev() {
             if let Ok(pid) = i32::try_from(pid) {

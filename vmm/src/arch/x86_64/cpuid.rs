@@ -46,8 +46,32 @@ const LEAF_1_EDX: u32 = 0x0fff_fbff & !(1 << 18 | 1 << 20 | 1 << 21 | 1 << 22);
 const HTT: u32 = 1 << 28;
 /// Subleaves of leaf 7 that are passed on.
 const LEAF_7_SUBLEAVES: u32 = 2;
-/// Leaf 7.0 EBX without SGX, RDT, processor trace, MPX. All of its bits have their meaning.
-const LEAF_7_EBX: u32 = !(1 << 2 | 1 << 12 | 1 << 14 | 1 << 15 | 1 << 25);
+/// Leaf 7.0 EBX: FSGSBASE, TSC_ADJUST, BMI1, AVX2, FDP exceptions, SMEP, BMI2, ERMS, INVPCID, no FCS and FDS, AVX-512 F and DQ, RDSEED, ADX, SMAP, AVX-512
+/// IFMA, CLFLUSHOPT, CLWB, AVX-512 PF, ER and CD, SHA, AVX-512 BW and VL. Neither SGX, RDT, processor trace, MPX nor transactions.
+const LEAF_7_EBX: u32 = 1
+    | 1 << 1
+    | 1 << 3
+    | 1 << 5
+    | 1 << 6
+    | 1 << 7
+    | 1 << 8
+    | 1 << 9
+    | 1 << 10
+    | 1 << 13
+    | 1 << 16
+    | 1 << 17
+    | 1 << 18
+    | 1 << 19
+    | 1 << 20
+    | 1 << 21
+    | 1 << 23
+    | 1 << 24
+    | 1 << 26
+    | 1 << 27
+    | 1 << 28
+    | 1 << 29
+    | 1 << 30
+    | 1 << 31;
 /// Leaf 7.0 ECX: AVX-512 VBMI, UMIP, PKU, VBMI2, GFNI, VAES, VPCLMULQDQ, VNNI, BITALG, VPOPCNTDQ, LA57, RDPID.
 const LEAF_7_ECX: u32 = 1 << 1
     | 1 << 2
@@ -79,6 +103,20 @@ const LEAF_8001_ECX: u32 = 1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 7 | 1 <<
 const TOPOEXT: u32 = 1 << 22;
 /// Leaf 0x8000_0007 EDX: invariant TSC.
 const LEAF_8007_EDX: u32 = 1 << 8;
+
+/// Leaf 0x8000_0001 EDX: what repeats leaf 1, SYSCALL, NX, MMX extensions, FFXSR, pages of 1 GiB, RDTSCP, long mode. No 3DNow!.
+const LEAF_8001_EDX: u32 = 0x0183_f3ff | 1 << 11 | 1 << 20 | 1 << 22 | 1 << 25 | 1 << 26 | 1 << 27 | 1 << 29;
+/// Leaf 0x8000_0008 EBX: CLZERO, XSAVEERPTR, WBNOINVD, and the speculation controls IBPB, IBRS, STIBP and their preferences, SSBD, PSFD, BTC_NO, IBPB_RET.
+const LEAF_8008_EBX: u32 =
+    1 | 1 << 2 | 1 << 9 | 1 << 12 | 0x3f << 14 | 1 << 24 | 1 << 25 | 1 << 26 | 1 << 28 | 1 << 29 | 1 << 30;
+/// Leaf 0x8000_0021 EAX: no nested data breakpoints, serialising LFENCE, VERW clears, null selectors clear the base, automatic IBRS, PREFETCHI, and what is
+/// said of SRSO.
+const LEAF_8021_EAX: u32 = 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 20 | 0xf << 27;
+/// Leaf 0x8000_0021 ECX: TSA_SQ_NO, TSA_L1_NO.
+const LEAF_8021_ECX: u32 = 1 << 1 | 1 << 2;
+/// Leaf 0x4000_0001 EAX (KVM's own, *KVM-specific CPUID bits*): clocks, asynchronous faults, steal time, EOI, unhalt, TLB flush, IPIs, poll control, yield.
+/// Not extended destinations: the I/O APIC has none.
+const LEAF_KVM_EAX: u32 = 1 | 1 << 1 | 0x1f << 3 | 0x3f << 9 | 1 << 24;
 
 /// Builds the table of vCPU `index` of `vcpus`.
 pub fn for_vcpu(supported: &CpuId, kvm: &Kvm, index: u8, vcpus: u8) -> Result<CpuId, CpuidError> {
@@ -151,7 +189,20 @@ fn masked(mut entry: kvm_cpuid_entry2, has_deadline: bool) -> kvm_cpuid_entry2 {
             entry.edx &= LEAF_7_2_EDX;
         }
         (7, _) => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-        (0x8000_0001, _) => entry.ecx &= LEAF_8001_ECX,
+        (0x4000_0001, _) => {
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (entry.eax & LEAF_KVM_EAX, 0, 0, 0);
+        }
+        (0x8000_0001, _) => {
+            entry.ecx &= LEAF_8001_ECX;
+            entry.edx &= LEAF_8001_EDX;
+        }
+        (0x8000_0008, _) => {
+            (entry.ebx, entry.ecx, entry.edx) = (entry.ebx & LEAF_8008_EBX, 0, 0);
+        }
+        (0x8000_0021, _) => {
+            (entry.eax, entry.ecx) = (entry.eax & LEAF_8021_EAX, entry.ecx & LEAF_8021_ECX);
+            (entry.ebx, entry.edx) = (0, 0);
+        }
         (0x8000_0007, _) => {
             (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, entry.edx & LEAF_8007_EDX)
         }
@@ -243,6 +294,17 @@ mod tests {
         assert_eq!(with(1).edx & (1 << 19 | 1 << 21), 0, "AVX10, APX");
         assert_eq!((with(1).ebx, with(1).ecx, with(2).eax, with(2).edx), (0, 0, 0, 0x3f));
         assert_eq!((with(3).eax, with(3).edx), (0, 0));
+    }
+
+    #[test]
+    fn bits_that_have_no_name_yet_reach_no_guest() {
+        let with = |function, index| masked(leaf(function, index), false);
+        assert_eq!(with(7, 0).ebx & (1 << 4 | 1 << 11 | 1 << 22), 0, "transactions");
+        assert_eq!(with(0x8000_0001, 0).edx & (3 << 30 | 1 << 10 | 1 << 18), 0, "3DNow!");
+        assert_eq!(with(0x8000_0008, 0).ebx & (1 << 8 | 1 << 31), 0);
+        assert_eq!((with(0x8000_0021, 0).eax & 1 << 9, with(0x8000_0021, 0).edx), (0, 0));
+        let kvm = with(0x4000_0001, 0);
+        assert_eq!((kvm.eax & 1 << 15, kvm.edx), (0, 0), "extended destinations");
     }
 
     #[test]
