@@ -90,7 +90,7 @@ impl ArchiveReader {
         Self { program, arguments: child::arguments(&without), without, deadline }
     }
 
-    /// Starts one, and returns when it is confined.
+    /// Starts one, and returns when it is confined. It ends with the calling thread at the latest.
     ///
     /// # Errors
     ///

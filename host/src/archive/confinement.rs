@@ -71,18 +71,19 @@ fn empty_root() -> io::Result<()> {
 }
 
 fn limit_resources() -> io::Result<()> {
-    for (resource, limit) in [
-        (Resource::Core, 0),
-        (Resource::Fsize, 0),
-        (Resource::Memlock, 0),
-        (Resource::Nproc, 0),
-        (Resource::Nofile, DESCRIPTORS),
-        (Resource::As, ADDRESS_SPACE),
-        (Resource::Cpu, CPU_SECONDS),
+    for (resource, soft, hard) in [
+        (Resource::Core, 0, 0),
+        (Resource::Fsize, 0, 0),
+        (Resource::Memlock, 0, 0),
+        (Resource::Nproc, 0, 0),
+        (Resource::Nofile, DESCRIPTORS, DESCRIPTORS),
+        (Resource::As, ADDRESS_SPACE, ADDRESS_SPACE),
+        // At the soft limit it gets SIGXCPU, which says why it died; at the hard one SIGKILL.
+        (Resource::Cpu, CPU_SECONDS, CPU_SECONDS + 1),
     ] {
         let most = rustix::process::getrlimit(resource).maximum;
-        let limit = Some(most.map_or(limit, |most| most.min(limit)));
-        rustix::process::setrlimit(resource, Rlimit { current: limit, maximum: limit })?;
+        let limit = |limit| Some(most.map_or(limit, |most| most.min(limit)));
+        rustix::process::setrlimit(resource, Rlimit { current: limit(soft), maximum: limit(hard) })?;
     }
     Ok(())
 }
