@@ -73,6 +73,8 @@ struct Process {
     started: bool,
     /// How it ended; told when all its streams are connected.
     exited: Option<(ExitStatus, bool)>,
+    /// Once it ended: when its streams are waited for no longer, dialled or not, logged to their end or not.
+    flush: Option<Instant>,
 }
 
 /// A command's connection.
@@ -102,8 +104,6 @@ struct Deadlines {
     timeout: Option<Instant>,
     /// The stop signal was not enough.
     kill: Option<Instant>,
-    /// An ended process's streams were not all dialled, or a log not finished.
-    flush: Option<Instant>,
     /// The end needs more pressure.
     pressure: Option<Instant>,
     /// Usage was asked for and not reported.
@@ -403,7 +403,7 @@ impl Room {
     fn tell_exit(&mut self, id: ProcessId) {
         let Some(process) = self.processes.get_mut(&id) else { return };
         let Some((status, out_of_memory)) = process.exited else { return };
-        let late = self.deadlines.flush.is_none_or(|at| Instant::now() >= at);
+        let late = process.flush.is_none_or(|at| Instant::now() >= at);
         if !process.awaited.is_empty() && !late {
             return;
         }
@@ -427,8 +427,9 @@ impl Room {
     fn next_deadline(&self) -> Option<Instant> {
         let due = &self.deadlines;
         let step = due.step.map(|(at, ..)| at);
-        [step, due.timeout, due.kill, due.flush, due.pressure, due.usage, due.sample]
+        [step, due.timeout, due.kill, due.pressure, due.usage, due.sample]
             .into_iter()
+            .chain(self.processes.values().map(|process| process.flush))
             .flatten()
             .min()
     }
@@ -451,16 +452,7 @@ impl Room {
         if due(&mut self.deadlines.kill) {
             self.kill_workload();
         }
-        if self.deadlines.flush.is_some_and(|at| at <= now) {
-            let ended: Vec<_> =
-                self.processes.iter().filter(|(_, p)| p.exited.is_some()).map(|(id, _)| *id).collect();
-            ended.into_iter().for_each(|id| self.tell_exit(id));
-            self.deadlines.flush = None;
-            if let Some(workload) = self.processes.get_mut(&WORKLOAD) {
-                workload.logged.clear();
-            }
-            self.end_if_drained();
-        }
+        self.flush(now);
         if due(&mut self.deadlines.pressure) {
             self.press();
         }

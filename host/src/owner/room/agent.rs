@@ -217,7 +217,7 @@ impl Room {
         }
         if process.exited.is_none() {
             process.exited = Some((exited.status, exited.out_of_memory));
-            self.deadlines.flush = Some(Instant::now() + self.own.patience.identify());
+            process.flush = Some(Instant::now() + self.own.patience.identify());
             self.tell_exit(exited.process);
         }
     }

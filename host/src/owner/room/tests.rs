@@ -318,6 +318,33 @@ fn a_detached_room_outlives_its_command_and_leaves_record_and_log() {
 }
 
 #[test]
+fn an_execs_end_does_not_end_the_reading_of_the_log() {
+    let patience = Patience::parse(Some("0.2"));
+    let (place, mut guest) = begin_with(spec(true), patience);
+    let path = place.path();
+    let [_stdin, mut stdout, stderr] = guest.boot();
+    drop(stderr);
+    let beside = Session::connect(&path, spec(true)).unwrap();
+    let process = ProcessSpec { arguments: vec!["true".into()], ..Default::default() };
+    beside.remote().send(api::Exec { process }).unwrap();
+    let FromHost::Exec(exec) = guest.hear() else { panic!("no exec") };
+    guest.say(Started { process: exec.process.id });
+    guest.say(Exited { process: exec.process.id, status: ExitStatus::Code(0), out_of_memory: false });
+    // Its streams were never dialled, so its end is told when they are waited for no longer.
+    while !matches!(beside.receive().unwrap().message, api::ToClient::Exited(_)) {}
+    std::thread::sleep(patience.identify() / 10);
+    guest.exit(ExitStatus::Code(0));
+    // The backlog comes behind the end.
+    std::thread::sleep(patience.identify() / 5);
+    assert_eq!(place.record().unwrap().phase, Phase::Draining);
+    stdout.write_all(b"the tail\n").unwrap();
+    drop(stdout);
+    guest.shut_down();
+    place.owner.join().unwrap();
+    assert!(std::fs::read(path.join("log")).unwrap().ends_with(b"the tail\n"));
+}
+
+#[test]
 fn a_timeout_asks_then_kills_and_is_the_outcome() {
     let (place, mut guest) = begin(RoomSpec { timeout_ms: Some(100), ..spec(true) });
     let streams = guest.boot();
