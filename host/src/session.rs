@@ -66,7 +66,7 @@ pub enum SessionError {
 /// The caller's files for a process's standard streams.
 #[derive(Debug)]
 pub struct Streams {
-    /// What the process reads; asked for only where its specification is interactive or has a terminal.
+    /// What the process reads; asked for only where its specification is interactive.
     pub stdin: Option<File>,
     /// What the process writes.
     pub stdout: File,
