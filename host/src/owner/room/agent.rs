@@ -197,6 +197,8 @@ impl Room {
         {
             tracing::warn!(error = %chain(&error), "the room keeps its boot's share of the CPUs");
         }
+        // A room may be over before the first period is.
+        self.meter.sample_memory();
         debug_assert_eq!(u128::from(REPORT_MS), SAMPLE.as_millis());
         self.ask_usage();
     }
@@ -218,6 +220,10 @@ impl Room {
         if process.exited.is_none() {
             process.exited = Some((exited.status, exited.out_of_memory));
             process.flush = Some(Instant::now() + self.own.patience.identify());
+            if exited.process == WORKLOAD {
+                // Before anybody is told: the VMM has still all that the workload made it take.
+                self.meter.sample_memory();
+            }
             self.tell_exit(exited.process);
         }
     }

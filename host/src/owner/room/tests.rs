@@ -232,7 +232,9 @@ fn a_workload_runs_with_its_streams_apart_and_its_status_comes_back() {
     guest.shut_down();
     let ended = command.join().unwrap().unwrap();
     assert_eq!(ended.outcome, exited(7));
-    assert_eq!(ended.usage.unwrap().guest.unwrap().wall_us, 77);
+    let usage = ended.usage.unwrap();
+    assert_eq!(usage.guest.unwrap().wall_us, 77);
+    assert!(usage.host.pss_peak_bytes.is_some(), "however short it was");
     assert_eq!((text(out).as_str(), text(err).as_str()), ("out", "err"));
     assert!(!path.exists(), "nothing stays of an attached room");
 }
