@@ -30,6 +30,11 @@ impl Forwarding {
             signals.add_signal(SIGWINCH).context(cannot)?;
         }
         let handle = signals.handle();
+        if has_terminal {
+            // Whatever changed since it was looked at first; from here on nothing is missed.
+            let told = remote.resize(terminal::size());
+            told.unwrap_or_else(|error| tracing::debug!(%error, "the terminal's size was not told"));
+        }
         let thread = thread::Builder::new()
             .name("signals".into())
             .spawn(move || forward(&mut signals, &remote))

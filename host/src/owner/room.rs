@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use carrel_protocol::Message;
-use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal};
+use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal, TerminalSize};
 use carrel_protocol::usage::GuestUsage;
 use carrel_protocol::vmm::{DeviceStopReason, Ended, FromVmm};
 
@@ -71,6 +71,8 @@ struct Process {
     logged: HashSet<StreamKind>,
     /// The agent said that it runs.
     started: bool,
+    /// The size of its terminal, as the agent was told last.
+    size: Option<TerminalSize>,
     /// How it ended; told when all its streams are connected.
     exited: Option<(ExitStatus, bool)>,
     /// Once it ended: when its streams are waited for no longer, dialled or not, logged to their end or not.
@@ -82,6 +84,14 @@ struct Process {
 struct Client {
     connection: Arc<Connection>,
     process: Option<ProcessId>,
+    /// The size of its terminal, as it said last; perhaps before its process was there.
+    size: Option<TerminalSize>,
+}
+
+impl Client {
+    fn new(connection: Arc<Connection>, process: Option<ProcessId>) -> Self {
+        Self { connection, process, size: None }
+    }
 }
 
 /// Steps of a VMM's end, each harder than the one before.
@@ -200,7 +210,7 @@ impl Room {
             control_taken: false,
             processes: BTreeMap::new(),
             next_process: WORKLOAD.0 + 1,
-            clients: BTreeMap::from([(ClientId(0), Client { connection: creator, process: Some(WORKLOAD) })]),
+            clients: BTreeMap::from([(ClientId(0), Client::new(creator, Some(WORKLOAD)))]),
             next_client: 1,
             creator: ClientId(0),
             usage_waiters: Vec::new(),

@@ -147,7 +147,10 @@ impl Room {
         spec: &ProcessSpec,
         client: Option<super::ClientId>,
     ) -> std::io::Result<agent::Process> {
-        let mut process = Process { client, ..Process::default() };
+        // The command may have said another size since it asked for the process.
+        let said = client.and_then(|client| self.clients.get(&client)?.size);
+        let terminal = spec.terminal.map(|size| said.unwrap_or(size));
+        let mut process = Process { client, size: terminal, ..Process::default() };
         let mut agree = |stream: StreamKind, wanted: bool| {
             if !wanted {
                 return Ok(None);
@@ -158,8 +161,8 @@ impl Room {
         let stdio = Stdio {
             stdin: agree(StreamKind::Stdin, spec.interactive)?,
             stdout: agree(StreamKind::Stdout, true)?,
-            stderr: agree(StreamKind::Stderr, spec.terminal.is_none())?,
-            terminal: spec.terminal,
+            stderr: agree(StreamKind::Stderr, terminal.is_none())?,
+            terminal,
         };
         self.processes.insert(id, process);
         Ok(agent::Process {
@@ -185,6 +188,7 @@ impl Room {
         if let Some(client) = process.client.or((id == WORKLOAD).then_some(self.creator)) {
             self.tell_client(client, api::Started {});
         }
+        self.resize(id);
         if id != WORKLOAD || self.record.phase != Phase::Starting {
             return;
         }

@@ -32,7 +32,7 @@ impl Room {
         self.next_client += 1;
         let connection = Arc::new(connection);
         self.teller.watch_client(id, &connection)?;
-        self.clients.insert(id, Client { connection, process: (id.0 == 0).then_some(WORKLOAD) });
+        self.clients.insert(id, Client::new(connection, None));
         Ok(id)
     }
 
@@ -42,9 +42,11 @@ impl Room {
             FromClient::Exec(exec) => self.start_exec(id, &exec.process),
             FromClient::Signal(api::Signal { signal }) => self.signal(id, signal),
             FromClient::Resize(api::Resize { size }) => {
-                let process = self.process_of(id);
-                if self.processes.contains_key(&process) {
-                    self.tell_agent(Resize { process, size });
+                if let Some(client) = self.clients.get_mut(&id) {
+                    client.size = Some(size);
+                    if let Some(process) = client.process {
+                        self.resize(process);
+                    }
                 }
             }
             FromClient::Stop(api::Stop { timeout_ms }) => {
@@ -75,6 +77,17 @@ impl Room {
                     Some(_) | None => self.refuse(id, "the room takes one event at a time, from its creator"),
                 }
             }
+        }
+    }
+
+    /// Tells the agent the size of a process's terminal, if it runs and the agent doesn't know: one that doesn't run yet has no terminal.
+    pub(super) fn resize(&mut self, id: ProcessId) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let size = process.client.and_then(|client| self.clients.get(&client)?.size);
+        let Some(size) = size.filter(|_| process.started && process.exited.is_none()) else { return };
+        if process.size.is_some_and(|told| told != size) {
+            process.size = Some(size);
+            self.tell_agent(Resize { process: id, size });
         }
     }
 

@@ -320,6 +320,37 @@ fn a_detached_room_outlives_its_command_and_leaves_record_and_log() {
 }
 
 #[test]
+fn a_terminal_begins_with_the_size_that_its_window_has_by_then() {
+    let sized = |rows| agent::TerminalSize { rows, columns: 80 };
+    let mut of = spec(false);
+    of.process.terminal = Some(sized(24));
+    let (place, mut guest) = begin(of.clone());
+    let remote = place.session.remote();
+    remote.resize(sized(30)).unwrap();
+    let start = guest.boot_to_start();
+    assert_eq!(start.process.stdio.terminal, Some(sized(30)), "said before the start");
+    remote.resize(sized(31)).unwrap();
+    remote.resize(sized(32)).unwrap();
+    // One behind the other: the owner has heard both when it answers.
+    remote.send(api::ReadUsage {}).unwrap();
+    while !matches!(place.session.receive().unwrap().message, api::ToClient::Used(_)) {}
+    guest.say(Started { process: WORKLOAD });
+    let FromHost::Resize(resize) = guest.hear() else { panic!("no size") };
+    assert_eq!((resize.process, resize.size), (WORKLOAD, sized(32)), "said before it ran");
+    assert!(matches!(guest.hear(), FromHost::ReportUsage(_)));
+    remote.resize(sized(32)).unwrap();
+    remote.resize(sized(33)).unwrap();
+    let FromHost::Resize(resize) = guest.hear() else { panic!("no size") };
+    assert_eq!(resize.size, sized(33), "what it knows is not said again");
+    // Another command's window is another terminal's, before its process is there too.
+    let beside = Session::connect(&place.path(), of.clone()).unwrap();
+    beside.remote().resize(sized(50)).unwrap();
+    beside.remote().send(api::Exec { process: of.process }).unwrap();
+    let FromHost::Exec(exec) = guest.hear() else { panic!("no exec") };
+    assert_eq!(exec.process.stdio.terminal, Some(sized(50)));
+}
+
+#[test]
 fn an_execs_end_does_not_end_the_reading_of_the_log() {
     let patience = Patience::parse(Some("0.2"));
     let (place, mut guest) = begin_with(spec(true), patience);
