@@ -38,7 +38,7 @@ can't be executed, 127 it does not exist, 128+n it was ended by signal n.";
 )]
 pub(crate) struct RunArgs {
     /// Print the room's id and leave it running
-    #[arg(short, long, conflicts_with_all = ["interactive", "usage"])]
+    #[arg(short, long, conflicts_with_all = ["interactive", "usage", "usage_file"])]
     pub(crate) detach: bool,
     /// Attach standard input
     #[arg(short, long)]

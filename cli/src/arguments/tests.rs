@@ -107,6 +107,7 @@ fn values_out_of_range_name_their_option() {
 fn detached_rooms_have_no_standard_input_and_report_no_usage_at_the_end() {
     assert_eq!(refused(&["run", "-d", "-i", "img"]).kind(), ErrorKind::ArgumentConflict);
     assert_eq!(refused(&["run", "-d", "--usage", "img"]).kind(), ErrorKind::ArgumentConflict);
+    assert_eq!(refused(&["run", "-d", "--usage-file", "f", "img"]).kind(), ErrorKind::ArgumentConflict);
 }
 
 #[test]
