@@ -80,9 +80,8 @@ fn usage_error(error: &clap::Error) -> u8 {
     // If nobody reads it, the status still says it.
     let _ = write!(std::io::stderr(), "carrel: {}", text.strip_prefix("error: ").unwrap_or(&text));
     // Whoever runs a workload takes its status for the workload's own, so a wrong line must not look like one.
-    let runs = std::env::args().skip(1).find(|word| !word.starts_with('-'));
-    match runs.as_deref() {
-        Some("run" | "exec" | "invoke") => failure::OURS,
+    match arguments::command_word(std::env::args_os().skip(1)) {
+        Some(word) if ["run", "exec", "invoke"].iter().any(|runs| word == *runs) => failure::OURS,
         Some(_) | None => failure::USAGE,
     }
 }

@@ -150,6 +150,25 @@ fn global_options_go_before_and_after_the_command() {
 }
 
 #[test]
+fn the_command_of_a_wrong_line_is_found_behind_whatever_precedes_it() {
+    use std::os::unix::ffi::OsStringExt;
+    let word = |line: &[&str]| command_word(line.iter().map(Into::into));
+    for line in [
+        &["run", "--bad"][..],
+        &["--home", "/x", "run", "--bad"],
+        &["--home=/x", "run", "--bad"],
+        &["--log-level", "exec", "--print-config", "run", "ps"],
+        &["--nonsense", "run"],
+    ] {
+        assert_eq!(word(line).unwrap(), "run", "{line:?}");
+    }
+    assert_eq!(word(&["--home"]), None);
+    assert_eq!(word(&["--home", "run"]), None, "that is the home");
+    let garbled = OsString::from_vec(vec![0xff, 0xfe]);
+    assert_eq!(command_word(std::iter::once(garbled.clone())), Some(garbled));
+}
+
+#[test]
 fn every_command_that_people_use_shows_examples() {
     for command in Cli::command().get_subcommands() {
         let name = command.get_name();
