@@ -39,7 +39,8 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
         platform: args.platform.as_deref(),
         insecure: false,
     };
-    let image = payload::acquire(&store, &wanted)?;
+    let acquired = payload::Acquired::find(&store, &wanted)?;
+    let image = &acquired.image;
     let overrides = Overrides {
         entrypoint: args.process.entrypoint.clone(),
         command: args.command().to_vec(),
@@ -49,15 +50,15 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
         interactive: args.interactive,
         terminal,
     };
-    let process = image::compose(&payload::defaults(&image), &overrides)?;
-    let (layers, blobs) = payload::layers(&store, &image)?;
+    let process = image::compose(&payload::defaults(image), &overrides)?;
+    let (layers, blobs) = payload::layers(&store, image)?;
     let spec = RoomSpec {
         id: None,
         name,
         image: image.name.clone(),
         machine: machine(&args.machine)?,
         payload: Payload { layers, zips: Vec::new(), unpacked_bytes: None },
-        surroundings: surroundings(args, &image),
+        surroundings: surroundings(args, image),
         process,
         stop_signal: image::stop_signal(image.config.stop_signal.as_deref())?,
         stop_timeout_ms: millis(args.ends.stop_timeout.unwrap_or(DEFAULT_STOP_TIMEOUT)),
@@ -75,11 +76,15 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
                 failure::print(format_args!("{}\n", room.id()))?;
                 Ok(0)
             }
-            Beginning::Ended(ended) => begun_and_over(&room, &ended),
+            Beginning::Ended(ended) => {
+                acquired.settle(&store, &ended.outcome);
+                begun_and_over(&room, &ended)
+            }
         };
     }
     let attached = Attached { terminal: terminal.is_some(), keys: args.interactive };
     let ended = attach(session, attached, |session, streams, notice| session.run(streams, notice))?;
+    acquired.settle(&store, &ended.outcome);
     report::usage(&args.usage, ended.usage.as_ref())?;
     report::ended(&ended.outcome)
 }
