@@ -18,6 +18,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use carrel_protocol::FrameError;
 use carrel_protocol::vmm::MAX_DESCRIPTORS;
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
@@ -91,6 +92,16 @@ pub enum HomeError {
     /// The owner doesn't take what it is handed.
     #[error("the room's owner ended before the room began")]
     Supply(#[source] PacketError),
+    /// What the guest is told of the workload has no room in a message.
+    #[error(
+        "command, variables and mounts are {bytes} bytes long as they are sent, and {most} is the most; put some of them into a file of the image's"
+    )]
+    TooLong {
+        /// Encoded, bytes.
+        bytes: u32,
+        /// By the protocol, bytes.
+        most: u32,
+    },
     /// The room's owner can't be reached.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -216,6 +227,9 @@ impl Home {
         }
         if expected != blobs.len() {
             return Err(HomeError::Blobs { expected, given: blobs.len() });
+        }
+        if let Err(FrameError::TooLong { length, limit, .. }) = spec.check_start() {
+            return Err(HomeError::TooLong { bytes: length, most: limit });
         }
         if !spec.without.contains(&Part::Cgroup) {
             cgroup::make_way();

@@ -19,6 +19,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
+use carrel_protocol::FrameError;
 use carrel_protocol::agent::TerminalSize;
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -52,6 +53,16 @@ pub enum SessionError {
     /// The owner said something that can't be at this point.
     #[error("the room's owner is of another version than this command; install all of carrel from one build")]
     Unexpected,
+    /// The request is longer than the owner, or the guest's agent, takes.
+    #[error(
+        "command and variables are {bytes} bytes long as they are sent, and {most} is the most; put some of them into a file of the image's"
+    )]
+    TooLong {
+        /// Encoded, bytes.
+        bytes: u32,
+        /// By the protocol, bytes.
+        most: u32,
+    },
     /// The owner does not answer in time.
     #[error("the room's owner does not answer; see `carrel ps`")]
     Silent,
@@ -61,6 +72,18 @@ pub enum SessionError {
     /// A thread or a descriptor can't be had.
     #[error("the room's streams can't be served")]
     Streams(#[source] io::Error),
+}
+
+impl SessionError {
+    /// Of a message that did not go out.
+    pub(crate) fn unsent(error: PacketError) -> Self {
+        match error {
+            PacketError::Frame(FrameError::TooLong { length, limit, .. }) => {
+                Self::TooLong { bytes: length, most: limit }
+            }
+            error => Self::OwnerGone(error),
+        }
+    }
 }
 
 /// The caller's files for a process's standard streams.
@@ -122,11 +145,11 @@ impl Remote {
     }
 
     pub(crate) fn send(&self, message: impl Into<FromClient>) -> Result<(), SessionError> {
-        self.0.send_blocking(&message.into(), &[]).map_err(SessionError::OwnerGone)
+        self.0.send_blocking(&message.into(), &[]).map_err(SessionError::unsent)
     }
 
     pub(crate) fn send_with(&self, message: impl Into<FromClient>, file: &File) -> Result<(), SessionError> {
-        self.0.send_blocking(&message.into(), &[file.as_fd()]).map_err(SessionError::OwnerGone)
+        self.0.send_blocking(&message.into(), &[file.as_fd()]).map_err(SessionError::unsent)
     }
 }
 
@@ -174,7 +197,7 @@ impl Session {
         streams: Streams,
         notice: &mut dyn FnMut(&str),
     ) -> Result<Ended, SessionError> {
-        self.remote().send(Exec { process: beside(&self.spec.process, process) })?;
+        self.remote().send(Exec { process: process.clone() })?;
         self.serve(streams, false, notice)
     }
 
@@ -288,17 +311,6 @@ impl Session {
                 | ToClient::Done(_) => {}
             }
         }
-    }
-}
-
-/// What an exec's process is, where it doesn't say: as the workload.
-fn beside(workload: &ProcessSpec, process: &ProcessSpec) -> ProcessSpec {
-    let or = |own: &String, inherited: &String| if own.is_empty() { inherited } else { own }.clone();
-    ProcessSpec {
-        environment: workload.environment.iter().chain(&process.environment).cloned().collect(),
-        working_directory: or(&process.working_directory, &workload.working_directory),
-        user: or(&process.user, &workload.user),
-        ..process.clone()
     }
 }
 

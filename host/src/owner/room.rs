@@ -27,7 +27,7 @@ use crate::outcome::{Outcome, Step, clean};
 use crate::packet::{Connection, Packet};
 use crate::patience::Patience;
 use crate::record::{Phase, ProcessMark, Record, Remains};
-use crate::spec::{RoomId, RoomSpec};
+use crate::spec::{RoomId, RoomSpec, WORKLOAD};
 use crate::timestamp::now_ms;
 use crate::usage::UsageReport;
 use carrel_protocol::chain;
@@ -38,8 +38,6 @@ mod ending;
 
 pub(crate) use ending::end_without_vmm;
 
-/// The workload.
-const WORKLOAD: ProcessId = ProcessId(0);
 const SIGKILL: u8 = 9;
 const SIGTERM: u8 = 15;
 /// How often the host's meter is read, and how often the guest reports.

@@ -95,7 +95,7 @@ impl Room {
         self.clients.get(&id).and_then(|client| client.process).unwrap_or(WORKLOAD)
     }
 
-    fn refuse(&mut self, id: ClientId, message: &str) {
+    pub(super) fn refuse(&mut self, id: ClientId, message: &str) {
         self.tell_client(id, api::Refused { failure: Failure::BadRequest, message: message.to_owned() });
     }
 
@@ -108,12 +108,13 @@ impl Room {
         }
         let process = ProcessId(self.next_process);
         self.next_process = self.next_process.saturating_add(1);
-        match self.add_process(process, spec, Some(id)) {
+        let spec = spec.beside(&self.own.spec.process);
+        match self.add_process(process, &spec, Some(id)) {
             Ok(told) => {
                 if let Some(client) = self.clients.get_mut(&id) {
                     client.process = Some(process);
                 }
-                self.exec(told);
+                self.exec(id, told);
             }
             Err(error) => self.refuse(id, &chain(&error)),
         }

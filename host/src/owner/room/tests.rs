@@ -477,6 +477,30 @@ fn an_exec_whose_command_is_killed_is_killed_too() {
 }
 
 #[test]
+fn an_exec_that_is_too_long_is_refused_and_the_room_goes_on() {
+    let mut large = spec(false);
+    // As large as a workload's may be, so that the exec's own makes it too much.
+    large.process.environment = vec![format!("A={}", "x".repeat((1 << 20) - 8000))];
+    large.check_start().unwrap();
+    let (place, mut guest) = begin(large.clone());
+    let _workload = guest.boot();
+    let exec = |bytes: usize| {
+        let session = Session::connect(&place.path(), large.clone()).unwrap();
+        let arguments = vec!["id".into(), "x".repeat(bytes)];
+        session.exec(&ProcessSpec { arguments, ..Default::default() }, files(b"").0, &mut |_| ())
+    };
+    assert!(matches!(exec(100 << 10), Err(crate::session::SessionError::TooLong { .. })), "never sent");
+    let Outcome::Refused { failure, message } = exec(16 << 10).unwrap().outcome else {
+        panic!("not refused")
+    };
+    assert_eq!(failure, Failure::BadRequest);
+    assert!(message.contains("1048576 is the most"), "{message}");
+    let session = Session::connect(&place.path(), large.clone()).unwrap();
+    session.remote().send(api::Exec { process: ProcessSpec::default() }).unwrap();
+    assert!(matches!(guest.hear(), FromHost::Exec(_)), "a short one is still heard");
+}
+
+#[test]
 fn usage_is_asked_of_the_guest_and_merged_with_the_hosts() {
     let (place, mut guest) = begin(spec(false));
     let _workload = guest.boot();
