@@ -23,6 +23,7 @@ pub mod outcome;
 pub mod owner;
 pub mod record;
 pub mod session;
+pub mod signal;
 pub mod spec;
 pub mod timestamp;
 pub mod usage;

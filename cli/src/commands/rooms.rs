@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Result, bail, ensure};
 use carrel_host::log::{self, LogError, LogOptions};
 use carrel_host::record::Record;
+use carrel_host::timestamp::rfc3339_of;
 use carrel_host::{Home, Room, SessionError, UsageReport};
 use serde_json::{Value, json};
 
@@ -66,7 +67,7 @@ fn over(record: &Record) -> bool {
 }
 
 fn as_json(room: &Room, record: &Record) -> Value {
-    let time = |ms: Option<u64>| ms.map(|ms| span::rfc3339(moment(ms)));
+    let time = |ms: Option<u64>| ms.map(|ms| rfc3339_of(moment(ms)));
     let spec = room.spec();
     json!({
         "id": room.id().as_str(),
