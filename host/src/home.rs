@@ -28,6 +28,7 @@ use crate::cgroup;
 use crate::outcome::Outcome;
 use crate::owner::api::{FromClient, Supply};
 use crate::packet::{Connection, PacketError};
+use crate::patience::Patience;
 use crate::record::{Phase, Record};
 use crate::session::{Ended, Session, SessionError};
 use crate::spec::{LEAST_DISK_BYTES, MOST_BLOBS, Part, RoomId, RoomName, RoomSpec};
@@ -155,6 +156,9 @@ fn check_file(what: &'static str, path: &Path) -> Result<(), HomeError> {
 pub(crate) struct Order {
     pub(crate) spec: RoomSpec,
     pub(crate) assets: Assets,
+    /// Rooms that an older carrel made have none.
+    #[serde(default)]
+    pub(crate) patience: Patience,
 }
 
 /// The directory of all rooms.
@@ -162,6 +166,7 @@ pub(crate) struct Order {
 pub struct Home {
     root: PathBuf,
     assets: Assets,
+    patience: Patience,
     /// The program that is started as `PROGRAM owner DIR`.
     owner: PathBuf,
 }
@@ -175,14 +180,14 @@ impl Home {
     /// #     blobs: Vec<std::os::fd::OwnedFd>,
     /// #     assets: carrel_host::Assets,
     /// # ) -> Result<(), Box<dyn std::error::Error>> {
-    /// let home = carrel_host::Home::open("/var/lib/carrel".as_ref(), assets)?;
+    /// let home = carrel_host::Home::open("/var/lib/carrel".as_ref(), assets, carrel_host::Patience::default())?;
     /// let (room, session) = home.create(spec, blobs)?;
     /// let ended = session.run(carrel_host::session::Streams::standard()?, &mut |notice| eprintln!("{notice}"))?;
     /// std::process::exit(ended.outcome.exit_status().into());
     /// # }
     /// ```
-    pub fn open(root: &Path, assets: Assets) -> Result<Self, HomeError> {
-        let home = Self { root: root.to_owned(), assets, owner: "/proc/self/exe".into() };
+    pub fn open(root: &Path, assets: Assets, patience: Patience) -> Result<Self, HomeError> {
+        let home = Self { root: root.to_owned(), assets, patience, owner: "/proc/self/exe".into() };
         let rooms = home.rooms_directory();
         DirBuilder::new().recursive(true).mode(0o700).create(&rooms).map_err(failed("made", &rooms))?;
         home.sweep()?;
@@ -235,7 +240,7 @@ impl Home {
             cgroup::make_way();
         }
         let (room, lock) = self.make_directory(&mut spec)?;
-        let order = Order { spec, assets: self.assets.clone() };
+        let order = Order { spec, assets: self.assets.clone(), patience: self.patience };
         let begun = room.begin(&order, &self.owner, lock, blobs);
         match begun {
             Ok(session) => Ok((room, session)),
@@ -266,7 +271,7 @@ impl Home {
             rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
                 .map_err(|e| failed("locked", &path)(e.into()))?;
             spec.id = Some(id.clone());
-            return Ok((Room { id, directory, spec: spec.clone() }, lock));
+            return Ok((Room { id, directory, spec: spec.clone(), patience: self.patience }, lock));
         }
     }
 
@@ -301,7 +306,7 @@ impl Home {
     fn room(&self, id: RoomId) -> Option<Room> {
         let directory = self.rooms_directory().join(id.as_str());
         let order: Order = serde_json::from_slice(&fs::read(directory.join("room.json")).ok()?).ok()?;
-        Some(Room { id, directory, spec: order.spec })
+        Some(Room { id, directory, spec: order.spec, patience: self.patience })
     }
 
     /// The room of this name, this id, or whose id alone begins so.
@@ -342,6 +347,7 @@ pub struct Room {
     id: RoomId,
     directory: PathBuf,
     spec: RoomSpec,
+    patience: Patience,
 }
 
 impl Room {
@@ -382,7 +388,7 @@ impl Room {
 
     /// A connection to its owner.
     pub fn connect(&self) -> Result<Session, SessionError> {
-        Session::connect(&self.directory, self.spec.clone())
+        Session::connect(&self.directory, self.patience)
     }
 
     /// Waits until it has ended, or reads how it did.
@@ -445,6 +451,6 @@ impl Room {
             let supply = FromClient::from(Supply { last: parts.peek().is_none() });
             ours.send_blocking(&supply, &borrowed).map_err(HomeError::Supply)?;
         }
-        Ok(Session::new(ours, order.spec.clone()))
+        Ok(Session::new(ours, order.patience))
     }
 }

@@ -60,14 +60,14 @@ pub fn run(directory: &Path) -> Result<(), OwnerError> {
     // For `ps`; without a name of its own it would be called `exe`.
     let _ = rustix::thread::set_name(c"carrel-owner");
     let creator = Connection::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let patience = Patience::from_environment();
-    let mut supplies = supplies(&creator, patience).map_err(OwnerError::NoCreator)?.into_iter();
-    let lock = supplies.next().ok_or(OwnerError::NoCreator(PacketError::Truncated))?;
-    let blobs = supplies.map(File::from).collect();
     let path = directory.join("room.json");
     let order: Order = fs::read(&path)
         .and_then(|text| Ok(serde_json::from_slice(&text)?))
         .map_err(|e| OwnerError::Order(path.display().to_string(), e))?;
+    let patience = order.patience;
+    let mut supplies = supplies(&creator, patience).map_err(OwnerError::NoCreator)?.into_iter();
+    let lock = supplies.next().ok_or(OwnerError::NoCreator(PacketError::Truncated))?;
+    let blobs = supplies.map(File::from).collect();
     let id = order.spec.id.clone().ok_or_else(|| io::Error::other("the room has no id"))?;
     let verbose = tracing::enabled!(tracing::Level::DEBUG);
     let launched = launch::launch(&order, &id, directory, verbose);

@@ -34,7 +34,7 @@ use crate::owner::api::{
 };
 use crate::packet::{Connection, Packet, PacketError};
 use crate::patience::Patience;
-use crate::spec::{ProcessSpec, RoomSpec};
+use crate::spec::ProcessSpec;
 use crate::usage::UsageReport;
 
 mod pump;
@@ -81,7 +81,10 @@ impl SessionError {
             PacketError::Frame(FrameError::TooLong { length, limit, .. }) => {
                 Self::TooLong { bytes: length, most: limit }
             }
-            error => Self::OwnerGone(error),
+            error @ (PacketError::Io(_)
+            | PacketError::Frame(_)
+            | PacketError::Truncated
+            | PacketError::Closed) => Self::OwnerGone(error),
         }
     }
 }
@@ -121,7 +124,7 @@ pub enum Beginning {
 #[derive(Debug)]
 pub struct Session {
     connection: Arc<Connection>,
-    spec: RoomSpec,
+    pub(crate) patience: Patience,
 }
 
 /// The part of a session that other threads use meanwhile, such as one that receives signals.
@@ -154,12 +157,12 @@ impl Remote {
 }
 
 impl Session {
-    pub(crate) fn new(connection: Connection, spec: RoomSpec) -> Self {
-        Self { connection: Arc::new(connection), spec }
+    pub(crate) fn new(connection: Connection, patience: Patience) -> Self {
+        Self { connection: Arc::new(connection), patience }
     }
 
     /// Connects to the socket in a room's directory, through a descriptor: its path may be longer than a socket's address.
-    pub(crate) fn connect(directory: &Path, spec: RoomSpec) -> Result<Self, SessionError> {
+    pub(crate) fn connect(directory: &Path, patience: Patience) -> Result<Self, SessionError> {
         let connected = || -> io::Result<OwnedFd> {
             let folder = rustix::fs::open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
             let socket = rustix::net::socket_with(
@@ -172,7 +175,7 @@ impl Session {
             Ok(socket)
         };
         let socket = connected().map_err(SessionError::Unreachable)?;
-        Ok(Self::new(Connection::from(socket), spec))
+        Ok(Self::new(Connection::from(socket), patience))
     }
 
     /// The part for other threads.
@@ -221,8 +224,7 @@ impl Session {
     /// What the room uses now.
     pub fn usage(&self) -> Result<UsageReport, SessionError> {
         self.remote().send(ReadUsage {})?;
-        let patience = Patience::from_environment();
-        self.limit(Some(patience.usage() + patience.identify()))?;
+        self.limit(Some(self.patience.usage() + self.patience.identify()))?;
         loop {
             match self.receive_in_time()?.message {
                 ToClient::Used(Used { report }) => return Ok(report),
@@ -272,7 +274,7 @@ impl Session {
         to_the_rooms_end: bool,
         notice: &mut dyn FnMut(&str),
     ) -> Result<Ended, SessionError> {
-        let mut pumps = Pumps::new(streams);
+        let mut pumps = Pumps::new(streams, self.patience);
         loop {
             let Packet { message, descriptors } = match self.receive() {
                 Ok(packet) => packet,

@@ -58,7 +58,7 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
         acquired.zip = Some(digest);
         blobs.push(file.into());
     }
-    let around = Circumstances::now().context("The kernel gives no random bytes.")?;
+    let around = Circumstances::now(configuration.patience).context("The kernel gives no random bytes.")?;
     let mut spec = function.room(parts, &around)?;
     let kernel = args.kernel.as_ref().map(std::path::absolute).transpose()?;
     function::adjust(&mut spec, without(args.unconfined.as_ref()), kernel);

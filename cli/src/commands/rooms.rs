@@ -312,6 +312,7 @@ mod tests {
                 "without": [], "function": null,
             },
             "assets": { "kernel": "/k", "initramfs": "/i", "scratch": "/s", "vmm": "/v" },
+            "patience": 1.0,
         });
         std::fs::write(folder.join("room.json"), order.to_string()).unwrap();
         record.write(&folder.join("state.json")).unwrap();
@@ -322,7 +323,7 @@ mod tests {
             scratch: nowhere.clone(),
             vmm: nowhere,
         };
-        let home = Home::open(root.path(), assets).unwrap();
+        let home = Home::open(root.path(), assets, carrel_host::Patience::default()).unwrap();
         (root, home)
     }
 

@@ -114,6 +114,7 @@ mod tests {
 
     use super::*;
     use crate::home::Assets;
+    use crate::patience::Patience;
     use crate::spec::{Machine, Payload, ProcessSpec, RoomSpec};
 
     /// A room whose owner is dead, as it would lie there with this record.
@@ -149,11 +150,14 @@ mod tests {
                 scratch: nowhere.clone(),
                 vmm: nowhere,
             },
+            patience: Patience::default(),
         };
         fs::write(room.join("room.json"), serde_json::to_vec(&order).unwrap()).unwrap();
         fs::write(room.join("lock"), "").unwrap();
         fs::write(room.join("log"), "what it wrote").unwrap();
-        record.map(|text| fs::write(room.join("state.json"), text).unwrap());
+        if let Some(text) = record {
+            fs::write(room.join("state.json"), text).unwrap();
+        }
     }
 
     #[test]
@@ -168,7 +172,7 @@ mod tests {
             let order = fs::read(rooms.join(torn).join("room.json")).unwrap();
             serde_json::from_slice::<Order>(&order).unwrap().assets
         };
-        let home = Home::open(root.path(), assets).unwrap();
+        let home = Home::open(root.path(), assets, Patience::default()).unwrap();
         let room = home.find(torn).unwrap();
         let record = room.record();
         assert_eq!((record.phase, record.outcome), (Phase::Ended, Some(Outcome::Lost)));

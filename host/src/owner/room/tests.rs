@@ -99,7 +99,7 @@ fn begin_with(spec: RoomSpec, patience: Patience) -> (Place, Guest) {
     let (vmm, owners) = Connection::pair().unwrap();
     let ownership = Ownership {
         id: spec.id.clone().unwrap(),
-        spec: spec.clone(),
+        spec,
         directory: room,
         blobs: vec![blob],
         lock: lock.into(),
@@ -112,7 +112,7 @@ fn begin_with(spec: RoomSpec, patience: Patience) -> (Place, Guest) {
     let (control, theirs) = UnixStream::pair().unwrap();
     control.set_read_timeout(Some(TIME)).unwrap();
     dialled(&vmm, CONTROL_PORT, &theirs);
-    let session = Session::new(command, spec);
+    let session = Session::new(command, patience);
     (Place { directory, owner, session }, Guest { vmm, control, _life: life })
 }
 
@@ -343,7 +343,7 @@ fn a_terminal_begins_with_the_size_that_its_window_has_by_then() {
     let FromHost::Resize(resize) = guest.hear() else { panic!("no size") };
     assert_eq!(resize.size, sized(33), "what it knows is not said again");
     // Another command's window is another terminal's, before its process is there too.
-    let beside = Session::connect(&place.path(), of.clone()).unwrap();
+    let beside = Session::connect(&place.path(), Patience::default()).unwrap();
     beside.remote().resize(sized(50)).unwrap();
     beside.remote().send(api::Exec { process: of.process }).unwrap();
     let FromHost::Exec(exec) = guest.hear() else { panic!("no exec") };
@@ -352,12 +352,12 @@ fn a_terminal_begins_with_the_size_that_its_window_has_by_then() {
 
 #[test]
 fn an_execs_end_does_not_end_the_reading_of_the_log() {
-    let patience = Patience::parse(Some("0.2"));
+    let patience: Patience = "0.2".parse().unwrap();
     let (place, mut guest) = begin_with(spec(true), patience);
     let path = place.path();
     let [_stdin, mut stdout, stderr] = guest.boot();
     drop(stderr);
-    let beside = Session::connect(&path, spec(true)).unwrap();
+    let beside = Session::connect(&path, Patience::default()).unwrap();
     let process = ProcessSpec { arguments: vec!["true".into()], ..Default::default() };
     beside.remote().send(api::Exec { process }).unwrap();
     let FromHost::Exec(exec) = guest.hear() else { panic!("no exec") };
@@ -442,7 +442,7 @@ fn a_second_dial_to_the_control_port_is_dropped() {
 fn exec_has_streams_and_a_status_of_its_own() {
     let (place, mut guest) = begin(spec(false));
     let _workload = guest.boot();
-    let session = Session::connect(&place.path(), spec(false)).unwrap();
+    let session = Session::connect(&place.path(), Patience::default()).unwrap();
     let (streams, out, _err) = files(b"");
     let process =
         ProcessSpec { arguments: vec!["id".into()], environment: vec!["A=1".into()], ..Default::default() };
@@ -467,7 +467,7 @@ fn exec_has_streams_and_a_status_of_its_own() {
 fn an_exec_whose_command_is_killed_is_killed_too() {
     let (place, mut guest) = begin(spec(false));
     let _workload = guest.boot();
-    let session = Session::connect(&place.path(), spec(false)).unwrap();
+    let session = Session::connect(&place.path(), Patience::default()).unwrap();
     let process = ProcessSpec { arguments: vec!["sleep".into()], ..Default::default() };
     session.remote().send(api::Exec { process }).unwrap();
     let FromHost::Exec(exec) = guest.hear() else { panic!("no exec") };
@@ -482,10 +482,10 @@ fn an_exec_that_is_too_long_is_refused_and_the_room_goes_on() {
     // As large as a workload's may be, so that the exec's own makes it too much.
     large.process.environment = vec![format!("A={}", "x".repeat((1 << 20) - 8000))];
     large.check_start().unwrap();
-    let (place, mut guest) = begin(large.clone());
+    let (place, mut guest) = begin(large);
     let _workload = guest.boot();
     let exec = |bytes: usize| {
-        let session = Session::connect(&place.path(), large.clone()).unwrap();
+        let session = Session::connect(&place.path(), Patience::default()).unwrap();
         let arguments = vec!["id".into(), "x".repeat(bytes)];
         session.exec(&ProcessSpec { arguments, ..Default::default() }, files(b"").0, &mut |_| ())
     };
@@ -495,7 +495,7 @@ fn an_exec_that_is_too_long_is_refused_and_the_room_goes_on() {
     };
     assert_eq!(failure, Failure::BadRequest);
     assert!(message.contains("1048576 is the most"), "{message}");
-    let session = Session::connect(&place.path(), large.clone()).unwrap();
+    let session = Session::connect(&place.path(), Patience::default()).unwrap();
     session.remote().send(api::Exec { process: ProcessSpec::default() }).unwrap();
     assert!(matches!(guest.hear(), FromHost::Exec(_)), "a short one is still heard");
 }
@@ -504,7 +504,7 @@ fn an_exec_that_is_too_long_is_refused_and_the_room_goes_on() {
 fn usage_is_asked_of_the_guest_and_merged_with_the_hosts() {
     let (place, mut guest) = begin(spec(false));
     let _workload = guest.boot();
-    let session = Session::connect(&place.path(), spec(false)).unwrap();
+    let session = Session::connect(&place.path(), Patience::default()).unwrap();
     let command = std::thread::spawn(move || session.usage());
     let FromHost::ReportUsage(_) = guest.hear() else { panic!("not asked") };
     let usage = GuestUsage { wall_us: 5, ..GuestUsage::default() };
