@@ -7,7 +7,7 @@
 //!                 state.json the record
 //!                 owner.sock where commands find the owner
 //!                 log*       what a detached room wrote
-//!                 owner.log  what the owner has to say when the log level asks for it
+//!                 owner.log* what the owner has to say when the log level asks for it
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -27,6 +27,7 @@ use thiserror::Error;
 use crate::cgroup;
 use crate::outcome::Outcome;
 use crate::owner::api::{FromClient, Supply};
+use crate::owner::journal;
 use crate::packet::{Connection, PacketError};
 use crate::patience::Patience;
 use crate::record::{Phase, Record};
@@ -433,7 +434,7 @@ impl Room {
             .map_err(failed("written", &path))?;
         let (ours, theirs) = Connection::pair().map_err(HomeError::Owner)?;
         let path = self.directory.join("owner.log");
-        let says = File::create(&path).map_err(failed("made", &path))?;
+        let says = journal::append(&path).map_err(failed("made", &path))?;
         Command::new(owner)
             .arg0("carrel")
             .arg("owner")

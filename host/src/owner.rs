@@ -32,11 +32,13 @@ use crate::session::socket_address;
 pub mod api;
 mod blobs;
 mod events;
+pub(crate) mod journal;
 mod pace;
 mod room;
 mod streams;
 
 use api::FromClient;
+pub use journal::Journal;
 use room::{Ownership, Room};
 
 /// The owner can't own its room. Whoever made the room hears of it by the connection's end.
