@@ -63,6 +63,9 @@ pub(crate) struct RunArgs {
     /// Choose this platform's image, such as linux/amd64
     #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
     pub(crate) platform: Option<String>,
+    /// Speak plain HTTP with the registry; loopback ones are spoken to so anyway
+    #[arg(long)]
+    pub(crate) insecure: bool,
     /// Accepted for Docker's sake: rooms are always removed when they end
     #[arg(long)]
     pub(crate) rm: bool,

@@ -111,6 +111,15 @@ fn detached_rooms_have_no_standard_input_and_report_no_usage_at_the_end() {
 }
 
 #[test]
+fn every_command_that_may_pull_can_do_so_over_plain_http() {
+    assert!(run(&["--insecure", "registry.example/img"]).insecure);
+    match parse(&["invoke", "--insecure", "--image", "registry.example/fn"]) {
+        Ok(Command::Invoke(args)) => assert!(args.insecure),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
 fn run_needs_an_image_and_exec_a_command() {
     assert_eq!(refused(&["run", "-i"]).kind(), ErrorKind::MissingRequiredArgument);
     assert!(parse(&["exec", "room"]).is_err());

@@ -43,7 +43,8 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
     let home = place::home(configuration)?;
     let store = place::store(configuration)?;
     let lease = store.lease()?;
-    let wanted = payload::Wanted { image: &image, pull: Pull::Missing, platform: None, insecure: false };
+    let wanted =
+        payload::Wanted { image: &image, pull: Pull::Missing, platform: None, insecure: args.insecure };
     let mut acquired = payload::Acquired::find(&store, &wanted)?;
     let (layers, mut blobs) = payload::layers(&store, &acquired.image)?;
     let mut parts = Parts {

@@ -37,7 +37,7 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
         image: args.image(),
         pull: args.pull,
         platform: args.platform.as_deref(),
-        insecure: false,
+        insecure: args.insecure,
     };
     let acquired = payload::Acquired::find(&store, &wanted)?;
     let image = &acquired.image;
