@@ -5,9 +5,10 @@ pub(crate) mod invoke;
 pub(crate) mod rooms;
 pub(crate) mod run;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, CommandFactory, Parser, Subcommand, ValueEnum};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -61,6 +62,24 @@ pub(crate) struct Global {
     /// Print the configuration that would be used, as JSON, and end
     #[arg(long, global = true)]
     pub(crate) print_config: bool,
+}
+
+/// The command of a line that may be wrong, without carrel's own name: the first word that is neither an option of every command nor such an
+/// option's value.
+pub(crate) fn command_word(line: impl Iterator<Item = OsString>) -> Option<OsString> {
+    let definition = Cli::command();
+    let takes_value = |word: &str| {
+        let known = definition.get_arguments().find(|known| known.get_long() == word.strip_prefix("--"));
+        known.is_some_and(|known| known.get_action().takes_values())
+    };
+    let mut line = line;
+    while let Some(word) = line.next() {
+        let Some(option) = word.to_str().filter(|word| word.starts_with('-')) else { return Some(word) };
+        if takes_value(option) {
+            line.next();
+        }
+    }
+    None
 }
 
 /// How diagnostics are written.

@@ -5,12 +5,13 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use carrel_host::Patience;
 use serde::{Deserialize, Serialize};
 
 use crate::arguments::{Global, LogFormat};
 
 /// The outcome.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Configuration {
     /// Where all state lives.
     pub(crate) home: PathBuf,
@@ -22,6 +23,8 @@ pub(crate) struct Configuration {
     pub(crate) vmm: Option<PathBuf>,
     /// The folder of guest kernel, initramfs and empty disk; where there is none, see docs/cli.md.
     pub(crate) assets: Option<PathBuf>,
+    /// By what every deadline is stretched.
+    pub(crate) patience: Patience,
 }
 
 /// The file's fields; all optional.
@@ -33,6 +36,7 @@ struct File {
     log_level: Option<String>,
     vmm: Option<PathBuf>,
     assets: Option<PathBuf>,
+    patience: Option<Patience>,
 }
 
 impl Configuration {
@@ -71,12 +75,16 @@ impl Configuration {
         };
         let home = std::path::absolute(&home)
             .with_context(|| format!("The home {} is no usable path.", home.display()))?;
+        let patience: Option<Patience> = variable("CARREL_PATIENCE")
+            .map(|factor| factor.to_string_lossy().parse().context("CARREL_PATIENCE is wrong."))
+            .transpose()?;
         Ok(Self {
             home,
             log_format: flags.log_format.or(file.log_format).unwrap_or_default(),
             log_level: flags.log_level.clone().or(file.log_level).unwrap_or_else(|| "warn".to_owned()),
             vmm: variable("CARREL_VMM").or(file.vmm),
             assets: variable("CARREL_ASSETS").or(file.assets),
+            patience: patience.or(file.patience).unwrap_or_default(),
         })
     }
 }
@@ -133,10 +141,29 @@ mod tests {
     }
 
     #[test]
+    fn patience_is_the_environments_or_the_files_and_nonsense_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let given = Global { home: Some(dir.path().to_owned()), ..flags() };
+        let of = |factor: Option<&str>| {
+            let look_up = |name: &str| factor.filter(|_| name == "CARREL_PATIENCE").map(PathBuf::from);
+            Configuration::load(&given, true, &look_up).map(|loaded| f64::from(loaded.patience))
+        };
+        assert_eq!(of(None).unwrap(), 1.0);
+        std::fs::write(dir.path().join("carrel.json"), r#"{"patience":20}"#).unwrap();
+        assert_eq!((of(None).unwrap(), of(Some("2.5")).unwrap()), (20.0, 2.5));
+        let error = format!("{:#}", of(Some("soon")).unwrap_err());
+        assert!(error.contains("CARREL_PATIENCE") && error.contains("soon"), "{error}");
+    }
+
+    #[test]
     fn a_wrong_field_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let given = Global { home: Some(dir.path().to_owned()), ..flags() };
-        for (text, field) in [(r#"{"hoem":"/x"}"#, "hoem"), (r#"{"log_format":"xml"}"#, "xml")] {
+        for (text, field) in [
+            (r#"{"hoem":"/x"}"#, "hoem"),
+            (r#"{"log_format":"xml"}"#, "xml"),
+            (r#"{"patience":0}"#, "0.1 to 1000"),
+        ] {
             std::fs::write(dir.path().join("carrel.json"), text).unwrap();
             let error = Configuration::load(&given, true, &no_variables).unwrap_err();
             assert!(format!("{error:#}").contains(field), "{error:#}");

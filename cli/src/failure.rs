@@ -10,6 +10,8 @@
 use std::fmt;
 use std::io::{self, Write};
 
+use carrel_protocol::one_line;
+
 use crate::arguments::LogFormat;
 
 /// The command line is wrong.
@@ -127,9 +129,7 @@ fn causes(error: &anyhow::Error) -> impl Iterator<Item = String> {
 
 /// One line without control characters: some of this text was made by guests and registries.
 fn clean(text: &str) -> String {
-    const MOST: usize = 2000;
-    let one_line = text.trim().chars().map(|c| if c == '\n' || c == '\t' { ' ' } else { c });
-    one_line.filter(|c| !c.is_control()).take(MOST).collect()
+    one_line(text, 2000)
 }
 
 #[cfg(test)]
@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn text_from_elsewhere_cannot_drive_the_terminal() {
-        assert_eq!(as_text(&anyhow!("a\x1b[2Jb\r\nc")), "carrel: a[2Jb c\n");
+        assert_eq!(as_text(&anyhow!("a\x1b[2Jb\r\nc")), "carrel: a[2Jb  c\n");
     }
 
     #[test]

@@ -16,10 +16,13 @@ mod values;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::Mutex;
 
 use carrel_host::archive;
+use carrel_host::owner::Journal;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 use arguments::{Cli, Command, LogFormat};
 use configuration::Configuration;
@@ -52,23 +55,31 @@ fn dispatch(cli: Cli, format: &mut LogFormat) -> anyhow::Result<u8> {
         failure::print(format_args!("{}\n", serde_json::to_string_pretty(&configuration)?))?;
         return Ok(0);
     }
-    listen(&configuration)?;
+    listen(&configuration, writer(cli.command.as_ref()))?;
     match cli.command {
         Some(command) => commands::run(command, &configuration),
         None => Err(failure::WithStatus::new(failure::USAGE, "Give a command: see carrel --help.").into()),
     }
 }
 
-/// Diagnostics go to stderr, never to stdout.
-fn listen(configuration: &Configuration) -> anyhow::Result<()> {
+/// Diagnostics go to stderr, never to stdout; an owner's, which nobody watches and its guest can provoke, to a log of bounded size.
+fn writer(command: Option<&Command>) -> BoxMakeWriter {
+    match command {
+        Some(Command::Owner(args)) => match Journal::open(&args.room) {
+            Ok(journal) => BoxMakeWriter::new(Mutex::new(journal)),
+            Err(_) => BoxMakeWriter::new(std::io::stderr),
+        },
+        Some(_) | None => BoxMakeWriter::new(std::io::stderr),
+    }
+}
+
+fn listen(configuration: &Configuration, writer: BoxMakeWriter) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&configuration.log_level).map_err(|error| {
         anyhow::Error::new(error).context(format!("The log level '{}' is wrong.", configuration.log_level))
     })?;
     // A log that can't be written, on a full disk, must not end its writer.
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .log_internal_errors(false);
+    let builder =
+        tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).log_internal_errors(false);
     match configuration.log_format {
         LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),
@@ -86,9 +97,8 @@ fn usage_error(error: &clap::Error) -> u8 {
     // If nobody reads it, the status still says it.
     let _ = write!(std::io::stderr(), "carrel: {}", text.strip_prefix("error: ").unwrap_or(&text));
     // Whoever runs a workload takes its status for the workload's own, so a wrong line must not look like one.
-    let runs = std::env::args().skip(1).find(|word| !word.starts_with('-'));
-    match runs.as_deref() {
-        Some("run" | "exec" | "invoke") => failure::OURS,
+    match arguments::command_word(std::env::args_os().skip(1)) {
+        Some(word) if ["run", "exec", "invoke"].iter().any(|runs| word == *runs) => failure::OURS,
         Some(_) | None => failure::USAGE,
     }
 }

@@ -9,7 +9,8 @@ pub(crate) mod span;
 
 use std::str::FromStr;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
+use carrel_host::signal;
 use carrel_host::spec::Part;
 
 /// A share of the host's processors, in thousandths of one CPU: `--cpus 1.5` is 1,500. From 10 to 16,000.
@@ -67,66 +68,13 @@ impl FromStr for Without {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Signal(pub(crate) u8);
 
-/// Linux's numbers on x86_64, signal(7). Real-time signals are counted from 34, as the C library does.
-const SIGNALS: [(&str, u8); 34] = [
-    ("HUP", 1),
-    ("INT", 2),
-    ("QUIT", 3),
-    ("ILL", 4),
-    ("TRAP", 5),
-    ("ABRT", 6),
-    ("IOT", 6),
-    ("BUS", 7),
-    ("FPE", 8),
-    ("KILL", 9),
-    ("USR1", 10),
-    ("SEGV", 11),
-    ("USR2", 12),
-    ("PIPE", 13),
-    ("ALRM", 14),
-    ("TERM", 15),
-    ("STKFLT", 16),
-    ("CHLD", 17),
-    ("CONT", 18),
-    ("STOP", 19),
-    ("TSTP", 20),
-    ("TTIN", 21),
-    ("TTOU", 22),
-    ("URG", 23),
-    ("XCPU", 24),
-    ("XFSZ", 25),
-    ("VTALRM", 26),
-    ("PROF", 27),
-    ("WINCH", 28),
-    ("IO", 29),
-    ("PWR", 30),
-    ("SYS", 31),
-    ("RTMIN", 34),
-    ("RTMAX", 64),
-];
-
 impl FromStr for Signal {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        if let Ok(number) = text.parse::<u8>() {
-            ensure!((1..=64).contains(&number), "signals have numbers from 1 to 64");
-            return Ok(Self(number));
-        }
-        let upper = text.to_ascii_uppercase();
-        let name = upper.strip_prefix("SIG").unwrap_or(&upper);
-        if let Some(&(_, number)) = SIGNALS.iter().find(|(known, _)| *known == name) {
-            return Ok(Self(number));
-        }
-        let real_time = match (name.strip_prefix("RTMIN+"), name.strip_prefix("RTMAX-")) {
-            (Some(above), _) => above.parse::<u8>().ok().and_then(|n| n.checked_add(34)),
-            (_, Some(below)) => below.parse::<u8>().ok().and_then(|n| 64u8.checked_sub(n)),
-            (None, None) => None,
-        };
-        match real_time {
-            Some(number @ 34..=64) => Ok(Self(number)),
-            Some(_) | None => bail!("give a signal's name, such as TERM or SIGUSR1, or its number"),
-        }
+        let number = signal::number(text);
+        let wrong = "give a signal's name, such as TERM or SIGUSR1, or its number, from 1 to 64";
+        Ok(Self(number.with_context(|| wrong)?))
     }
 }
 
@@ -182,17 +130,9 @@ mod tests {
     }
 
     #[test]
-    fn signals_go_by_name_or_number() {
-        let number = |text: &str| text.parse::<Signal>().map(|signal| signal.0).ok();
-        assert_eq!(number("TERM"), Some(15));
-        assert_eq!(number("sigkill"), Some(9));
-        assert_eq!(number("SIGUSR1"), Some(10));
-        assert_eq!(number("9"), Some(9));
-        assert_eq!(number("RTMIN+3"), Some(37));
-        assert_eq!(number("SIGRTMAX-1"), Some(63));
-        for wrong in ["", "0", "65", "SIG", "NOPE", "RTMIN+31", "RTMAX-31", "-9"] {
-            assert_eq!(number(wrong), None, "{wrong}");
-        }
+    fn what_is_no_signal_is_told_what_would_be() {
+        assert_eq!("SIGUSR1".parse::<Signal>().unwrap(), Signal(10));
+        assert!("NOPE".parse::<Signal>().unwrap_err().to_string().contains("SIGUSR1"));
     }
 
     #[test]

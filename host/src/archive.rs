@@ -80,8 +80,8 @@ impl ArchiveReader {
     /// Readers that are the running program under the command [`COMMAND`], without some parts of their confinement. A cgroup is none of
     /// theirs.
     #[must_use]
-    pub fn of_this_program(without: Vec<Part>) -> Self {
-        Self::new("/proc/self/exe".into(), without, Patience::from_environment().archive())
+    pub fn of_this_program(without: Vec<Part>, patience: Patience) -> Self {
+        Self::new("/proc/self/exe".into(), without, patience.archive())
     }
 
     /// Readers that are another program, with so much time for each archive.

@@ -92,7 +92,7 @@ pub enum Status {
 }
 
 /// Examines this host. `home` is made if it isn't there; it holds the disk of the room that is tried. Takes a second or two on hardware.
-pub fn examine(home: &Path, assets: &Assets) -> Report {
+pub fn examine(home: &Path, assets: &Assets, patience: Patience) -> Report {
     // What an earlier doctor left that was killed.
     crate::cgroup::sweep();
     let readings = Readings::of_this_host();
@@ -104,7 +104,7 @@ pub fn examine(home: &Path, assets: &Assets) -> Report {
     ];
     if assets.vmm.is_file() {
         checks.push(requirements::kvm_capabilities(&assets.vmm));
-        checks.extend(guests::examine(assets, home, &readings, Patience::from_environment()));
+        checks.extend(guests::examine(assets, home, &readings, patience));
     }
     checks.extend(settings::examine(&readings));
     Report { checks }
@@ -143,7 +143,7 @@ mod tests {
             scratch: nowhere.join("scratch.ext4"),
             vmm: nowhere.join("carrel-vmm"),
         };
-        let report = examine(home.path(), &assets);
+        let report = examine(home.path(), &assets, Patience::default());
         assert!(report.missing().any(|name| name == "assets"), "{report:?}");
         assert!(report.checks.iter().any(|check| check.name == "swap"), "{report:?}");
         assert!(report.checks.iter().all(|check| check.is_ok() == check.mend.is_none()), "{report:?}");

@@ -224,11 +224,11 @@ impl Circumstances {
     /// # Errors
     ///
     /// The kernel gives no random bytes.
-    pub fn now() -> io::Result<Self> {
+    pub fn now(patience: Patience) -> io::Result<Self> {
         let mut bytes = [0; 16];
         random(&mut bytes)?;
         let stream = log_stream(crate::timestamp::now_ns(), bytes);
-        Ok(Self { init: Patience::from_environment().init(), log_stream: stream })
+        Ok(Self { init: patience.init(), log_stream: stream })
     }
 }
 

@@ -7,7 +7,7 @@
 //!                 state.json the record
 //!                 owner.sock where commands find the owner
 //!                 log*       what a detached room wrote
-//!                 owner.log  what the owner has to say when the log level asks for it
+//!                 owner.log* what the owner has to say when the log level asks for it
 //! ```
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -18,6 +18,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use carrel_protocol::FrameError;
 use carrel_protocol::vmm::MAX_DESCRIPTORS;
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
@@ -26,7 +27,9 @@ use thiserror::Error;
 use crate::cgroup;
 use crate::outcome::Outcome;
 use crate::owner::api::{FromClient, Supply};
+use crate::owner::journal;
 use crate::packet::{Connection, PacketError};
+use crate::patience::Patience;
 use crate::record::{Phase, Record};
 use crate::session::{Ended, Session, SessionError};
 use crate::spec::{LEAST_DISK_BYTES, MOST_BLOBS, Part, RoomId, RoomName, RoomSpec};
@@ -91,6 +94,16 @@ pub enum HomeError {
     /// The owner doesn't take what it is handed.
     #[error("the room's owner ended before the room began")]
     Supply(#[source] PacketError),
+    /// What the guest is told of the workload has no room in a message.
+    #[error(
+        "command, variables and mounts are {bytes} bytes long as they are sent, and {most} is the most; put some of them into a file of the image's"
+    )]
+    TooLong {
+        /// Encoded, bytes.
+        bytes: u32,
+        /// By the protocol, bytes.
+        most: u32,
+    },
     /// The room's owner can't be reached.
     #[error(transparent)]
     Session(#[from] SessionError),
@@ -144,6 +157,9 @@ fn check_file(what: &'static str, path: &Path) -> Result<(), HomeError> {
 pub(crate) struct Order {
     pub(crate) spec: RoomSpec,
     pub(crate) assets: Assets,
+    /// Rooms that an older carrel made have none.
+    #[serde(default)]
+    pub(crate) patience: Patience,
 }
 
 /// The directory of all rooms.
@@ -151,6 +167,7 @@ pub(crate) struct Order {
 pub struct Home {
     root: PathBuf,
     assets: Assets,
+    patience: Patience,
     /// The program that is started as `PROGRAM owner DIR`.
     owner: PathBuf,
 }
@@ -164,14 +181,14 @@ impl Home {
     /// #     blobs: Vec<std::os::fd::OwnedFd>,
     /// #     assets: carrel_host::Assets,
     /// # ) -> Result<(), Box<dyn std::error::Error>> {
-    /// let home = carrel_host::Home::open("/var/lib/carrel".as_ref(), assets)?;
+    /// let home = carrel_host::Home::open("/var/lib/carrel".as_ref(), assets, carrel_host::Patience::default())?;
     /// let (room, session) = home.create(spec, blobs)?;
     /// let ended = session.run(carrel_host::session::Streams::standard()?, &mut |notice| eprintln!("{notice}"))?;
     /// std::process::exit(ended.outcome.exit_status().into());
     /// # }
     /// ```
-    pub fn open(root: &Path, assets: Assets) -> Result<Self, HomeError> {
-        let home = Self { root: root.to_owned(), assets, owner: "/proc/self/exe".into() };
+    pub fn open(root: &Path, assets: Assets, patience: Patience) -> Result<Self, HomeError> {
+        let home = Self { root: root.to_owned(), assets, patience, owner: "/proc/self/exe".into() };
         let rooms = home.rooms_directory();
         DirBuilder::new().recursive(true).mode(0o700).create(&rooms).map_err(failed("made", &rooms))?;
         home.sweep()?;
@@ -217,11 +234,14 @@ impl Home {
         if expected != blobs.len() {
             return Err(HomeError::Blobs { expected, given: blobs.len() });
         }
+        if let Err(FrameError::TooLong { length, limit, .. }) = spec.check_start() {
+            return Err(HomeError::TooLong { bytes: length, most: limit });
+        }
         if !spec.without.contains(&Part::Cgroup) {
             cgroup::make_way();
         }
         let (room, lock) = self.make_directory(&mut spec)?;
-        let order = Order { spec, assets: self.assets.clone() };
+        let order = Order { spec, assets: self.assets.clone(), patience: self.patience };
         let begun = room.begin(&order, &self.owner, lock, blobs);
         match begun {
             Ok(session) => Ok((room, session)),
@@ -252,7 +272,7 @@ impl Home {
             rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
                 .map_err(|e| failed("locked", &path)(e.into()))?;
             spec.id = Some(id.clone());
-            return Ok((Room { id, directory, spec: spec.clone() }, lock));
+            return Ok((Room { id, directory, spec: spec.clone(), patience: self.patience }, lock));
         }
     }
 
@@ -287,7 +307,7 @@ impl Home {
     fn room(&self, id: RoomId) -> Option<Room> {
         let directory = self.rooms_directory().join(id.as_str());
         let order: Order = serde_json::from_slice(&fs::read(directory.join("room.json")).ok()?).ok()?;
-        Some(Room { id, directory, spec: order.spec })
+        Some(Room { id, directory, spec: order.spec, patience: self.patience })
     }
 
     /// The room of this name, this id, or whose id alone begins so.
@@ -328,6 +348,7 @@ pub struct Room {
     id: RoomId,
     directory: PathBuf,
     spec: RoomSpec,
+    patience: Patience,
 }
 
 impl Room {
@@ -368,7 +389,7 @@ impl Room {
 
     /// A connection to its owner.
     pub fn connect(&self) -> Result<Session, SessionError> {
-        Session::connect(&self.directory, self.spec.clone())
+        Session::connect(&self.directory, self.patience)
     }
 
     /// Waits until it has ended, or reads how it did.
@@ -413,7 +434,7 @@ impl Room {
             .map_err(failed("written", &path))?;
         let (ours, theirs) = Connection::pair().map_err(HomeError::Owner)?;
         let path = self.directory.join("owner.log");
-        let says = File::create(&path).map_err(failed("made", &path))?;
+        let says = journal::append(&path).map_err(failed("made", &path))?;
         Command::new(owner)
             .arg0("carrel")
             .arg("owner")
@@ -431,6 +452,6 @@ impl Room {
             let supply = FromClient::from(Supply { last: parts.peek().is_none() });
             ours.send_blocking(&supply, &borrowed).map_err(HomeError::Supply)?;
         }
-        Ok(Session::new(ours, order.spec.clone()))
+        Ok(Session::new(ours, order.patience))
     }
 }

@@ -1,6 +1,7 @@
 //! How a room, or a process in it, ended.
 
 use carrel_protocol::agent::{ExitStatus, Failure};
+use carrel_protocol::one_line;
 use carrel_protocol::vmm::End;
 use serde::{Deserialize, Serialize};
 
@@ -211,9 +212,7 @@ fn seconds(ms: u64) -> String {
 
 /// Guest-made text as one line of bounded length without control characters.
 pub fn clean(text: &str) -> String {
-    const MOST: usize = 1000;
-    let one_line = text.trim().chars().map(|c| if c.is_whitespace() { ' ' } else { c });
-    one_line.filter(|c| !c.is_control()).take(MOST).collect()
+    one_line(text, 1000)
 }
 
 #[cfg(test)]

@@ -32,11 +32,13 @@ use crate::session::socket_address;
 pub mod api;
 mod blobs;
 mod events;
+pub(crate) mod journal;
 mod pace;
 mod room;
 mod streams;
 
 use api::FromClient;
+pub use journal::Journal;
 use room::{Ownership, Room};
 
 /// The owner can't own its room. Whoever made the room hears of it by the connection's end.
@@ -60,14 +62,14 @@ pub fn run(directory: &Path) -> Result<(), OwnerError> {
     // For `ps`; without a name of its own it would be called `exe`.
     let _ = rustix::thread::set_name(c"carrel-owner");
     let creator = Connection::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let patience = Patience::from_environment();
-    let mut supplies = supplies(&creator, patience).map_err(OwnerError::NoCreator)?.into_iter();
-    let lock = supplies.next().ok_or(OwnerError::NoCreator(PacketError::Truncated))?;
-    let blobs = supplies.map(File::from).collect();
     let path = directory.join("room.json");
     let order: Order = fs::read(&path)
         .and_then(|text| Ok(serde_json::from_slice(&text)?))
         .map_err(|e| OwnerError::Order(path.display().to_string(), e))?;
+    let patience = order.patience;
+    let mut supplies = supplies(&creator, patience).map_err(OwnerError::NoCreator)?.into_iter();
+    let lock = supplies.next().ok_or(OwnerError::NoCreator(PacketError::Truncated))?;
+    let blobs = supplies.map(File::from).collect();
     let id = order.spec.id.clone().ok_or_else(|| io::Error::other("the room has no id"))?;
     let verbose = tracing::enabled!(tracing::Level::DEBUG);
     let launched = launch::launch(&order, &id, directory, verbose);

@@ -1,25 +1,48 @@
-//! How long anything may take. Emulated and busy hosts stretch every deadline by the factor in `CARREL_PATIENCE`.
+//! How long anything may take. Emulated and busy hosts stretch every deadline by a factor.
+//!
+//! The command's configuration says it (`CARREL_PATIENCE`), once; a room's owner has it from the room's order.
 
+use std::str::FromStr;
 use std::time::Duration;
 
-/// The largest factor.
-const MOST: f64 = 1000.0;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
 
-/// Deadlines of one process, stretched by its factor.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Patience(f64);
+/// A factor that no deadline is stretched by.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{0} is no factor for deadlines: give a number from 0.1 to 1000")]
+pub struct PatienceError(String);
+
+/// By what every deadline is stretched: 0.1 to 1000, 1 where nobody says otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "f64", into = "f64")]
+pub struct Patience(f64);
+
+impl TryFrom<f64> for Patience {
+    type Error = PatienceError;
+
+    fn try_from(factor: f64) -> Result<Self, PatienceError> {
+        // Not a number is in no range.
+        let fits = (0.1..=1000.0).contains(&factor);
+        fits.then_some(Self(factor)).ok_or_else(|| PatienceError(factor.to_string()))
+    }
+}
+
+impl From<Patience> for f64 {
+    fn from(patience: Patience) -> Self {
+        patience.0
+    }
+}
+
+impl FromStr for Patience {
+    type Err = PatienceError;
+
+    fn from_str(text: &str) -> Result<Self, PatienceError> {
+        text.parse::<f64>().map_err(|_| PatienceError(format!("{text:?}")))?.try_into()
+    }
+}
 
 impl Patience {
-    /// The factor from the environment; 1 where there is none, or none that makes sense.
-    pub(crate) fn from_environment() -> Self {
-        Self::parse(std::env::var("CARREL_PATIENCE").ok().as_deref())
-    }
-
-    pub(crate) fn parse(text: Option<&str>) -> Self {
-        let factor = text.and_then(|text| text.parse::<f64>().ok()).filter(|factor| factor.is_finite());
-        Self(factor.map_or(1.0, |factor| factor.clamp(0.1, MOST)))
-    }
-
     fn of(self, seconds: u64) -> Duration {
         Duration::from_secs(seconds).mul_f64(self.0)
     }
@@ -106,11 +129,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_factor_stretches_every_deadline_and_nonsense_none() {
-        assert_eq!(Patience::parse(Some("2.5")).boot(), Duration::from_secs(150));
-        for nonsense in [None, Some(""), Some("x"), Some("nan"), Some("inf")] {
-            assert_eq!(Patience::parse(nonsense).boot(), Duration::from_secs(60));
+    fn the_factor_stretches_every_deadline_and_nonsense_is_refused() {
+        assert_eq!("2.5".parse::<Patience>().unwrap().boot(), Duration::from_secs(150));
+        assert_eq!(Patience::default().boot(), Duration::from_secs(60));
+        for nonsense in ["", "x", "nan", "inf", "-3", "0", "1001"] {
+            assert!(nonsense.parse::<Patience>().is_err(), "{nonsense}");
         }
-        assert_eq!(Patience::parse(Some("-3")).boot(), Duration::from_secs(6));
+    }
+
+    #[test]
+    fn a_room_has_the_factor_that_its_order_says() {
+        assert_eq!(serde_json::to_string(&Patience(2.5)).unwrap(), "2.5");
+        assert_eq!(serde_json::from_str::<Patience>("20").unwrap(), Patience(20.0));
+        assert!(serde_json::from_str::<Patience>("0").is_err());
     }
 }

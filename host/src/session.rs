@@ -19,6 +19,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
+use carrel_protocol::FrameError;
 use carrel_protocol::agent::TerminalSize;
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
@@ -33,7 +34,7 @@ use crate::owner::api::{
 };
 use crate::packet::{Connection, Packet, PacketError};
 use crate::patience::Patience;
-use crate::spec::{ProcessSpec, RoomSpec};
+use crate::spec::ProcessSpec;
 use crate::usage::UsageReport;
 
 mod pump;
@@ -52,6 +53,16 @@ pub enum SessionError {
     /// The owner said something that can't be at this point.
     #[error("the room's owner is of another version than this command; install all of carrel from one build")]
     Unexpected,
+    /// The request is longer than the owner, or the guest's agent, takes.
+    #[error(
+        "command and variables are {bytes} bytes long as they are sent, and {most} is the most; put some of them into a file of the image's"
+    )]
+    TooLong {
+        /// Encoded, bytes.
+        bytes: u32,
+        /// By the protocol, bytes.
+        most: u32,
+    },
     /// The owner does not answer in time.
     #[error("the room's owner does not answer; see `carrel ps`")]
     Silent,
@@ -63,10 +74,25 @@ pub enum SessionError {
     Streams(#[source] io::Error),
 }
 
+impl SessionError {
+    /// Of a message that did not go out.
+    pub(crate) fn unsent(error: PacketError) -> Self {
+        match error {
+            PacketError::Frame(FrameError::TooLong { length, limit, .. }) => {
+                Self::TooLong { bytes: length, most: limit }
+            }
+            error @ (PacketError::Io(_)
+            | PacketError::Frame(_)
+            | PacketError::Truncated
+            | PacketError::Closed) => Self::OwnerGone(error),
+        }
+    }
+}
+
 /// The caller's files for a process's standard streams.
 #[derive(Debug)]
 pub struct Streams {
-    /// What the process reads; asked for only where its specification is interactive or has a terminal.
+    /// What the process reads; asked for only where its specification is interactive.
     pub stdin: Option<File>,
     /// What the process writes.
     pub stdout: File,
@@ -98,7 +124,7 @@ pub enum Beginning {
 #[derive(Debug)]
 pub struct Session {
     connection: Arc<Connection>,
-    spec: RoomSpec,
+    pub(crate) patience: Patience,
 }
 
 /// The part of a session that other threads use meanwhile, such as one that receives signals.
@@ -122,21 +148,21 @@ impl Remote {
     }
 
     pub(crate) fn send(&self, message: impl Into<FromClient>) -> Result<(), SessionError> {
-        self.0.send_blocking(&message.into(), &[]).map_err(SessionError::OwnerGone)
+        self.0.send_blocking(&message.into(), &[]).map_err(SessionError::unsent)
     }
 
     pub(crate) fn send_with(&self, message: impl Into<FromClient>, file: &File) -> Result<(), SessionError> {
-        self.0.send_blocking(&message.into(), &[file.as_fd()]).map_err(SessionError::OwnerGone)
+        self.0.send_blocking(&message.into(), &[file.as_fd()]).map_err(SessionError::unsent)
     }
 }
 
 impl Session {
-    pub(crate) fn new(connection: Connection, spec: RoomSpec) -> Self {
-        Self { connection: Arc::new(connection), spec }
+    pub(crate) fn new(connection: Connection, patience: Patience) -> Self {
+        Self { connection: Arc::new(connection), patience }
     }
 
     /// Connects to the socket in a room's directory, through a descriptor: its path may be longer than a socket's address.
-    pub(crate) fn connect(directory: &Path, spec: RoomSpec) -> Result<Self, SessionError> {
+    pub(crate) fn connect(directory: &Path, patience: Patience) -> Result<Self, SessionError> {
         let connected = || -> io::Result<OwnedFd> {
             let folder = rustix::fs::open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
             let socket = rustix::net::socket_with(
@@ -149,7 +175,7 @@ impl Session {
             Ok(socket)
         };
         let socket = connected().map_err(SessionError::Unreachable)?;
-        Ok(Self::new(Connection::from(socket), spec))
+        Ok(Self::new(Connection::from(socket), patience))
     }
 
     /// The part for other threads.
@@ -174,7 +200,7 @@ impl Session {
         streams: Streams,
         notice: &mut dyn FnMut(&str),
     ) -> Result<Ended, SessionError> {
-        self.remote().send(Exec { process: beside(&self.spec.process, process) })?;
+        self.remote().send(Exec { process: process.clone() })?;
         self.serve(streams, false, notice)
     }
 
@@ -198,8 +224,7 @@ impl Session {
     /// What the room uses now.
     pub fn usage(&self) -> Result<UsageReport, SessionError> {
         self.remote().send(ReadUsage {})?;
-        let patience = Patience::from_environment();
-        self.limit(Some(patience.usage() + patience.identify()))?;
+        self.limit(Some(self.patience.usage() + self.patience.identify()))?;
         loop {
             match self.receive_in_time()?.message {
                 ToClient::Used(Used { report }) => return Ok(report),
@@ -249,7 +274,7 @@ impl Session {
         to_the_rooms_end: bool,
         notice: &mut dyn FnMut(&str),
     ) -> Result<Ended, SessionError> {
-        let mut pumps = Pumps::new(streams);
+        let mut pumps = Pumps::new(streams, self.patience);
         loop {
             let Packet { message, descriptors } = match self.receive() {
                 Ok(packet) => packet,
@@ -288,17 +313,6 @@ impl Session {
                 | ToClient::Done(_) => {}
             }
         }
-    }
-}
-
-/// What an exec's process is, where it doesn't say: as the workload.
-fn beside(workload: &ProcessSpec, process: &ProcessSpec) -> ProcessSpec {
-    let or = |own: &String, inherited: &String| if own.is_empty() { inherited } else { own }.clone();
-    ProcessSpec {
-        environment: workload.environment.iter().chain(&process.environment).cloned().collect(),
-        working_directory: or(&process.working_directory, &workload.working_directory),
-        user: or(&process.user, &workload.user),
-        ..process.clone()
     }
 }
 

@@ -4,12 +4,20 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use carrel_protocol::agent::{Compression, Surroundings, TerminalSize};
+use carrel_protocol::agent::{
+    self, Compression, ContainerId, FromHost, ProcessId, Start, Stdio, Stream, Surroundings, TerminalSize,
+    Token,
+};
 pub use carrel_protocol::confinement::Part;
 use carrel_protocol::units::{MemoryMib, VcpuCount};
+use carrel_protocol::{FrameError, Message};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+/// A room's only container.
+pub(crate) const CONTAINER: ContainerId = ContainerId(0);
+/// A room's workload.
+pub(crate) const WORKLOAD: ProcessId = ProcessId(0);
 /// The most layers and zips that one room is made of.
 pub const MOST_BLOBS: usize = 256;
 /// A room's disk where nobody says otherwise, bytes.
@@ -212,6 +220,50 @@ pub struct ProcessSpec {
     pub terminal: Option<TerminalSize>,
 }
 
+impl ProcessSpec {
+    /// This process as the agent is told of it.
+    pub(crate) fn told(&self, id: ProcessId, stdio: Stdio) -> agent::Process {
+        agent::Process {
+            id,
+            arguments: self.arguments.clone(),
+            environment: self.environment.clone(),
+            working_directory: self.working_directory.clone(),
+            user: self.user.clone(),
+            stdio,
+        }
+    }
+
+    /// What this process is beside a workload, where it doesn't say: as that.
+    pub(crate) fn beside(&self, workload: &Self) -> Self {
+        let or = |own: &String, inherited: &String| if own.is_empty() { inherited } else { own }.clone();
+        Self {
+            environment: workload.environment.iter().chain(&self.environment).cloned().collect(),
+            working_directory: or(&self.working_directory, &workload.working_directory),
+            user: or(&self.user, &workload.user),
+            ..self.clone()
+        }
+    }
+}
+
+impl RoomSpec {
+    /// The agent's order to start the workload.
+    pub(crate) fn start(&self, process: agent::Process) -> Start {
+        let function = self.function.as_ref().map(|function| agent::Function {
+            init_timeout_ms: function.init_timeout_ms,
+            response_bytes: function.response_bytes,
+        });
+        Start { container: CONTAINER, surroundings: self.surroundings.clone(), process, function }
+    }
+
+    /// Whether that order can be said at all, with whatever streams and terminal.
+    pub(crate) fn check_start(&self) -> Result<(), FrameError> {
+        let stream = || Some(Stream { port: u32::MAX, token: Token([u8::MAX; 16]) });
+        let terminal = Some(TerminalSize { rows: u16::MAX, columns: u16::MAX });
+        let stdio = Stdio { stdin: stream(), stdout: stream(), stderr: stream(), terminal };
+        FromHost::from(self.start(self.process.told(WORKLOAD, stdio))).encode().map(drop)
+    }
+}
+
 /// A function's part of a room.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -240,6 +292,33 @@ mod tests {
         for right in ["desk", "web-1", "0", "a.b_c"] {
             assert_eq!(right.parse::<RoomName>().unwrap().as_str(), right);
         }
+    }
+
+    #[test]
+    fn a_start_that_no_message_can_say_is_found_before_it() {
+        let spec = |bytes: usize| RoomSpec {
+            id: None,
+            name: None,
+            image: "image".into(),
+            machine: Machine {
+                vcpus: VcpuCount::try_from(1).unwrap(),
+                memory_mib: MemoryMib::try_from(128).unwrap(),
+                cpu_millis: 1000,
+                disk_bytes: DEFAULT_DISK_BYTES,
+                kernel: None,
+            },
+            payload: Payload::default(),
+            surroundings: Surroundings::default(),
+            process: ProcessSpec { arguments: vec!["x".repeat(bytes)], ..ProcessSpec::default() },
+            stop_signal: 15,
+            stop_timeout_ms: 0,
+            timeout_ms: None,
+            detached: false,
+            without: Vec::new(),
+            function: None,
+        };
+        spec((1 << 20) - 1000).check_start().unwrap();
+        assert!(matches!(spec(1 << 20).check_start(), Err(FrameError::TooLong { limit: 1_048_576, .. })));
     }
 
     #[test]

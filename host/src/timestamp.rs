@@ -26,6 +26,12 @@ pub fn rfc3339(ns: u64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{fraction:09}Z")
 }
 
+/// The same for a moment of the system's clock; one before the epoch counts as the epoch.
+pub fn rfc3339_of(moment: SystemTime) -> String {
+    let since = moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    rfc3339(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+}
+
 /// Year, month and day of the n-th day since 1970-01-01, by years of 365 or 366 days and their months.
 fn date(mut days: u64) -> (u64, u64, u64) {
     let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
@@ -62,8 +68,11 @@ mod tests {
             (951_782_400, "2000-02-29T00:00:00"),
             (1_709_251_200, "2024-03-01T00:00:00"),
             (1_798_761_599, "2026-12-31T23:59:59"),
+            (4_107_542_400, "2100-03-01T00:00:00"),
         ] {
             assert_eq!(rfc3339(seconds * 1_000_000_000 + 5), format!("{text}.000000005Z"));
+            let moment = SystemTime::UNIX_EPOCH + Duration::new(seconds, 5);
+            assert_eq!(rfc3339_of(moment), format!("{text}.000000005Z"));
         }
     }
 }

@@ -24,4 +24,4 @@ pub mod vmm;
 mod sentence;
 
 pub use frame::{Decoder, FrameError, HEADER_BYTES, Header, Message};
-pub use sentence::chain;
+pub use sentence::{chain, one_line};

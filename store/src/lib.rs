@@ -43,6 +43,7 @@ mod origin;
 mod store;
 #[cfg(test)]
 mod testing;
+mod withdraw;
 
 pub use acquire::{Policy, PullOptions};
 pub use config::ImageConfig;
@@ -55,3 +56,4 @@ pub use prune::{PruneOptions, Pruned};
 pub use reference::Source;
 pub use registry::Patience;
 pub use store::{Store, StoreError};
+pub use withdraw::Before;

@@ -96,7 +96,11 @@ impl Store {
     }
 
     /// All blobs that these records and these digests stand for.
-    fn needed(&self, records: &[Record], keep: &BTreeSet<Digest>) -> Result<BTreeSet<Digest>, StoreError> {
+    pub(crate) fn needed(
+        &self,
+        records: &[Record],
+        keep: &BTreeSet<Digest>,
+    ) -> Result<BTreeSet<Digest>, StoreError> {
         let mut needed = keep.clone();
         for record in records {
             match record.blobs(&self.blobs) {

@@ -33,6 +33,9 @@ pub(crate) struct InvokeArgs {
     /// The function as an image; see `carrel run --help` for its forms
     #[arg(long, value_name = "IMAGE", conflicts_with = "runtime")]
     pub(crate) image: Option<String>,
+    /// Speak plain HTTP with the image's registry; loopback ones are spoken to so anyway
+    #[arg(long)]
+    pub(crate) insecure: bool,
     /// What runs the zip: python3.11, or provided for a zip with its own `bootstrap`
     #[arg(long, value_name = "RUNTIME", default_value = "python3.11")]
     pub(crate) runtime: String,

@@ -38,7 +38,7 @@ can't be executed, 127 it does not exist, 128+n it was ended by signal n.";
 )]
 pub(crate) struct RunArgs {
     /// Print the room's id and leave it running
-    #[arg(short, long, conflicts_with_all = ["interactive", "usage"])]
+    #[arg(short, long, conflicts_with_all = ["interactive", "usage", "usage_file"])]
     pub(crate) detach: bool,
     /// Attach standard input
     #[arg(short, long)]
@@ -63,6 +63,9 @@ pub(crate) struct RunArgs {
     /// Choose this platform's image, such as linux/amd64
     #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
     pub(crate) platform: Option<String>,
+    /// Speak plain HTTP with the registry; loopback ones are spoken to so anyway
+    #[arg(long)]
+    pub(crate) insecure: bool,
     /// Accepted for Docker's sake: rooms are always removed when they end
     #[arg(long)]
     pub(crate) rm: bool,

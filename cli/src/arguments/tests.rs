@@ -107,6 +107,16 @@ fn values_out_of_range_name_their_option() {
 fn detached_rooms_have_no_standard_input_and_report_no_usage_at_the_end() {
     assert_eq!(refused(&["run", "-d", "-i", "img"]).kind(), ErrorKind::ArgumentConflict);
     assert_eq!(refused(&["run", "-d", "--usage", "img"]).kind(), ErrorKind::ArgumentConflict);
+    assert_eq!(refused(&["run", "-d", "--usage-file", "f", "img"]).kind(), ErrorKind::ArgumentConflict);
+}
+
+#[test]
+fn every_command_that_may_pull_can_do_so_over_plain_http() {
+    assert!(run(&["--insecure", "registry.example/img"]).insecure);
+    match parse(&["invoke", "--insecure", "--image", "registry.example/fn"]) {
+        Ok(Command::Invoke(args)) => assert!(args.insecure),
+        other => panic!("{other:?}"),
+    }
 }
 
 #[test]
@@ -146,6 +156,25 @@ fn global_options_go_before_and_after_the_command() {
         let cli = Cli::try_parse_from(line).unwrap();
         assert_eq!(cli.global.home.unwrap(), PathBuf::from("/x"));
     }
+}
+
+#[test]
+fn the_command_of_a_wrong_line_is_found_behind_whatever_precedes_it() {
+    use std::os::unix::ffi::OsStringExt;
+    let word = |line: &[&str]| command_word(line.iter().map(Into::into));
+    for line in [
+        &["run", "--bad"][..],
+        &["--home", "/x", "run", "--bad"],
+        &["--home=/x", "run", "--bad"],
+        &["--log-level", "exec", "--print-config", "run", "ps"],
+        &["--nonsense", "run"],
+    ] {
+        assert_eq!(word(line).unwrap(), "run", "{line:?}");
+    }
+    assert_eq!(word(&["--home"]), None);
+    assert_eq!(word(&["--home", "run"]), None, "that is the home");
+    let garbled = OsString::from_vec(vec![0xff, 0xfe]);
+    assert_eq!(command_word(std::iter::once(garbled.clone())), Some(garbled));
 }
 
 #[test]

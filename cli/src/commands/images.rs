@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
+use carrel_host::timestamp::rfc3339_of;
 use carrel_store::{Digest, PruneOptions};
 use serde_json::{Value, json};
 
@@ -29,6 +30,7 @@ pub(crate) fn pull(args: &PullArgs, configuration: &Configuration) -> Result<u8>
             platform: args.platform.as_deref(),
             insecure: args.insecure,
             without: without(args.unconfined.as_ref()),
+            patience: configuration.patience,
         };
         let pulled = payload::acquire(&store, &wanted)?;
         if args.quiet {
@@ -58,8 +60,8 @@ pub(crate) fn images(args: &ImagesArgs, configuration: &Configuration) -> Result
                     "config_digest": image.config_digest.to_string(),
                     "layers": image.layers.len(),
                     "size_bytes": image.size_bytes,
-                    "pulled": span::rfc3339(image.pulled),
-                    "used": span::rfc3339(image.used),
+                    "pulled": rfc3339_of(image.pulled),
+                    "used": rfc3339_of(image.used),
                 })
             })
             .collect();

@@ -20,7 +20,7 @@ use carrel_host::function::{
 };
 use carrel_host::session::Streams;
 use carrel_host::timestamp::now_ns;
-use carrel_store::Store;
+use carrel_store::{Digest, Store};
 use serde::de::IgnoredAny;
 
 use super::run::without;
@@ -47,19 +47,25 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
         image: &image,
         pull: Pull::Missing,
         platform: None,
-        insecure: false,
+        insecure: args.insecure,
         without: without(args.unconfined.as_ref()),
+        patience: configuration.patience,
     };
-    let image = payload::acquire(&store, &wanted)?;
-    let (layers, mut blobs) = payload::layers(&store, &image)?;
-    let mut parts =
-        Parts { defaults: payload::defaults(&image), layers, zip: None, image: function.name.clone() };
+    let mut acquired = payload::Acquired::find(&store, &wanted)?;
+    let (layers, mut blobs) = payload::layers(&store, &acquired.image)?;
+    let mut parts = Parts {
+        defaults: payload::defaults(&acquired.image),
+        layers,
+        zip: None,
+        image: function.name.clone(),
+    };
     if let Some(path) = &args.zip {
         let (digest, size, file) = add_zip(&store, path)?;
-        parts.zip = Some((digest, size));
+        parts.zip = Some((digest.to_string(), size));
+        acquired.zip = Some(digest);
         blobs.push(file.into());
     }
-    let around = Circumstances::now().context("The kernel gives no random bytes.")?;
+    let around = Circumstances::now(configuration.patience).context("The kernel gives no random bytes.")?;
     let mut spec = function.room(parts, &around)?;
     let kernel = args.kernel.as_ref().map(std::path::absolute).transpose()?;
     function::adjust(&mut spec, without(args.unconfined.as_ref()), kernel);
@@ -80,6 +86,7 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
         notice: &mut |text| tracing::warn!("{text}"),
     };
     let called = session.invoke(&call, audience)?;
+    acquired.settle(&store, &called.room.outcome);
     let ended = conclude(&function, &call.id, &called);
     report::usage(&args.usage, called.room.usage.as_ref())?;
     ended
@@ -144,7 +151,7 @@ fn image(args: &InvokeArgs, configuration: &Configuration) -> Result<String> {
     Ok(format!("oci:{layout}:latest"))
 }
 
-fn add_zip(store: &Store, path: &Path) -> Result<(String, u64, File)> {
+fn add_zip(store: &Store, path: &Path) -> Result<(Digest, u64, File)> {
     let cannot = || format!("The zip {} can't be taken into the store.", path.display());
     let mut file = File::open(path).with_context(|| format!("The zip {} can't be read.", path.display()))?;
     let bytes = file.metadata().with_context(cannot)?.len();
@@ -153,7 +160,7 @@ fn add_zip(store: &Store, path: &Path) -> Result<(String, u64, File)> {
     }
     let (digest, size) = store.add_file(&mut file).with_context(cannot)?;
     let blob = store.blob(&digest).with_context(cannot)?;
-    Ok((digest.to_string(), size, blob))
+    Ok((digest, size, blob))
 }
 
 fn call(function: &Function, event: &[u8]) -> Result<Call> {

@@ -1,14 +1,17 @@
 //! An image, and what a room is made of: from the store's words to the host's.
 
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use carrel_host::Outcome;
+use carrel_host::Patience;
 use carrel_host::archive::ArchiveReader;
 use carrel_host::image::ImageDefaults;
 use carrel_host::spec::{LayerSpec, Part};
-use carrel_protocol::agent;
+use carrel_protocol::agent::{self, Failure};
 use carrel_store::progress::Bars;
-use carrel_store::{Compression, Image, Policy, PullOptions, Source, Store};
+use carrel_store::{Before, Compression, Digest, Image, Policy, PullOptions, Source, Store};
 
 use crate::arguments::run::Pull;
 
@@ -25,6 +28,44 @@ pub(crate) struct Wanted<'a> {
     pub(crate) insecure: bool,
     /// Parts of the confinement that a reader of archives does without.
     pub(crate) without: Vec<Part>,
+    /// By what their time is stretched.
+    pub(crate) patience: Patience,
+}
+
+/// How long other commands are waited for before what a guest refused is left to `carrel prune`.
+const SOON: Duration = Duration::from_secs(2);
+
+/// What a room is made of, and what of it is to go if its guest refuses it.
+#[derive(Debug)]
+pub(crate) struct Acquired {
+    /// The image.
+    pub(crate) image: Image,
+    /// The blob of a function's code.
+    pub(crate) zip: Option<Digest>,
+    before: Before,
+}
+
+impl Acquired {
+    /// Finds an image, fetching it if need be. The caller holds a lease.
+    pub(crate) fn find(store: &Store, wanted: &Wanted<'_>) -> Result<Self> {
+        let before = store.before(&wanted.image.parse()?)?;
+        Ok(Self { image: acquire(store, wanted)?, zip: None, before })
+    }
+
+    /// The room is over. If its guest found the payload damaged, hostile or too large, what came into the store for this room alone goes
+    /// again; the caller holds no lease any more.
+    pub(crate) fn settle(&self, store: &Store, outcome: &Outcome) {
+        let Outcome::Refused { failure: Failure::BadPayload | Failure::PayloadTooLarge, .. } = outcome else {
+            return;
+        };
+        match store.withdraw(&self.image, self.zip.as_slice(), &self.before, SOON) {
+            Ok(gone) => tracing::debug!(blobs = gone.len(), "what the guest refused is no longer kept"),
+            Err(error) => {
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(error, "what the guest refused is still in the store; see `carrel prune`");
+            }
+        }
+    }
 }
 
 /// Finds an image, fetching it if need be. The caller holds a lease.
@@ -43,7 +84,7 @@ pub(crate) fn acquire(store: &Store, wanted: &Wanted<'_>) -> Result<Image> {
         options.platform =
             platform.parse().with_context(|| format!("The platform '{platform}' is wrong."))?;
     }
-    let archives = ArchiveReader::of_this_program(wanted.without.clone());
+    let archives = ArchiveReader::of_this_program(wanted.without.clone(), wanted.patience);
     Ok(store.acquire(&source, &options, &archives, &*Bars::stderr())?)
 }
 

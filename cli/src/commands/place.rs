@@ -10,7 +10,7 @@ use crate::configuration::Configuration;
 
 /// The rooms. Opening them sweeps up what killed owners left.
 pub(crate) fn home(configuration: &Configuration) -> Result<Home> {
-    Ok(Home::open(&configuration.home, assets(configuration)?)?)
+    Ok(Home::open(&configuration.home, assets(configuration)?, configuration.patience)?)
 }
 
 /// The images.

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Result, bail, ensure};
 use carrel_host::log::{self, LogError, LogOptions};
 use carrel_host::record::Record;
+use carrel_host::timestamp::rfc3339_of;
 use carrel_host::{Home, Room, SessionError, UsageReport};
 use serde_json::{Value, json};
 
@@ -66,7 +67,7 @@ fn over(record: &Record) -> bool {
 }
 
 fn as_json(room: &Room, record: &Record) -> Value {
-    let time = |ms: Option<u64>| ms.map(|ms| span::rfc3339(moment(ms)));
+    let time = |ms: Option<u64>| ms.map(|ms| rfc3339_of(moment(ms)));
     let spec = room.spec();
     json!({
         "id": room.id().as_str(),
@@ -82,6 +83,7 @@ fn as_json(room: &Room, record: &Record) -> Value {
         "vcpus": spec.machine.vcpus,
         "memory_bytes": spec.machine.memory_mib.bytes(),
         "detached": spec.detached,
+        "usage": record.usage,
     })
 }
 
@@ -207,11 +209,19 @@ pub(crate) fn stats(args: &StatsArgs, configuration: &Configuration) -> Result<u
             [] => home.rooms()?,
             some => find_all(&home, some)?,
         };
+        let mut running = false;
         let mut reports = Vec::new();
-        for room in rooms.iter().filter(|room| !room.has_ended()) {
-            // One that ends while it is asked drops out.
-            if let Ok(report) = room.connect().and_then(|session| session.usage()) {
-                reports.push(report);
+        for room in &rooms {
+            let record = room.record();
+            let live = || room.connect().and_then(|session| session.usage()).ok();
+            match if over(&record) { None } else { live() } {
+                Some(report) => {
+                    running = true;
+                    reports.push(report);
+                }
+                // One that was asked for by name, and ended, perhaps while it was asked: what it used is in its record.
+                None if !args.rooms.is_empty() => reports.extend(last_report(room)?),
+                None => {}
             }
         }
         if args.json {
@@ -222,12 +232,23 @@ pub(crate) fn stats(args: &StatsArgs, configuration: &Configuration) -> Result<u
             let clear = if again { "\x1b[H\x1b[J" } else { "" };
             failure::print(format_args!("{clear}{}", stats_table(&reports, &before)))?;
         }
-        if args.no_stream || !args.rooms.is_empty() && reports.is_empty() {
+        if args.no_stream || !args.rooms.is_empty() && !running {
             return Ok(0);
         }
         before = reports;
         thread::sleep(args.interval);
     }
+}
+
+/// What a room that has ended used; nothing of one that is still being asked for its first report.
+fn last_report(room: &Room) -> Result<Option<UsageReport>> {
+    let record = room.record();
+    ensure!(
+        record.usage.is_some() || !over(&record),
+        "The room {} has ended, and left no report of what it used.",
+        room.title()
+    );
+    Ok(record.usage)
 }
 
 fn stats_table(reports: &[UsageReport], before: &[UsageReport]) -> Table {
@@ -271,6 +292,62 @@ fn cpu_share(report: &UsageReport, earlier: Option<&UsageReport>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A home with one detached room in it that was made by hand and is over.
+    fn home_with(record: &Record) -> (tempfile::TempDir, Home) {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("rooms/0123456789ab");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::write(folder.join("lock"), "").unwrap();
+        let order = json!({
+            "spec": {
+                "id": "0123456789ab", "name": "job", "image": "image",
+                "machine": {
+                    "vcpus": 1, "memory_mib": 128, "cpu_millis": 1000, "disk_bytes": 1 << 30, "kernel": null,
+                },
+                "payload": carrel_host::spec::Payload::default(),
+                "surroundings": carrel_protocol::agent::Surroundings::default(),
+                "process": carrel_host::spec::ProcessSpec::default(),
+                "stop_signal": 15, "stop_timeout_ms": 0, "timeout_ms": null, "detached": true,
+                "without": [], "function": null,
+            },
+            "assets": { "kernel": "/k", "initramfs": "/i", "scratch": "/s", "vmm": "/v" },
+            "patience": 1.0,
+        });
+        std::fs::write(folder.join("room.json"), order.to_string()).unwrap();
+        record.write(&folder.join("state.json")).unwrap();
+        let nowhere = std::path::PathBuf::from("/nowhere");
+        let assets = carrel_host::Assets {
+            kernel: nowhere.clone(),
+            initramfs: nowhere.clone(),
+            scratch: nowhere.clone(),
+            vmm: nowhere,
+        };
+        let home = Home::open(root.path(), assets, carrel_host::Patience::default()).unwrap();
+        (root, home)
+    }
+
+    #[test]
+    fn what_a_room_used_can_be_had_after_its_end() {
+        let usage = UsageReport {
+            room: "0123456789ab".into(),
+            name: Some("job".into()),
+            wall_us: 5,
+            guest: None,
+            host: carrel_host::usage::HostUsage::default(),
+        };
+        let mut record = Record::new(1);
+        record.phase = carrel_host::record::Phase::Ended;
+        record.usage = Some(usage.clone());
+        let (_root, home) = home_with(&record);
+        let room = home.find("job").unwrap();
+        assert_eq!(last_report(&room).unwrap(), Some(usage));
+        assert_eq!(as_json(&room, &room.record())["usage"]["wall_us"], 5);
+        record.usage = None;
+        let (_root, home) = home_with(&record);
+        let error = last_report(&home.find("job").unwrap()).unwrap_err();
+        assert!(error.to_string().contains("job has ended"), "{error}");
+    }
 
     #[test]
     fn long_words_are_shortened_visibly() {

@@ -26,7 +26,7 @@ const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// `carrel run`.
 pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
-    let terminal = terminal_for(args.tty && !args.detach, args.tty)?;
+    let terminal = terminal_for(args.tty, args.interactive)?;
     let own = |name: &str| std::env::var(name).ok();
     let environment = environment::collect(&args.process.env_file, &args.process.env, &own)?;
     let name: Option<RoomName> = args.name.as_deref().map(str::parse).transpose()?;
@@ -37,10 +37,12 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
         image: args.image(),
         pull: args.pull,
         platform: args.platform.as_deref(),
-        insecure: false,
+        insecure: args.insecure,
         without: without(args.machine.unconfined.as_ref()),
+        patience: configuration.patience,
     };
-    let image = payload::acquire(&store, &wanted)?;
+    let acquired = payload::Acquired::find(&store, &wanted)?;
+    let image = &acquired.image;
     let overrides = Overrides {
         entrypoint: args.process.entrypoint.clone(),
         command: args.command().to_vec(),
@@ -50,15 +52,15 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
         interactive: args.interactive,
         terminal,
     };
-    let process = image::compose(&payload::defaults(&image), &overrides)?;
-    let (layers, blobs) = payload::layers(&store, &image)?;
+    let process = image::compose(&payload::defaults(image), &overrides)?;
+    let (layers, blobs) = payload::layers(&store, image)?;
     let spec = RoomSpec {
         id: None,
         name,
         image: image.name.clone(),
         machine: machine(&args.machine)?,
         payload: Payload { layers, zips: Vec::new(), unpacked_bytes: None },
-        surroundings: surroundings(args, &image),
+        surroundings: surroundings(args, image),
         process,
         stop_signal: image::stop_signal(image.config.stop_signal.as_deref())?,
         stop_timeout_ms: millis(args.ends.stop_timeout.unwrap_or(DEFAULT_STOP_TIMEOUT)),
@@ -76,10 +78,15 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
                 failure::print(format_args!("{}\n", room.id()))?;
                 Ok(0)
             }
-            Beginning::Ended(ended) => begun_and_over(&room, &ended),
+            Beginning::Ended(ended) => {
+                acquired.settle(&store, &ended.outcome);
+                begun_and_over(&room, &ended)
+            }
         };
     }
-    let ended = attach(session, terminal.is_some(), |session, streams, notice| session.run(streams, notice))?;
+    let attached = Attached { terminal: terminal.is_some(), keys: args.interactive };
+    let ended = attach(session, attached, |session, streams, notice| session.run(streams, notice))?;
+    acquired.settle(&store, &ended.outcome);
     report::usage(&args.usage, ended.usage.as_ref())?;
     report::ended(&ended.outcome)
 }
@@ -93,7 +100,7 @@ fn begun_and_over(room: &carrel_host::Room, ended: &Ended) -> Result<u8> {
 
 /// `carrel exec`.
 pub(crate) fn exec(args: &ExecArgs, configuration: &Configuration) -> Result<u8> {
-    let terminal = terminal_for(args.tty, args.tty)?;
+    let terminal = terminal_for(args.tty, args.interactive)?;
     let own = |name: &str| std::env::var(name).ok();
     let environment = environment::collect(&args.env_file, &args.env, &own)?;
     let room = place::home(configuration)?.find(args.room())?;
@@ -107,29 +114,45 @@ pub(crate) fn exec(args: &ExecArgs, configuration: &Configuration) -> Result<u8>
         terminal,
     };
     let session = room.connect()?;
-    let ended = attach(session, terminal.is_some(), |session, streams, notice| {
-        session.exec(&process, streams, notice)
-    })?;
+    let attached = Attached { terminal: terminal.is_some(), keys: args.interactive };
+    let ended =
+        attach(session, attached, |session, streams, notice| session.exec(&process, streams, notice))?;
     report::ended(&ended.outcome)
 }
 
-/// The size of the user's terminal, if one is wanted; it must then be there.
-fn terminal_for(attached: bool, wanted: bool) -> Result<Option<TerminalSize>> {
+/// The size of the user's terminal, if one is wanted. It must be there if its keys are.
+fn terminal_for(wanted: bool, interactive: bool) -> Result<Option<TerminalSize>> {
     ensure!(
-        !attached || terminal::stdin_is_terminal(),
+        !wanted || !interactive || terminal::stdin_is_terminal(),
         "The input is not a terminal: leave out -t, or run carrel in one."
     );
     Ok(wanted.then(terminal::size))
 }
 
-/// Serves a session with this process's own streams; the terminal is raw and signals are forwarded meanwhile.
+/// What of the user's terminal a process has.
+#[derive(Clone, Copy, Debug)]
+struct Attached {
+    /// It has one of its own, of the same size.
+    terminal: bool,
+    /// It reads standard input.
+    keys: bool,
+}
+
+impl Attached {
+    /// Whether every key is the process's. Where it reads none, Ctrl-C must stay a signal, or nothing at the terminal could end it.
+    fn is_raw(self) -> bool {
+        self.terminal && self.keys
+    }
+}
+
+/// Serves a session with this process's own streams; signals are forwarded meanwhile, and a terminal whose keys are the process's is raw.
 fn attach(
     session: Session,
-    has_terminal: bool,
+    attached: Attached,
     serve: impl FnOnce(Session, Streams, &mut dyn FnMut(&str)) -> Result<Ended, carrel_host::SessionError>,
 ) -> Result<Ended> {
-    let forwarding = Forwarding::begin(session.remote(), has_terminal)?;
-    let raw = if has_terminal { Some(Raw::enter()?) } else { None };
+    let forwarding = Forwarding::begin(session.remote(), attached.terminal)?;
+    let raw = if attached.is_raw() { Some(Raw::enter()?) } else { None };
     let mut notice = |text: &str| tracing::warn!("{text}");
     let ended = serve(session, Streams::standard()?, &mut notice);
     drop(raw);
@@ -171,4 +194,24 @@ pub(super) fn without(unconfined: Option<&Without>) -> Vec<Part> {
 
 pub(super) fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_terminal_whose_keys_nobody_reads_stays_as_it_is() {
+        for (terminal, keys, raw) in [(true, true, true), (true, false, false), (false, true, false)] {
+            assert_eq!(Attached { terminal, keys }.is_raw(), raw, "-t {terminal}, -i {keys}");
+        }
+    }
+
+    #[test]
+    fn a_terminal_must_be_there_only_where_its_keys_are_wanted() {
+        // A test runner's input is no terminal; in one that is, both are well.
+        assert!(terminal_for(true, false).unwrap().is_some());
+        assert!(terminal_for(false, true).unwrap().is_none());
+        assert_eq!(terminal_for(true, true).is_ok(), terminal::stdin_is_terminal());
+    }
 }

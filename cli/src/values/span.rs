@@ -56,36 +56,6 @@ pub(crate) fn ago(then: SystemTime, now: SystemTime) -> String {
     format!("{} ago", human(now.duration_since(then).unwrap_or_default()))
 }
 
-/// Writes a moment as RFC 3339 in UTC, with nanoseconds: what `logs --timestamps` and `--json` show.
-pub(crate) fn rfc3339(moment: SystemTime) -> String {
-    let since = moment.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    let seconds = since.as_secs();
-    let (days, second_of_day) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = civil(days);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:09}Z",
-        second_of_day / 3600,
-        second_of_day / 60 % 60,
-        second_of_day % 60,
-        since.subsec_nanos()
-    )
-}
-
-/// The Gregorian date of a day counted from 1970-01-01. Years are counted from March, so that the leap day comes last.
-fn civil(days: u64) -> (u64, u64, u64) {
-    // Days from 0000-03-01 to 1970-01-01.
-    let days = days + 719_468;
-    let era = days / 146_097;
-    let day_of_era = days % 146_097;
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    (year, month, day)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -125,15 +95,5 @@ mod tests {
         assert_eq!(human(Duration::from_secs(1)), "1 second");
         assert_eq!(human(Duration::from_secs(3599)), "59 minutes");
         assert_eq!(human(Duration::from_secs(86_400 * 3)), "3 days");
-    }
-
-    #[test]
-    fn moments_are_written_as_rfc_3339() {
-        let at = |seconds| rfc3339(SystemTime::UNIX_EPOCH + Duration::new(seconds, 7));
-        assert_eq!(at(0), "1970-01-01T00:00:00.000000007Z");
-        assert_eq!(at(951_782_400), "2000-02-29T00:00:00.000000007Z");
-        assert_eq!(at(1_709_164_800), "2024-02-29T00:00:00.000000007Z");
-        assert_eq!(at(1_735_689_599), "2024-12-31T23:59:59.000000007Z");
-        assert_eq!(at(4_107_542_400), "2100-03-01T00:00:00.000000007Z");
     }
 }

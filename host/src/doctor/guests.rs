@@ -33,6 +33,7 @@ pub(super) fn examine(
 ) -> Vec<Check> {
     let kvm = || OpenOptions::new().read(true).write(true).open("/dev/kvm");
     let (mut checks, without) = confinement(assets, readings, patience, &kvm);
+    checks.push(user_per_room(rustix::process::geteuid().is_root()));
     match kvm() {
         Err(_) => checks.push(Check::missing(
             "tiny-guest",
@@ -107,9 +108,25 @@ fn not_confined(name: &str, shown: &Shown, mend: &str) -> Check {
 fn held(part: Part) -> &'static str {
     match part {
         Part::Cgroup => "a VMM is born in a cgroup of its own, with limits on CPU, memory and threads",
-        Part::Namespaces => "a VMM has namespaces, a user and an empty root of its own",
+        Part::Namespaces => {
+            "a VMM has namespaces and an empty root of its own, in which there is no other user"
+        }
         Part::Capabilities => "a VMM has no capabilities and can gain none",
         Part::Seccomp => "a VMM's threads are under system-call filters",
+    }
+}
+
+/// Only root can give each room's VMM a user of its own: an ordinary user has one to give, and that is himself.
+fn user_per_room(is_root: bool) -> Check {
+    const NAME: &str = "user-per-room";
+    match is_root {
+        true => Check::ok(NAME, "outside of its namespaces too a VMM is an unprivileged user of its own"),
+        false => Check::warning(
+            NAME,
+            "outside of their namespaces all rooms' VMMs are this same user: one that broke out of namespaces and filters would meet no second user \
+             between it and this user's other rooms, processes and files",
+            "run carrel as root, which gives each room a user of its own",
+        ),
     }
 }
 

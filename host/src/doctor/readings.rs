@@ -1,4 +1,4 @@
-//! What the host's kernel says of itself below `/proc` and `/sys`; in tests, below another directory.
+//! What the host's kernel says of itself below `/proc` and `/sys`, in tests below another directory, and when it is asked.
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,18 +7,52 @@ use std::path::PathBuf;
 #[derive(Debug)]
 pub(super) struct Readings {
     root: PathBuf,
+    core_scheduling: CoreScheduling,
+}
+
+/// What the kernel answers to `PR_SCHED_CORE` (prctl(2), Documentation/admin-guide/hw-vuln/core-scheduling.rst).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CoreScheduling {
+    /// Groups of threads can be kept from sharing a core with others.
+    Offered,
+    /// No two threads share a core.
+    NoNeed,
+    /// The kernel doesn't know the question.
+    Missing,
+}
+
+impl CoreScheduling {
+    fn ask() -> Self {
+        let own = rustix::thread::gettid();
+        match rustix::thread::core_scheduling_cookie(own, rustix::thread::CoreSchedulingScope::Thread) {
+            Ok(_) => Self::Offered,
+            Err(rustix::io::Errno::NODEV) => Self::NoNeed,
+            Err(_) => Self::Missing,
+        }
+    }
 }
 
 impl Readings {
     /// Of this host.
     pub(super) fn of_this_host() -> Self {
-        Self { root: "/".into() }
+        Self { root: "/".into(), core_scheduling: CoreScheduling::ask() }
     }
 
     /// Of a made-up one.
     #[cfg(test)]
     pub(super) fn below(root: &std::path::Path) -> Self {
-        Self { root: root.to_owned() }
+        Self { root: root.to_owned(), core_scheduling: CoreScheduling::Offered }
+    }
+
+    /// … whose kernel answers so.
+    #[cfg(test)]
+    pub(super) fn with(self, core_scheduling: CoreScheduling) -> Self {
+        Self { core_scheduling, ..self }
+    }
+
+    /// What the kernel offers of core scheduling.
+    pub(super) fn core_scheduling(&self) -> CoreScheduling {
+        self.core_scheduling
     }
 
     /// A file's text without the blanks around it; `None` if there is no such file.

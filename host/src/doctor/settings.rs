@@ -3,12 +3,13 @@
 //! Each is a warning at most: who owns the host may have reasons. docs/hardware.md says what is behind each.
 
 use super::Check;
-use super::readings::Readings;
+use super::readings::{CoreScheduling, Readings};
 
 /// All of them, in the order of the page.
 pub(super) fn examine(readings: &Readings) -> Vec<Check> {
     vec![
         smt(readings),
+        core_scheduling(readings),
         mitigations(readings),
         ksm(readings),
         swap(readings),
@@ -33,6 +34,26 @@ fn smt(readings: &Readings) -> Check {
             "this kernel does not tell whether threads share a core",
             "see that SMT is off in the firmware",
         ),
+    }
+}
+
+/// Whether SMT could be had without its danger. That carrel asks for it is not said: it doesn't.
+fn core_scheduling(readings: &Readings) -> Check {
+    const NAME: &str = "core-scheduling";
+    let threads = readings.text("sys/devices/system/cpu/smt/active").is_some_and(|active| active == "1");
+    match readings.core_scheduling() {
+        CoreScheduling::Offered => Check::ok(
+            NAME,
+            "the kernel can keep rooms from sharing a core at one time; carrel does not ask it to yet",
+        ),
+        CoreScheduling::Missing if threads => Check::warning(
+            NAME,
+            "cores have two threads, and this kernel can't keep two rooms from sharing one at one time",
+            "turn SMT off, or boot Linux 5.14 or newer with CONFIG_SCHED_CORE",
+        ),
+        CoreScheduling::NoNeed | CoreScheduling::Missing => {
+            Check::ok(NAME, "no two threads share a core, so there is nothing to schedule apart")
+        }
     }
 }
 
@@ -218,6 +239,21 @@ mod tests {
             assert!(found.mend.is_some_and(|mend| !mend.is_empty()), "{name}");
             let others = examine(&Readings::below(root.path()));
             assert_eq!(others.iter().filter(|check| check.status != Status::Ok).count(), 1, "{name}");
+        }
+    }
+
+    #[test]
+    fn core_scheduling_is_missed_only_where_cores_have_threads() {
+        let threads = ("sys/devices/system/cpu/smt/active", "1\n");
+        let (with, without) = (host(&[GOOD, &[threads]].concat()), host(GOOD));
+        for (root, answer, status) in [
+            (&with, CoreScheduling::Missing, Status::Warning),
+            (&with, CoreScheduling::Offered, Status::Ok),
+            (&without, CoreScheduling::Missing, Status::Ok),
+            (&without, CoreScheduling::NoNeed, Status::Ok),
+        ] {
+            let check = core_scheduling(&Readings::below(root.path()).with(answer));
+            assert_eq!(check.status, status, "{answer:?}: {check:?}");
         }
     }
 

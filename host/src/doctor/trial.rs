@@ -18,6 +18,7 @@ use super::probe;
 use crate::home::{Assets, Order, fresh_id};
 use crate::launch::{self, ChildEnd, LaunchError, Launched};
 use crate::packet::{Connection, PacketError};
+use crate::patience::Patience;
 use crate::spec::{Machine, Part, Payload, ProcessSpec, RoomId, RoomSpec};
 
 /// What a probe may write: a few marks.
@@ -90,7 +91,12 @@ pub(super) fn boot(assets: &Assets, directory: &Path, without: &[Part], deadline
     let begun = Instant::now();
     let launched = || -> Result<Launched, LaunchError> {
         let id = id()?;
-        let order = Order { spec: boot_spec(id.clone(), without), assets: assets.clone() };
+        let order = Order {
+            spec: boot_spec(id.clone(), without),
+            assets: assets.clone(),
+            // The deadline here is the doctor's own.
+            patience: Patience::default(),
+        };
         launch::launch(&order, &id, directory, false)
     };
     match launched() {

@@ -19,7 +19,6 @@ use carrel_protocol::agent::Outcome as Ending;
 
 use crate::outcome::Outcome;
 use crate::owner::api::{Connected, Drained, Exited, Invoke, Noticed, Refused, StreamKind, ToClient};
-use crate::patience::Patience;
 use crate::session::{Ended, Pumps, Session, SessionError, Streams};
 
 /// What a response may have at most, streamed or not: what the agent lets through, and some.
@@ -85,7 +84,7 @@ impl Session {
     pub fn invoke(self, call: &Call, audience: Audience<'_>) -> Result<Called, SessionError> {
         let Audience { log, response, started, notice } = audience;
         let mut so_far = Progress {
-            pumps: Pumps::new(log),
+            pumps: Pumps::new(log, self.patience),
             response: Some(response),
             pump: None,
             invoked: None,
@@ -171,7 +170,7 @@ impl Progress {
             let _ = session.remote().send(Drained {});
         }
         let due = (self.invoked.is_some() || self.exited.is_some()) && !(connected && answered);
-        session.limit(due.then(|| Patience::from_environment().identify()))
+        session.limit(due.then(|| session.patience.identify()))
     }
 
     fn finish(mut self, call: &Call, room: Ended) -> Called {

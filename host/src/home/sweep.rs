@@ -4,12 +4,13 @@
 //!   no lock file, or the lock is free and no end recorded
 //!        └─▶ kill the VMM's cgroup or process ─▶ remove the cgroup ─┬─ detached: record the end as lost, keep log and record
 //!                                                                   └─ else: remove the directory
+//!   a detached room's torn record is written anew
 //!   a room's cgroup that nobody has locked ─▶ kill what is in it, remove it
 //! ```
 
 use std::fs::{self, File};
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::FlockOperation;
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -64,7 +65,9 @@ fn clear(room: &Path) {
             kill(vmm);
         }
     }
-    match (order, record) {
+    // A record that is there and can't be read was torn: written over on a full disk by an owner that was killed meanwhile. Its log is whole.
+    let torn = || room.join("state.json").exists().then(|| Record::new(made_ms(room)));
+    match (order, record.or_else(torn)) {
         (Some(order), Some(mut record)) if order.spec.detached => {
             record.phase = Phase::Ended;
             record.ended_ms = Some(now_ms());
@@ -82,6 +85,13 @@ fn clear(room: &Path) {
     }
 }
 
+/// When a room was made, by its directory's oldest file, the order.
+fn made_ms(room: &Path) -> u64 {
+    let made = fs::metadata(room.join("room.json")).and_then(|order| order.modified()).ok();
+    let since = made.and_then(|made| made.duration_since(SystemTime::UNIX_EPOCH).ok()).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// Kills a process if it is still the one that was marked, and waits until it is gone.
 fn kill(mark: &ProcessMark) {
     let Some(pid) = i32::try_from(mark.pid).ok().and_then(Pid::from_raw) else { return };
@@ -94,5 +104,81 @@ fn kill(mark: &ProcessMark) {
     let deadline = Instant::now() + GONE;
     while mark.is_alive() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use carrel_protocol::agent::Surroundings;
+    use carrel_protocol::units::{MemoryMib, VcpuCount};
+
+    use super::*;
+    use crate::home::Assets;
+    use crate::patience::Patience;
+    use crate::spec::{Machine, Payload, ProcessSpec, RoomSpec};
+
+    /// A room whose owner is dead, as it would lie there with this record.
+    fn left(rooms: &Path, id: &str, detached: bool, record: Option<&str>) {
+        let room = rooms.join(id);
+        fs::create_dir_all(&room).unwrap();
+        let nowhere = Path::new("/nowhere").to_owned();
+        let order = Order {
+            spec: RoomSpec {
+                id: Some(id.parse().unwrap()),
+                name: None,
+                image: "image".into(),
+                machine: Machine {
+                    vcpus: VcpuCount::try_from(1).unwrap(),
+                    memory_mib: MemoryMib::try_from(128).unwrap(),
+                    cpu_millis: 1000,
+                    disk_bytes: 1 << 30,
+                    kernel: None,
+                },
+                payload: Payload::default(),
+                surroundings: Surroundings::default(),
+                process: ProcessSpec::default(),
+                stop_signal: 15,
+                stop_timeout_ms: 0,
+                timeout_ms: None,
+                detached,
+                without: Vec::new(),
+                function: None,
+            },
+            assets: Assets {
+                kernel: nowhere.clone(),
+                initramfs: nowhere.clone(),
+                scratch: nowhere.clone(),
+                vmm: nowhere,
+            },
+            patience: Patience::default(),
+        };
+        fs::write(room.join("room.json"), serde_json::to_vec(&order).unwrap()).unwrap();
+        fs::write(room.join("lock"), "").unwrap();
+        fs::write(room.join("log"), "what it wrote").unwrap();
+        if let Some(text) = record {
+            fs::write(room.join("state.json"), text).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_detached_room_whose_record_is_torn_is_recorded_as_lost_with_its_log() {
+        let root = tempfile::tempdir().unwrap();
+        let rooms = root.path().join("rooms");
+        let (torn, attached, unbegun) = ("00000000000a", "00000000000b", "00000000000c");
+        left(&rooms, torn, true, Some(r#"{"phase":"running","created_ms":17}g":null"#));
+        left(&rooms, attached, false, Some("{"));
+        left(&rooms, unbegun, true, None);
+        let assets = {
+            let order = fs::read(rooms.join(torn).join("room.json")).unwrap();
+            serde_json::from_slice::<Order>(&order).unwrap().assets
+        };
+        let home = Home::open(root.path(), assets, Patience::default()).unwrap();
+        let room = home.find(torn).unwrap();
+        let record = room.record();
+        assert_eq!((record.phase, record.outcome), (Phase::Ended, Some(Outcome::Lost)));
+        assert!(record.created_ms > 0 && record.created_ms <= now_ms());
+        assert_eq!(fs::read(room.directory().join("log")).unwrap(), b"what it wrote");
+        assert!(!rooms.join(attached).exists(), "nobody can ask for an attached one");
+        assert!(!rooms.join(unbegun).exists(), "it had not begun");
     }
 }

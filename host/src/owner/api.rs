@@ -12,8 +12,8 @@
 //!    │ ◀───────────────────────────── Ended ───── │
 //! ```
 //!
-//! A connection has at most one process: the workload for the creator, or what its one [`Exec`] started; signals and sizes are for
-//! that one, and for the workload where there is none. When a creator's connection of an attached room closes, the room ends; when an
+//! A connection has at most one process: the workload for the creator, or what its one [`Exec`] started; signals are for
+//! that one, and for the workload where there is none. Sizes are for that one alone, and kept until it runs. When a creator's connection of an attached room closes, the room ends; when an
 //! exec's closes, its process is killed.
 
 use std::collections::BTreeMap;
@@ -78,7 +78,7 @@ pub struct Signal {
     pub signal: u8,
 }
 
-/// This connection's terminal changed its size.
+/// This connection's terminal has this size now. One that is said before the process runs is kept for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resize {
     /// The new size.

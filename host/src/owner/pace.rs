@@ -3,9 +3,10 @@
 //! ```text
 //!   heard: so many messages in a while, then the reader sleeps; the guest's next ones wait in its own buffers
 //!   told:  a message is taken whole within a time, however slowly the guest reads
+//!   dialled: a stream's token is there whole within a time, however slowly the guest writes
 //! ```
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -40,8 +41,8 @@ impl Pace {
 /// What one write is given: the kernel takes it as one buffer, and waits once.
 const PART_BYTES: usize = 16 << 10;
 
-/// A socket that takes all that is written, in however many parts, before a deadline. A timeout of the socket's own begins anew with
-/// every buffer that the kernel makes of it: a guest that reads a little now and then would stretch ten seconds to minutes.
+/// A socket that takes all that is written, or gives all that is read, in however many parts, before a deadline. A timeout of the socket's own
+/// begins anew with every part: a guest that reads or writes a little now and then would stretch ten seconds to minutes.
 #[derive(Debug)]
 pub(super) struct InTime<'a> {
     socket: &'a UnixStream,
@@ -54,13 +55,23 @@ impl<'a> InTime<'a> {
     }
 }
 
+impl InTime<'_> {
+    fn left(&self, overdue: &'static str) -> io::Result<Duration> {
+        let left = self.until.saturating_duration_since(Instant::now());
+        if left.is_zero() { Err(io::Error::new(io::ErrorKind::TimedOut, overdue)) } else { Ok(left) }
+    }
+}
+
+impl Read for InTime<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(Some(self.left("the guest does not write")?))?;
+        self.socket.read(bytes)
+    }
+}
+
 impl Write for InTime<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let left = self.until.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(io::Error::new(io::ErrorKind::TimedOut, "the guest does not read"));
-        }
-        self.socket.set_write_timeout(Some(left))?;
+        self.socket.set_write_timeout(Some(self.left("the guest does not read")?))?;
         self.socket.write(bytes.get(..PART_BYTES).unwrap_or(bytes))
     }
 
@@ -71,8 +82,6 @@ impl Write for InTime<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
-
     use super::*;
 
     #[test]

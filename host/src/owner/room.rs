@@ -11,7 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use carrel_protocol::Message;
-use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal};
+use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal, TerminalSize};
 use carrel_protocol::usage::GuestUsage;
 use carrel_protocol::vmm::{DeviceStopReason, Ended, FromVmm};
 
@@ -27,7 +27,7 @@ use crate::outcome::{Outcome, Step, clean};
 use crate::packet::{Connection, Packet};
 use crate::patience::Patience;
 use crate::record::{Phase, ProcessMark, Record, Remains};
-use crate::spec::{RoomId, RoomSpec};
+use crate::spec::{RoomId, RoomSpec, WORKLOAD};
 use crate::timestamp::now_ms;
 use crate::usage::UsageReport;
 use carrel_protocol::chain;
@@ -38,8 +38,6 @@ mod ending;
 
 pub(crate) use ending::end_without_vmm;
 
-/// The workload.
-const WORKLOAD: ProcessId = ProcessId(0);
 const SIGKILL: u8 = 9;
 const SIGTERM: u8 = 15;
 /// How often the host's meter is read, and how often the guest reports.
@@ -71,8 +69,12 @@ struct Process {
     logged: HashSet<StreamKind>,
     /// The agent said that it runs.
     started: bool,
+    /// The size of its terminal, as the agent was told last.
+    size: Option<TerminalSize>,
     /// How it ended; told when all its streams are connected.
     exited: Option<(ExitStatus, bool)>,
+    /// Once it ended: when its streams are waited for no longer, dialled or not, logged to their end or not.
+    flush: Option<Instant>,
 }
 
 /// A command's connection.
@@ -80,6 +82,14 @@ struct Process {
 struct Client {
     connection: Arc<Connection>,
     process: Option<ProcessId>,
+    /// The size of its terminal, as it said last; perhaps before its process was there.
+    size: Option<TerminalSize>,
+}
+
+impl Client {
+    fn new(connection: Arc<Connection>, process: Option<ProcessId>) -> Self {
+        Self { connection, process, size: None }
+    }
 }
 
 /// Steps of a VMM's end, each harder than the one before.
@@ -102,8 +112,6 @@ struct Deadlines {
     timeout: Option<Instant>,
     /// The stop signal was not enough.
     kill: Option<Instant>,
-    /// An ended process's streams were not all dialled, or a log not finished.
-    flush: Option<Instant>,
     /// The end needs more pressure.
     pressure: Option<Instant>,
     /// Usage was asked for and not reported.
@@ -200,7 +208,7 @@ impl Room {
             control_taken: false,
             processes: BTreeMap::new(),
             next_process: WORKLOAD.0 + 1,
-            clients: BTreeMap::from([(ClientId(0), Client { connection: creator, process: Some(WORKLOAD) })]),
+            clients: BTreeMap::from([(ClientId(0), Client::new(creator, Some(WORKLOAD)))]),
             next_client: 1,
             creator: ClientId(0),
             usage_waiters: Vec::new(),
@@ -403,7 +411,7 @@ impl Room {
     fn tell_exit(&mut self, id: ProcessId) {
         let Some(process) = self.processes.get_mut(&id) else { return };
         let Some((status, out_of_memory)) = process.exited else { return };
-        let late = self.deadlines.flush.is_none_or(|at| Instant::now() >= at);
+        let late = process.flush.is_none_or(|at| Instant::now() >= at);
         if !process.awaited.is_empty() && !late {
             return;
         }
@@ -427,8 +435,9 @@ impl Room {
     fn next_deadline(&self) -> Option<Instant> {
         let due = &self.deadlines;
         let step = due.step.map(|(at, ..)| at);
-        [step, due.timeout, due.kill, due.flush, due.pressure, due.usage, due.sample]
+        [step, due.timeout, due.kill, due.pressure, due.usage, due.sample]
             .into_iter()
+            .chain(self.processes.values().map(|process| process.flush))
             .flatten()
             .min()
     }
@@ -451,16 +460,7 @@ impl Room {
         if due(&mut self.deadlines.kill) {
             self.kill_workload();
         }
-        if self.deadlines.flush.is_some_and(|at| at <= now) {
-            let ended: Vec<_> =
-                self.processes.iter().filter(|(_, p)| p.exited.is_some()).map(|(id, _)| *id).collect();
-            ended.into_iter().for_each(|id| self.tell_exit(id));
-            self.deadlines.flush = None;
-            if let Some(workload) = self.processes.get_mut(&WORKLOAD) {
-                workload.logged.clear();
-            }
-            self.end_if_drained();
-        }
+        self.flush(now);
         if due(&mut self.deadlines.pressure) {
             self.press();
         }

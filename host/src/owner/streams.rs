@@ -11,11 +11,13 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use carrel_protocol::agent::{FIRST_STREAM_PORT, ProcessId, Stream, Token};
 
 use super::api::StreamKind;
 use super::events::{ClientId, Event, Teller};
+use super::pace::InTime;
 use crate::home::random;
 use crate::patience::Patience;
 
@@ -83,8 +85,8 @@ impl Streams {
         let (token, waiting, time) =
             (token.clone(), Arc::clone(&self.unidentified), self.patience.identify());
         let spawned = teller.spawn("token", move |teller| {
-            let mut socket = UnixStream::from(socket);
-            let identified = identify(&mut socket, &token, time);
+            let socket = UnixStream::from(socket);
+            let identified = identify(&socket, &token, time);
             waiting.fetch_sub(1, Ordering::Relaxed);
             match identified {
                 Ok(true) => {
@@ -106,11 +108,10 @@ impl Streams {
     }
 }
 
-fn identify(socket: &mut UnixStream, token: &Token, time: std::time::Duration) -> io::Result<bool> {
+fn identify(socket: &UnixStream, token: &Token, time: Duration) -> io::Result<bool> {
     socket.set_nonblocking(false)?;
-    socket.set_read_timeout(Some(time))?;
     let mut said = [0; 16];
-    socket.read_exact(&mut said)?;
+    InTime::new(socket, time).read_exact(&mut said)?;
     socket.set_read_timeout(None)?;
     // No early exit: how long this takes tells nothing about the token.
     Ok(said.iter().zip(token.0).fold(0, |differs, (a, b)| differs | (a ^ b)) == 0)
@@ -119,7 +120,7 @@ fn identify(socket: &mut UnixStream, token: &Token, time: std::time::Duration) -
 #[cfg(test)]
 mod tests {
     use std::io::Write;
-    use std::time::Duration;
+    use std::time::Instant;
 
     use super::super::events::channel;
     use super::*;
@@ -153,6 +154,21 @@ mod tests {
         let streams = Streams::new(Patience::default());
         let mut dialled = dial(&streams, 5000, &teller);
         assert_eq!(dialled.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_token_of_a_byte_now_and_then_is_not_waited_for() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let dribbling = std::thread::spawn(move || {
+            let more = |_: &u8| (&ours).write_all(&[7]).is_ok();
+            (0..16).take_while(more).for_each(|_| std::thread::sleep(Duration::from_millis(200)));
+        });
+        let begun = Instant::now();
+        let error = identify(&theirs, &Token([7; 16]), Duration::from_millis(300)).unwrap_err();
+        assert!(matches!(error.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock), "{error}");
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        drop(theirs);
+        dribbling.join().unwrap();
     }
 
     #[test]

@@ -30,12 +30,13 @@ pub(crate) struct Pumps {
     stdout: Option<File>,
     stderr: Option<File>,
     outputs: Vec<Output>,
+    patience: Patience,
 }
 
 impl Pumps {
-    pub(crate) fn new(streams: Streams) -> Self {
+    pub(crate) fn new(streams: Streams, patience: Patience) -> Self {
         let Streams { stdin, stdout, stderr } = streams;
-        Self { stdin, stdout: Some(stdout), stderr: Some(stderr), outputs: Vec::new() }
+        Self { stdin, stdout: Some(stdout), stderr: Some(stderr), outputs: Vec::new(), patience }
     }
 
     pub(crate) fn connect(&mut self, stream: StreamKind, socket: UnixStream) -> Result<(), SessionError> {
@@ -60,7 +61,7 @@ impl Pumps {
 
     /// The process ended. Waits until all of its output was written, or nobody reads it, or the guest has been silent for too long.
     pub(crate) fn drain(&mut self) {
-        let silence = Patience::from_environment().identify();
+        let silence = self.patience.identify();
         self.outputs.drain(..).for_each(|output| output.drain(silence));
     }
 

@@ -106,3 +106,11 @@ fn the_agents_greeting_is_believed_if_it_is_of_this_build() {
         assert!(check.status == Status::Missing && check.mend.is_some(), "{check:?}");
     }
 }
+
+#[test]
+fn an_ordinary_user_is_told_what_his_rooms_share() {
+    assert_eq!(user_per_room(true).status, Status::Ok);
+    let check = user_per_room(false);
+    assert_eq!(check.status, Status::Warning);
+    assert!(check.detail.contains("this same user") && check.mend.is_some(), "{check:?}");
+}

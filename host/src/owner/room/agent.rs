@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use carrel_protocol::agent::{
-    self, Blob, ContainerId, EndingReason, Entropy, Exited, Failed, FromAgent, Function, Hello, Identity,
-    Layer, Prepare, ProcessId, Refused, ReportUsage, Request, Start, Stdio, UnpackLimits, Welcome, Zip,
+    self, Blob, EndingReason, Entropy, Exited, Failed, FromAgent, FromHost, Hello, Identity, Layer, Prepare,
+    ProcessId, Refused, ReportUsage, Request, Stdio, UnpackLimits, Welcome, Zip,
 };
 
 use super::super::api::{self, StreamKind};
@@ -14,12 +14,11 @@ use crate::home::random;
 use crate::launch;
 use crate::outcome::{Outcome, Step, clean};
 use crate::record::Phase;
-use crate::spec::{MOST_ENTRIES, ProcessSpec};
+use crate::session::SessionError;
+use crate::spec::{CONTAINER, MOST_ENTRIES, ProcessSpec};
 use crate::timestamp::{now_ms, now_ns};
-use carrel_protocol::chain;
+use carrel_protocol::{Message, chain};
 
-/// The room's only container.
-const CONTAINER: ContainerId = ContainerId(0);
 /// From the agent's silence to the VMM's end: a guest that restarts or panics takes a moment.
 const AFTER_THE_AGENT: Duration = Duration::from_secs(5);
 /// How a time is told to the agent, ms.
@@ -129,14 +128,10 @@ impl Room {
         let spec = self.own.spec.process.clone();
         let client = (!self.own.spec.detached).then_some(self.creator);
         let process = self.add_process(WORKLOAD, &spec, client)?;
-        let function = self.own.spec.function.as_ref().map(|function| Function {
-            init_timeout_ms: function.init_timeout_ms,
-            response_bytes: function.response_bytes,
-        });
         let time = self.own.patience.start();
         self.enter(Phase::Starting, Some((Step::Start, time)));
-        let surroundings = self.own.spec.surroundings.clone();
-        self.tell_agent(Start { container: CONTAINER, surroundings, process, function });
+        let start = self.own.spec.start(process);
+        self.tell_agent(start);
         Ok(())
     }
 
@@ -147,7 +142,10 @@ impl Room {
         spec: &ProcessSpec,
         client: Option<super::ClientId>,
     ) -> std::io::Result<agent::Process> {
-        let mut process = Process { client, ..Process::default() };
+        // The command may have said another size since it asked for the process.
+        let said = client.and_then(|client| self.clients.get(&client)?.size);
+        let terminal = spec.terminal.map(|size| said.unwrap_or(size));
+        let mut process = Process { client, size: terminal, ..Process::default() };
         let mut agree = |stream: StreamKind, wanted: bool| {
             if !wanted {
                 return Ok(None);
@@ -158,23 +156,25 @@ impl Room {
         let stdio = Stdio {
             stdin: agree(StreamKind::Stdin, spec.interactive)?,
             stdout: agree(StreamKind::Stdout, true)?,
-            stderr: agree(StreamKind::Stderr, spec.terminal.is_none())?,
-            terminal: spec.terminal,
+            stderr: agree(StreamKind::Stderr, terminal.is_none())?,
+            terminal,
         };
         self.processes.insert(id, process);
-        Ok(agent::Process {
-            id,
-            arguments: spec.arguments.clone(),
-            environment: spec.environment.clone(),
-            working_directory: spec.working_directory.clone(),
-            user: spec.user.clone(),
-            stdio,
-        })
+        Ok(spec.told(id, stdio))
     }
 
-    /// Tells the agent of one more process in the container.
-    pub(super) fn exec(&mut self, process: agent::Process) {
-        self.tell_agent(agent::Exec { container: CONTAINER, process });
+    /// Tells the agent of one more process in the container. One that can't be said is refused: the room must not suffer for it.
+    pub(super) fn exec(&mut self, id: super::ClientId, process: agent::Process) {
+        let process_id = process.id;
+        let exec = FromHost::from(agent::Exec { container: CONTAINER, process });
+        match exec.encode() {
+            Ok(_) => self.tell_agent(exec),
+            Err(error) => {
+                self.streams.forget(process_id);
+                self.processes.remove(&process_id);
+                self.refuse(id, &chain(&SessionError::unsent(error.into())));
+            }
+        }
     }
 
     fn started(&mut self, id: ProcessId) {
@@ -185,6 +185,7 @@ impl Room {
         if let Some(client) = process.client.or((id == WORKLOAD).then_some(self.creator)) {
             self.tell_client(client, api::Started {});
         }
+        self.resize(id);
         if id != WORKLOAD || self.record.phase != Phase::Starting {
             return;
         }
@@ -197,6 +198,8 @@ impl Room {
         {
             tracing::warn!(error = %chain(&error), "the room keeps its boot's share of the CPUs");
         }
+        // A room may be over before the first period is.
+        self.meter.sample_memory();
         debug_assert_eq!(u128::from(REPORT_MS), SAMPLE.as_millis());
         self.ask_usage();
     }
@@ -217,7 +220,11 @@ impl Room {
         }
         if process.exited.is_none() {
             process.exited = Some((exited.status, exited.out_of_memory));
-            self.deadlines.flush = Some(Instant::now() + self.own.patience.identify());
+            process.flush = Some(Instant::now() + self.own.patience.identify());
+            if exited.process == WORKLOAD {
+                // Before anybody is told: the VMM has still all that the workload made it take.
+                self.meter.sample_memory();
+            }
             self.tell_exit(exited.process);
         }
     }

@@ -32,7 +32,7 @@ impl Room {
         self.next_client += 1;
         let connection = Arc::new(connection);
         self.teller.watch_client(id, &connection)?;
-        self.clients.insert(id, Client { connection, process: (id.0 == 0).then_some(WORKLOAD) });
+        self.clients.insert(id, Client::new(connection, None));
         Ok(id)
     }
 
@@ -42,9 +42,11 @@ impl Room {
             FromClient::Exec(exec) => self.start_exec(id, &exec.process),
             FromClient::Signal(api::Signal { signal }) => self.signal(id, signal),
             FromClient::Resize(api::Resize { size }) => {
-                let process = self.process_of(id);
-                if self.processes.contains_key(&process) {
-                    self.tell_agent(Resize { process, size });
+                if let Some(client) = self.clients.get_mut(&id) {
+                    client.size = Some(size);
+                    if let Some(process) = client.process {
+                        self.resize(process);
+                    }
                 }
             }
             FromClient::Stop(api::Stop { timeout_ms }) => {
@@ -78,11 +80,22 @@ impl Room {
         }
     }
 
+    /// Tells the agent the size of a process's terminal, if it runs and the agent doesn't know: one that doesn't run yet has no terminal.
+    pub(super) fn resize(&mut self, id: ProcessId) {
+        let Some(process) = self.processes.get_mut(&id) else { return };
+        let size = process.client.and_then(|client| self.clients.get(&client)?.size);
+        let Some(size) = size.filter(|_| process.started && process.exited.is_none()) else { return };
+        if process.size.is_some_and(|told| told != size) {
+            process.size = Some(size);
+            self.tell_agent(Resize { process: id, size });
+        }
+    }
+
     fn process_of(&self, id: ClientId) -> ProcessId {
         self.clients.get(&id).and_then(|client| client.process).unwrap_or(WORKLOAD)
     }
 
-    fn refuse(&mut self, id: ClientId, message: &str) {
+    pub(super) fn refuse(&mut self, id: ClientId, message: &str) {
         self.tell_client(id, api::Refused { failure: Failure::BadRequest, message: message.to_owned() });
     }
 
@@ -95,12 +108,13 @@ impl Room {
         }
         let process = ProcessId(self.next_process);
         self.next_process = self.next_process.saturating_add(1);
-        match self.add_process(process, spec, Some(id)) {
+        let spec = spec.beside(&self.own.spec.process);
+        match self.add_process(process, &spec, Some(id)) {
             Ok(told) => {
                 if let Some(client) = self.clients.get_mut(&id) {
                     client.process = Some(process);
                 }
-                self.exec(told);
+                self.exec(id, told);
             }
             Err(error) => self.refuse(id, &chain(&error)),
         }

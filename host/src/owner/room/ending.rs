@@ -14,7 +14,7 @@ use carrel_protocol::agent::Shutdown;
 use carrel_protocol::vmm::{End, Ended, FromOwner, Stop};
 
 use super::super::api::{self, ToClient};
-use super::{Ownership, Pressure, Room, SIGTERM, WORKLOAD};
+use super::{Ownership, Pressure, Process, Room, SIGTERM, WORKLOAD};
 use crate::launch::ChildEnd;
 use crate::outcome::Outcome;
 use crate::packet::Connection;
@@ -31,6 +31,22 @@ impl Room {
         let logged = self.processes.get(&WORKLOAD).is_none_or(|workload| workload.logged.is_empty());
         if !attached && logged {
             self.shut_down();
+        }
+    }
+
+    /// Waits no longer for the streams of processes that ended so long ago. A log is read on while its writer runs, whoever else ends.
+    pub(super) fn flush(&mut self, now: Instant) {
+        let late = |process: &mut Process| process.flush.take_if(|at| *at <= now).is_some();
+        let late: Vec<_> =
+            self.processes.iter_mut().filter_map(|(id, process)| late(process).then_some(*id)).collect();
+        for id in late {
+            let Some(process) = self.processes.get_mut(&id) else { continue };
+            process.logged.clear();
+            if process.awaited.is_empty() {
+                self.end_if_drained();
+            } else {
+                self.tell_exit(id);
+            }
         }
     }
 

@@ -8,7 +8,7 @@ use crate::session::SessionError;
 
 /// Deadlines of a tenth.
 fn hurried() -> Patience {
-    Patience::parse(Some("0.1"))
+    "0.1".parse().unwrap()
 }
 
 /// What the creator was told, up to a message that is the last.
@@ -23,7 +23,7 @@ fn told(session: &Session, last: impl Fn(&api::ToClient) -> bool) -> Vec<api::To
 
 /// Asks the room something, and the guest answers: it is well.
 fn must_be_well(place: &Place, guest: &mut Guest) {
-    let session = Session::connect(&place.path(), spec(false)).unwrap();
+    let session = Session::connect(&place.path(), Patience::default()).unwrap();
     let command = std::thread::spawn(move || session.usage());
     while !matches!(guest.hear(), FromHost::ReportUsage(_)) {}
     let usage = GuestUsage { wall_us: 4321, ..GuestUsage::default() };
@@ -103,7 +103,7 @@ fn a_flood_of_reports_is_heard_at_a_pace_and_the_room_heeds_its_commands() {
         let sent = (0..2500).take_while(|_| message.write_to(&mut flooding).is_ok()).count();
         (sent, begun.elapsed())
     });
-    let session = Session::connect(&place.path(), spec(false)).unwrap();
+    let session = Session::connect(&place.path(), Patience::default()).unwrap();
     assert!(session.usage().unwrap().guest.is_some());
     let (sent, took) = flood.join().unwrap();
     // Some hundreds wait in the socket; the others are 500 a second.
@@ -196,7 +196,7 @@ fn a_stop_ends_a_room_whose_ended_workload_holds_its_streams_open() {
     let streams = guest.boot();
     guest.exit(ExitStatus::Code(2));
     told(&place.session, |message| matches!(message, api::ToClient::Exited(_)));
-    Session::connect(&place.path(), spec(false)).unwrap().remote().stop(Some(0)).unwrap();
+    Session::connect(&place.path(), Patience::default()).unwrap().remote().stop(Some(0)).unwrap();
     guest.shut_down();
     drop(streams);
     assert_eq!(place.session.wait().unwrap().outcome, exited(2));
@@ -245,7 +245,7 @@ fn a_command_is_told_why_its_room_could_not_begin() {
         patience: Patience::default(),
     };
     assert!(Room::begin(ownership, launched, creator).is_none());
-    let session = Session::new(command, spec(false));
+    let session = Session::new(command, Patience::default());
     let Ok(packet) = session.receive() else { panic!("nothing was told") };
     let api::ToClient::Ended(ended) = packet.message else { panic!("no end") };
     assert!(matches!(ended.outcome, Outcome::OwnerFailed { .. }), "{ended:?}");
