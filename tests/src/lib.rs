@@ -16,6 +16,7 @@ pub mod carrel;
 pub mod evidence;
 pub mod fixtures;
 pub mod functions;
+pub mod initramfs;
 pub mod layout;
 pub mod leftovers;
 pub mod processes;
