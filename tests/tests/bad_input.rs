@@ -219,11 +219,11 @@ fn a_bomb_by_size() {
     // Said by the header alone.
     let claimed = Tar::new().claim("huge", 1 << 50);
     run(&carrel, &with_layer(Layer::plain(claimed)))
-        .complains(125, &["layer", "exceeds", "1125899906842624 bytes"]);
+        .complains(125, &["exceeds 10737418240 bytes", "1125899906842624 bytes"]);
     // Really unpacked: 1 GiB of zeros in a megabyte, in a room whose disk takes a quarter.
     let zeros = Layer::gzip(&Tar::new().file("zeros", &vec![0; 1 << 30]).bytes());
     let name = with_layer(zeros).write(&carrel.scratch().join("bomb"));
-    carrel.run(&["run", "--disk", "256m", &name]).complains(125, &["layer", "exceeds 268435456 bytes"]);
+    carrel.run(&["run", "--disk", "256m", &name]).complains(125, &["exceeds 268435456 bytes"]);
 }
 
 #[test]
@@ -232,7 +232,7 @@ fn a_bomb_by_entries() {
     let entry = Tar::new().file(".wh.x", b"").bytes();
     // The same header a million times over: a whiteout of nothing is the cheapest entry, and an entry all the same.
     let tar = entry[..512].repeat(1_000_001);
-    run(&carrel, &with_layer(Layer::gzip(&tar))).complains(125, &["layer", "more than 1000000 entries"]);
+    run(&carrel, &with_layer(Layer::gzip(&tar))).complains(125, &["more than 1000000 entries"]);
 }
 
 #[test]
@@ -254,7 +254,7 @@ fn a_zip_bomb() {
         FunctionZip::new().file("app.py", source).file("zeros", vec![0; 350 << 20]).write(&carrel.scratch());
     let line = ["invoke", "--zip", path.to_str().unwrap(), "--handler", "app.handler", "--timeout", "60s"];
     // A function's 250 MiB, and 96 for the runtime that lies below it.
-    carrel.run(&line).complains(125, &["zip", "exceeds 362807296 bytes"]);
+    carrel.run(&line).complains(125, &["exceeds 362807296 bytes"]);
 }
 
 // A neighbour.
@@ -290,17 +290,12 @@ fn a_room_that_runs_beside_bad_input_goes_on_at_its_pace() {
     lying.diff_id = digest(b"something else");
     let lying = image("lying", vec![shell(), lying]);
     beside("a lying layer", &|| carrel.run(&["run", &lying, "true"]));
-    let bomb =
-        image("bomb", vec![shell(), Layer::gzip(&Tar::new().file("zeros", &vec![0; 1 << 30]).bytes())]);
-    beside("a bomb by size", &|| carrel.run(&["run", "--disk", "256m", &bomb, "true"]));
-    let entries = Tar::new().file(".wh.x", b"").bytes()[..512].repeat(1_000_001);
-    let entries = image("entries", vec![shell(), Layer::gzip(&entries)]);
-    beside("a bomb by entries", &|| carrel.run(&["run", &entries, "true"]));
-    let source = "def handler(event, context):\n    return 1\n";
-    let zip = FunctionZip::new().file("app.py", source).file("zeros", vec![0; 350 << 20]).write(&scratch);
-    beside("a zip bomb", &|| {
-        carrel.run(&["invoke", "--zip", zip.to_str().unwrap(), "--handler", "app.handler"])
-    });
+    let zeros = Layer::gzip(&Tar::new().file("zeros", &vec![0; 128 << 20]).bytes());
+    let bomb = image("bomb", vec![shell(), zeros]);
+    beside("a bomb", &|| carrel.run(&["run", "--disk", "64m", &bomb, "true"]));
+    let escaping = FunctionZip::new().file("../escaped", "x").write(&scratch);
+    let line = ["invoke", "--zip", escaping.to_str().unwrap(), "--handler", "app.handler"];
+    beside("a zip that would escape", &|| carrel.run(&line));
     beside("a bad user", &|| carrel.run(&["run", "-u", "nobody-here", &fixtures::busybox(), "true"]));
     beside("an image that is not there", &|| carrel.run(&["run", "oci:/no/such/layout"]));
     let small = Mounted::tmpfs(&scratch.join("small"), "24m");
