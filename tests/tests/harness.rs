@@ -42,7 +42,7 @@ fn a_room_that_runs_is_told_with_its_threads_counters_and_record() {
         "wchan".into(),
         "KVM's counters of ".into(),
         " exits ".into(),
-        format!("\"id\":\"{room}\""),
+        format!("\"id\": \"{room}\""),
         "owner.log".into(),
         "state.json".into(),
         "MemAvailable".into(),
