@@ -74,7 +74,7 @@ pub fn run() {
         std::process::exit(2);
     }
     if let Err(error) = live(booted_us) {
-        complain(&sentence(error.as_ref()));
+        complain(&carrel_protocol::chain(error.as_ref()));
     }
     restart();
 }
@@ -97,7 +97,7 @@ fn live(booted_us: u64) -> Result<(), Box<dyn std::error::Error>> {
         let disk = match disk {
             Ok(disk) => disk,
             Err(error) => {
-                control.broken(&sentence(&error)).await;
+                control.broken(&carrel_protocol::chain(&error)).await;
                 return Err(error.into());
             }
         };
@@ -173,18 +173,6 @@ pub(crate) fn monotonic_us() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
     seconds * 1_000_000 + u64::try_from(now.tv_nsec).unwrap_or_default() / 1000
-}
-
-/// An error and its causes in one line.
-pub(crate) fn sentence(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 /// To the console, for whoever looks at the serial port; there may be none.

@@ -28,11 +28,11 @@ use tokio::net::TcpListener;
 use tokio::task::{AbortHandle, spawn_local};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 
-use crate::boot::sentence;
 use crate::container::cgroup::Cgroup;
-use crate::container::launch::Refusal;
+use crate::refusal::Refusal;
 use crate::socket::{Dialler, Socket};
 use crate::usage::Meter;
+use carrel_protocol::chain;
 use exchange::{Answer, Before, Boost, Exchange, Offer, Piece, Pieces};
 
 /// Where the API is, as on Lambda.
@@ -215,7 +215,7 @@ async fn fetch(dialler: &Dialler, request: &Invoke) -> Result<Bytes, Refusal> {
 }
 
 fn lost(error: impl std::error::Error + 'static) -> Refusal {
-    Refusal::new(Failure::System, format!("the host's stream failed: {}", sentence(&error)))
+    Refusal::new(Failure::System, format!("the host's stream failed: {}", chain(&error)))
 }
 
 /// How much of it was sent: all, unless the host doesn't want any more.

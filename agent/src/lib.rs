@@ -21,6 +21,7 @@ mod disk;
 mod fork;
 mod function;
 mod identity;
+mod refusal;
 mod room;
 mod socket;
 mod streams;

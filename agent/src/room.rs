@@ -25,11 +25,12 @@ use tokio::time::MissedTickBehavior;
 
 use crate::container::StartError;
 use crate::container::cgroup::{self, Cgroup};
-use crate::container::launch::{Launch, Live, Refusal};
+use crate::container::launch::{Launch, Live};
 use crate::control::{Control, ControlError};
 use crate::disk::Disk;
 use crate::fork::Child;
 use crate::function::Function;
+use crate::refusal::Refusal;
 use crate::socket::Dialler;
 use crate::unpack;
 use crate::usage::{Meter, SAMPLE};
@@ -109,7 +110,7 @@ impl Room {
             let _ = control.send(&room.usage(true).into()).await;
             let _ = control.send(&Ending { reason: EndingReason::Asked }.into()).await;
         } else if let Err(error) = ended {
-            control.broken(&crate::boot::sentence(&error)).await;
+            control.broken(&carrel_protocol::chain(&error)).await;
         }
         let _ = control.close().await;
     }
@@ -215,7 +216,7 @@ impl Room {
         let prepared = async {
             if let Some(disk) = self.disk.lock().await.as_mut() {
                 let grown = disk.grown().await;
-                grown.map_err(|error| Refusal::new(Failure::System, crate::boot::sentence(&error)))?;
+                grown.map_err(|error| Refusal::new(Failure::System, carrel_protocol::chain(&error)))?;
             }
             unpack::in_a_child(&self.host.dialler, &self.folder(id), &request, began).await
         };

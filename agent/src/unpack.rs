@@ -29,11 +29,11 @@ use rustix::process::{Resource, Rlimit};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::boot::sentence;
-use crate::container::launch::Refusal;
 use crate::fork::{self, Separate};
+use crate::refusal::Refusal;
 use crate::socket::{Dialler, Socket};
 use blob::Blob;
+use carrel_protocol::chain;
 use tree::{Links, Tree};
 
 /// Name of a container's root in its directory.
@@ -215,7 +215,7 @@ pub(crate) async fn in_a_child(
             Ok(done) => Answer::Done(done),
             Err(error) => {
                 let _ = fs::remove_dir_all(folder);
-                Answer::Failed { failure: error.failure(), message: sentence(&error) }
+                Answer::Failed { failure: error.failure(), message: chain(&error) }
             }
         };
         let answer = serde_json::to_vec(&answer).unwrap_or_default();

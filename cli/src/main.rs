@@ -17,6 +17,7 @@ mod values;
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
+use carrel_host::archive;
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
@@ -24,6 +25,11 @@ use arguments::{Cli, Command, LogFormat};
 use configuration::Configuration;
 
 fn main() -> ExitCode {
+    // A process that will meet an archive: it reads no configuration and opens nothing before it is confined.
+    let mut words = std::env::args_os().skip(1);
+    if words.next().is_some_and(|word| word == archive::COMMAND) {
+        return ExitCode::from(archive::serve(words));
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return ExitCode::from(usage_error(&error)),

@@ -30,7 +30,7 @@ use crate::spec::{Machine, Part, RoomId};
 #[expect(unsafe_code, reason = "clone3 and what a child may do before execve have no safe form")]
 mod process;
 
-pub(crate) use process::{Child, ChildEnd, wait_until_ended};
+pub(crate) use process::{Child, ChildEnd, OWNER_FD, Plan, owner_socket, spawn, wait_until_ended};
 
 /// What the VMM itself takes beside the guest's memory, at most: its own pages, KVM's, and dirty pages of the room's disk.
 const VMM_BYTES: u64 = 96 << 20;
@@ -80,8 +80,8 @@ pub enum LaunchError {
         #[source]
         source: io::Error,
     },
-    /// The VMM can't be executed.
-    #[error("the VMM {} can't be executed: it must be readable and executable for everybody", .path.display())]
+    /// The VMM, or carrel itself for another process, can't be executed.
+    #[error("{} can't be executed: it must be readable and executable for everybody", .path.display())]
     Execute {
         /// Which.
         path: PathBuf,
@@ -210,6 +210,15 @@ fn user_of(id: &RoomId) -> u32 {
     }
     let digits = id.as_str().get(..8).and_then(|digits| u32::from_str_radix(digits, 16).ok()).unwrap_or(0);
     FIRST_USER + digits % USERS
+}
+
+/// The same for a process that reads an archive: for root one of its own, above those of rooms, found from the starter's own number.
+pub(crate) fn reading_user() -> u32 {
+    let own = rustix::process::geteuid();
+    if !own.is_root() {
+        return own.as_raw();
+    }
+    FIRST_USER + USERS + std::process::id() % USERS
 }
 
 /// What a room's VMM may take from the host. While it boots it may use all of its vCPUs; see [`running_cpu_millis`].

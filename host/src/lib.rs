@@ -13,6 +13,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod archive;
 pub mod doctor;
 pub mod function;
 pub mod home;

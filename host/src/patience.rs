@@ -34,6 +34,11 @@ impl Patience {
         self.of(120 + (bytes >> 28) * 60)
     }
 
+    /// Reading the headers of one archive: seconds on the slowest disk.
+    pub(crate) fn archive(self) -> Duration {
+        self.of(60)
+    }
+
     /// A function's INIT: Lambda's ten seconds.
     pub(crate) fn init(self) -> Duration {
         self.of(10)

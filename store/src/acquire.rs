@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::SystemTime;
 
-use crate::archive::Archive;
+use crate::archive::{Archive, Indexer};
 use crate::blobs::Blobs;
 use crate::config::{self, ImageConfig};
 use crate::digest::Digest;
@@ -93,7 +93,7 @@ struct Chosen {
 impl Store {
     /// Finds an image and brings all of it into the store. What is there already is not brought again.
     ///
-    /// Take a [`Store::lease`] first, and open the layers before you drop it.
+    /// Take a [`Store::lease`] first, and open the layers before you drop it. `indexer` reads the headers of archives.
     ///
     /// # Errors
     ///
@@ -103,6 +103,7 @@ impl Store {
         &self,
         source: &Source,
         options: &PullOptions,
+        indexer: &dyn Indexer,
         progress: &dyn Progress,
     ) -> Result<Image, StoreError> {
         let _lease = self.lease()?;
@@ -113,12 +114,13 @@ impl Store {
                 self.acquire_layout(&layout, tag.as_deref(), &name, options, progress)
             }
             Source::OciArchive { file, tag } => {
-                let archive = Archive::read(Section::open(file)?).map_err(LayoutError::from)?;
+                let archive = Archive::read(Section::open(file)?, indexer).map_err(LayoutError::from)?;
                 let layout = Layout::Archive(archive);
                 self.acquire_layout(&layout, tag.as_deref(), &name, options, progress)
             }
             Source::DockerArchive { file, tag } => {
-                let archive = Archive::read(Section::open(file)?).map_err(DockerArchiveError::from)?;
+                let archive =
+                    Archive::read(Section::open(file)?, indexer).map_err(DockerArchiveError::from)?;
                 let (image, top) = DockerArchive::read(&archive, tag.as_ref())?;
                 let bytes = image.document(&top)?;
                 self.bring(&image, &name, top, bytes, options, progress)

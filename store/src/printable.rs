@@ -3,12 +3,22 @@
 
 use std::fmt::{self, Debug, Display, Formatter};
 
+use serde::{Deserialize, Serialize};
+
 /// Longer ones are cut, in characters.
 const LONGEST: usize = 200;
 
 /// Text that is safe to print: at most 200 characters, none of which controls a terminal or reorders a line.
-#[derive(Clone, PartialEq, Eq)]
+/// Read from another process it is cleaned again.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String")]
 pub struct Printable(String);
+
+impl From<String> for Printable {
+    fn from(text: String) -> Self {
+        Self::new(&text)
+    }
+}
 
 impl Printable {
     /// Keeps what can be printed of this text.
@@ -47,6 +57,8 @@ mod tests {
     #[test]
     fn escapes_are_dropped_and_long_texts_cut() {
         assert_eq!(Printable::new("a\x1b[31mb\u{202e}\r\nc").to_string(), "a[31mbc");
+        let told: Printable = serde_json::from_str(r#""a\u001bb""#).unwrap();
+        assert_eq!(told.to_string(), "ab");
         assert_eq!(Printable::new(&"x".repeat(10_000)).to_string().chars().count(), LONGEST + 1);
     }
 }

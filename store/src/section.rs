@@ -82,6 +82,11 @@ impl Section {
         })
     }
 
+    /// The file that it is of, whose every byte can be read.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     pub(crate) fn path(&self) -> &str {
         &self.path
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::archive::InThisProcess;
 use crate::digest::Digest;
 use crate::document::{OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST};
 use crate::progress::Quiet;
@@ -151,7 +152,7 @@ pub(crate) fn options() -> PullOptions {
 
 /// Acquires by name.
 pub(crate) fn acquire(store: &Store, name: &str) -> Result<Image, StoreError> {
-    store.acquire(&name.parse().unwrap(), &options(), &Quiet)
+    store.acquire(&name.parse().unwrap(), &options(), &InThisProcess, &Quiet)
 }
 
 /// The sentence of a failure and those of its causes.

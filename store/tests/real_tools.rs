@@ -10,6 +10,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use carrel_store::archive::InThisProcess;
 use carrel_store::progress::Quiet;
 use carrel_store::{Compression, Image, Platform, PullOptions, Store};
 
@@ -55,7 +56,7 @@ fn options() -> PullOptions {
 fn acquire(folder: &Path, name: &str) -> Image {
     let store = Store::open(&folder.join(format!("store-{}", name.len()))).unwrap();
     let image = store
-        .acquire(&name.parse().unwrap(), &options(), &Quiet)
+        .acquire(&name.parse().unwrap(), &options(), &InThisProcess, &Quiet)
         .unwrap_or_else(|error| panic!("{name}: {error}"));
     for layer in &image.layers {
         assert_eq!(store.blob(&layer.digest).unwrap().metadata().unwrap().len(), layer.size);
@@ -159,7 +160,10 @@ fn an_image_that_docker_would_ask_for_by_digest_is_pulled_by_it() {
     let store = Store::open(&folder.join("store")).unwrap();
     for missing in ["name:other", "other:tag"] {
         let name = format!("127.0.0.1:{}/{missing}", registry.port);
-        let said = store.acquire(&name.parse().unwrap(), &options(), &Quiet).unwrap_err().to_string();
+        let said = store
+            .acquire(&name.parse().unwrap(), &options(), &InThisProcess, &Quiet)
+            .unwrap_err()
+            .to_string();
         assert!(said.contains(&name) && said.contains("has no image"), "{said}");
     }
 }
@@ -195,7 +199,7 @@ fn a_registry_over_tls_is_trusted_by_the_machines_certificates_alone() {
     let folder = folder.path();
     if let Ok(name) = std::env::var(NAME) {
         let store = Store::open(folder).unwrap();
-        match store.acquire(&name.parse().unwrap(), &options(), &Quiet) {
+        match store.acquire(&name.parse().unwrap(), &options(), &InThisProcess, &Quiet) {
             Ok(image) => println!("pulled {}", image.name),
             Err(error) => {
                 println!("refused: {error} {:?}", std::error::Error::source(&error).map(ToString::to_string))

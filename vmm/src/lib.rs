@@ -15,6 +15,7 @@ pub mod arch;
 pub mod capabilities;
 pub mod cgroup;
 pub mod confined;
+pub mod crew;
 pub mod devices;
 pub mod event;
 pub mod gate;

@@ -18,6 +18,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRe
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::current as arch;
+use crate::crew::Crew;
 use crate::devices::serial::{SERIAL_GSI, SerialPort};
 use crate::devices::{Devices, DevicesError, Notice};
 use crate::event::{Epoll, Event, Interest, borrow};
@@ -125,6 +126,12 @@ pub fn boot(
     let config = crate::resources::from_owner(vm, descriptors)?;
     timeline.mark("configuration");
 
+    // Before any thread: all of them are to leave these signals to the event loop.
+    let signals = signal::watch().map_err(host("watch for signals"))?;
+    vcpu::install_kick().map_err(host("install a signal handler"))?;
+    let crew = Crew::start(config.vcpus.get(), filters).map_err(host("start a thread"))?;
+    timeline.mark("threads");
+
     let memory = memory::allocate(config.memory_mib, config.huge_pages)?;
     let loaded = start_loading(&memory, config.kernel.image, config.initramfs)?;
     timeline.mark("memory");
@@ -179,18 +186,15 @@ pub fn boot(
         verdict: Verdict::new().map_err(host("create an eventfd"))?,
         exits: ExitCounters::default(),
     });
-    vcpu::install_kick().map_err(host("install a signal handler"))?;
-    let signals = signal::watch().map_err(host("watch for signals"))?;
-    // Nobody passes the gate before every thread is under its filter.
-    shared.gate.pause(|| {});
-    let vcpus = start_vcpus(vcpus, &shared, filters)?;
+    // No vCPU enters the guest before every thread is under its filter.
+    crew.filtered()?;
     if filters {
         seccomp::install(Stage::RunEvents)?;
     }
     timeline.mark("filters");
     // What only the set-up needs is closed before the guest's first instruction.
     drop(kvm_device);
-    shared.gate.resume();
+    let vcpus = crew.run(vcpus, &shared);
     Ok(Machine { shared, devices, vcpus, epoll, control: config.control, signals })
 }
 
@@ -276,35 +280,6 @@ fn create_vcpus(device: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, BootE
         vcpus.push(vcpu);
     }
     Ok(vcpus)
-}
-
-/// One thread a vCPU. A thread that can't install its filter says so in the verdict and never enters the guest.
-fn start_vcpus(
-    vcpus: Vec<VcpuFd>,
-    shared: &Arc<Shared>,
-    filters: bool,
-) -> Result<Vec<JoinHandle<()>>, BootError> {
-    let ready = Arc::new(std::sync::Barrier::new(vcpus.len() + 1));
-    let threads = (0u8..)
-        .zip(vcpus)
-        .map(|(index, fd)| {
-            let (shared, ready) = (shared.clone(), ready.clone());
-            std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .stack_size(128 << 10)
-                .spawn(move || {
-                    let installed = if filters { seccomp::install(Stage::RunVcpu) } else { Ok(()) };
-                    ready.wait();
-                    match installed {
-                        Ok(()) => vcpu::run(fd, &shared),
-                        Err(e) => shared.verdict.reach(End::Host, Some(e.to_string())),
-                    }
-                })
-                .map_err(host("start a thread"))
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    ready.wait();
-    Ok(threads)
 }
 
 /// Tokens of what is not a device; devices' are below.

@@ -5,26 +5,29 @@
 //!
 //! Filters stack, so what a later stage needs the first must allow too. Anything else kills the process with SIGSYS. There is no
 //! `open`, `socket`, `connect`, `execve`, `ptrace` or `kill` in any stage.
+//!
+//! The programs are assembled when this crate is compiled (`program`); a thread that puts itself under one copies it, writes the process's id
+//! into it and gives it to the kernel, without an allocation.
 
-use std::collections::BTreeMap;
+mod program;
+
+use std::io;
 use std::mem::size_of;
 
 use kvm_bindings as kvm;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch, sock_filter,
-};
 use thiserror::Error;
+
+use self::program::{Program, assemble};
 
 /// The filter can't be installed.
 #[derive(Debug, Error)]
 pub enum SeccompError {
-    /// The table is wrong.
-    #[error("the system-call filter can't be built")]
-    Build(#[from] seccompiler::BackendError),
+    /// The first filter comes with no_new_privs.
+    #[error("the host can't give this part of the confinement: no_new_privs")]
+    NoNewPrivileges(#[source] io::Error),
     /// The kernel refused.
     #[error("the host can't give this part of the confinement: seccomp filters")]
-    Install(#[from] seccompiler::Error),
+    Install(#[source] io::Error),
 }
 
 /// Which threads, when.
@@ -38,7 +41,7 @@ pub enum Stage {
     RunVcpu,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Who {
     SetUp,
     Events,
@@ -46,8 +49,10 @@ enum Who {
     Both,
 }
 
-/// A condition on one argument, all of them 32 bits wide for the kernel too.
-#[derive(Clone, Copy)]
+/// A condition on the lower half of one argument. The kernel looks at no more: these arguments are `int`, `unsigned` or `pid_t` to it, but for
+/// clone's flags and the protection of mmap and mprotect. Those are longs; legacy clone drops the upper half of its flags (kernel/fork.c,
+/// `lower_32_bits`), and PROT_EXEC is in the lower half. A condition on an argument that is wider needs both halves compared.
+#[derive(Clone, Copy, Debug)]
 enum Arg {
     /// It is one of these.
     OneOf(u8, &'static [u64]),
@@ -57,6 +62,7 @@ enum Arg {
     OwnProcess(u8),
 }
 
+#[derive(Debug)]
 struct Call {
     number: i64,
     who: Who,
@@ -84,8 +90,10 @@ const fn read_write<T>(number: u64) -> u64 {
 
 const KVM_RUN: u64 = io(0x80);
 const SET_GSI_ROUTING: u64 = write::<kvm::kvm_irq_routing>(0x6a);
-/// ioctl(2) requests of the set-up; KVM_RUN and the routes are there for the filters' stacking.
+/// ioctl(2) requests of the set-up. KVM_RUN and the routes are there for the filters' stacking, KVM_RUN first since each entry into the guest
+/// passes here too.
 const KVM_REQUESTS: &[u64] = &[
+    KVM_RUN,
     io(0x00),                                        // KVM_GET_API_VERSION
     io(0x01),                                        // KVM_CREATE_VM
     io(0x03),                                        // KVM_CHECK_EXTENSION
@@ -105,13 +113,12 @@ const KVM_REQUESTS: &[u64] = &[
     write::<kvm::kvm_cpuid2>(0x90),     // KVM_SET_CPUID2
     write::<kvm::kvm_enable_cap>(0xa3), // KVM_ENABLE_CAP
     write::<kvm::kvm_xcrs>(0xa7),       // KVM_SET_XCRS
-    KVM_RUN,
 ];
 
 const EXECUTABLE: u64 = 4; // PROT_EXEC
 const AF_UNIX: u64 = 1;
 const SET_FILTER: u64 = 1; // SECCOMP_SET_MODE_FILTER
-const PRCTLS: &[u64] = &[15, 38]; // PR_SET_NAME, PR_SET_NO_NEW_PRIVS
+const PRCTLS: &[u64] = &[15]; // PR_SET_NAME
 const SET_UP_ADVICE: &[u64] = &[14, 15, 16]; // HUGEPAGE, NOHUGEPAGE, DONTDUMP
 const DONTNEED: &[u64] = &[4];
 const F_GETFD: &[u64] = &[1];
@@ -139,7 +146,7 @@ const CALLS: &[Call] = &[
     call(libc::SYS_set_robust_list, SetUp, &[], "a new thread's start in libc"),
     call(libc::SYS_rseq, SetUp, &[], "a new thread's start in libc"),
     call(libc::SYS_sched_getaffinity, SetUp, &[], "a new thread's start: libc says where its stack is"),
-    call(libc::SYS_prctl, SetUp, &[OneOf(0, PRCTLS)], "a thread's name; no_new_privs before a filter"),
+    call(libc::SYS_prctl, SetUp, &[OneOf(0, PRCTLS)], "a thread's name"),
     call(libc::SYS_seccomp, SetUp, &[OneOf(0, &[SET_FILTER])], "install the run filters"),
     call(libc::SYS_rt_sigaction, SetUp, &[], "the kick's handler"),
     call(libc::SYS_gettid, Both, &[], "signals to threads, abort in libc"),
@@ -209,8 +216,12 @@ const CALLS: &[Call] = &[
     call(libc::SYS_getrandom, Events, &[], "the entropy device; hash seeds"),
 ];
 
+/// A call of the set-up that says that it does not exist, and libc uses clone: what clone3 is asked for lies in memory, where no filter can look,
+/// clone's flags are an argument.
+const NOT_THERE: i64 = libc::SYS_clone3;
+
 impl Stage {
-    fn has(self, who: Who) -> bool {
+    const fn has(self, who: Who) -> bool {
         match self {
             Self::SetUp => true,
             Self::RunEvents => matches!(who, Events | Both),
@@ -219,63 +230,33 @@ impl Stage {
     }
 }
 
+static SET_UP: Program<{ assemble(CALLS, Stage::SetUp).len() }> = assemble(CALLS, Stage::SetUp).finish();
+static RUN_EVENTS: Program<{ assemble(CALLS, Stage::RunEvents).len() }> =
+    assemble(CALLS, Stage::RunEvents).finish();
+static RUN_VCPU: Program<{ assemble(CALLS, Stage::RunVcpu).len() }> =
+    assemble(CALLS, Stage::RunVcpu).finish();
+
 /// Calls of a stage with their reasons, for people.
 pub fn allowed(stage: Stage) -> impl Iterator<Item = (i64, &'static str)> {
     CALLS.iter().filter(move |call| stage.has(call.who)).map(|call| (call.number, call.why))
 }
 
-/// Puts the calling thread under the stage's filter, for good.
+/// Puts the calling thread under the stage's filter, for good. The set-up's comes first, and threads are started under it.
 pub fn install(stage: Stage) -> Result<(), SeccompError> {
-    Ok(seccompiler::apply_filter(&program(stage)?)?)
-}
-
-/// The filter as a program for the kernel.
-fn program(stage: Stage) -> Result<BpfProgram, SeccompError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    for call in CALLS.iter().filter(|call| stage.has(call.who)) {
-        // Rules of one call are alternatives; a call without rules is allowed whatever its arguments.
-        let chain = rules.entry(call.number).or_default();
-        for conditions in alternatives(call.args)? {
-            chain.push(SeccompRule::new(conditions)?);
+    let process = std::process::id();
+    match stage {
+        Stage::SetUp => {
+            // Threads inherit it, so the later stages have it. The jail sets it too, but may be left out.
+            // SAFETY: no pointers are passed.
+            crate::event::check(unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) })
+                .map_err(SeccompError::NoNewPrivileges)?;
+            SET_UP.install(process)
         }
+        Stage::RunEvents => RUN_EVENTS.install(process),
+        Stage::RunVcpu => RUN_VCPU.install(process),
     }
-    let filter =
-        SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)?;
-    let mut program: BpfProgram = filter.try_into()?;
-    if stage == Stage::SetUp {
-        program.splice(0..0, NO_CLONE3);
-    }
-    Ok(program)
+    .map_err(SeccompError::Install)
 }
-
-/// Every way in which all of a call's conditions can hold; none for a call without conditions.
-fn alternatives(args: &[Arg]) -> Result<Vec<Vec<SeccompCondition>>, seccompiler::BackendError> {
-    let mut ways: Vec<Vec<SeccompCondition>> = Vec::new();
-    for arg in args {
-        let (index, choices) = match *arg {
-            OneOf(index, values) => (index, values.iter().map(|&v| (SeccompCmpOp::Eq, v)).collect()),
-            Without(index, bits) => (index, vec![(SeccompCmpOp::MaskedEq(bits), 0)]),
-            OwnProcess(index) => (index, vec![(SeccompCmpOp::Eq, u64::from(std::process::id()))]),
-        };
-        let earlier = if ways.is_empty() { vec![Vec::new()] } else { std::mem::take(&mut ways) };
-        for way in earlier {
-            for (operator, value) in &choices {
-                let mut way = way.clone();
-                way.push(SeccompCondition::new(index, SeccompCmpArgLen::Dword, operator.clone(), *value)?);
-                ways.push(way);
-            }
-        }
-    }
-    Ok(ways)
-}
-
-/// clone3 says that it does not exist, and libc uses clone: what clone3 is asked for lies in memory, where no filter can look, clone's flags
-/// are an argument. Three instructions before the others: load the call's number; unless it is clone3 skip one; return the error.
-const NO_CLONE3: [sock_filter; 3] = [
-    sock_filter { code: 0x20, jt: 0, jf: 0, k: 0 },
-    sock_filter { code: 0x15, jt: 0, jf: 1, k: 435 },
-    sock_filter { code: 0x06, jt: 0, jf: 0, k: libc::SECCOMP_RET_ERRNO | 38 }, // ENOSYS
-];
 
 #[cfg(test)]
 mod tests;

@@ -11,27 +11,15 @@ use super::cgroup::Cgroup;
 use super::report::{self, Report, Reports};
 use super::supervise::{self, Job};
 use super::{StartError, seccomp};
-use crate::boot::sentence;
 use crate::fork::{self, Child, Separate};
+use crate::refusal::Refusal;
 use crate::socket::Dialler;
 use crate::streams::{Connections, Pumps};
-
-/// Why a process didn't start, as the host is told.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Refusal {
-    pub(crate) failure: Failure,
-    pub(crate) message: String,
-}
-
-impl Refusal {
-    pub(crate) fn new(failure: Failure, message: impl Into<String>) -> Self {
-        Self { failure, message: message.into() }
-    }
-}
+use carrel_protocol::chain;
 
 impl From<StartError> for Refusal {
     fn from(error: StartError) -> Self {
-        Self::new(error.failure(), sentence(&error))
+        Self::new(error.failure(), chain(&error))
     }
 }
 

@@ -86,7 +86,7 @@ fn live(
 }
 
 fn failed(error: &StartError) -> Report {
-    Report::Failed { failure: error.failure(), message: crate::boot::sentence(error) }
+    Report::Failed { failure: error.failure(), message: carrel_protocol::chain(error) }
 }
 
 /// Starts the workload and waits for its end; `None` if the agent is gone.

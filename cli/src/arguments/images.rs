@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use crate::values::span;
+use crate::values::{Without, span};
 
 const PULL_EXAMPLES: &str = "\
 Examples:
@@ -28,6 +28,9 @@ pub(crate) struct PullArgs {
     /// Print digests only
     #[arg(short, long)]
     pub(crate) quiet: bool,
+    /// Do without parts of the confinement of the process that reads an archive: namespaces, capabilities, seccomp, or all of them
+    #[arg(long, value_name = "PARTS", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
+    pub(crate) unconfined: Option<Without>,
     /// The images
     #[arg(required = true, value_name = "IMAGE")]
     pub(crate) images: Vec<String>,

@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use carrel_store::{Digest, PruneOptions};
 use serde_json::{Value, json};
 
+use super::run::without;
 use super::{payload, place};
 use crate::arguments::images::{ImagesArgs, PruneArgs, PullArgs, RmiArgs};
 use crate::arguments::run::Pull;
@@ -27,6 +28,7 @@ pub(crate) fn pull(args: &PullArgs, configuration: &Configuration) -> Result<u8>
             pull: Pull::Always,
             platform: args.platform.as_deref(),
             insecure: args.insecure,
+            without: without(args.unconfined.as_ref()),
         };
         let pulled = payload::acquire(&store, &wanted)?;
         if args.quiet {

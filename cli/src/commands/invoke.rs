@@ -43,7 +43,13 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
     let home = place::home(configuration)?;
     let store = place::store(configuration)?;
     let lease = store.lease()?;
-    let wanted = payload::Wanted { image: &image, pull: Pull::Missing, platform: None, insecure: false };
+    let wanted = payload::Wanted {
+        image: &image,
+        pull: Pull::Missing,
+        platform: None,
+        insecure: false,
+        without: without(args.unconfined.as_ref()),
+    };
     let image = payload::acquire(&store, &wanted)?;
     let (layers, mut blobs) = payload::layers(&store, &image)?;
     let mut parts =

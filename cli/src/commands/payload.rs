@@ -3,8 +3,9 @@
 use std::os::fd::OwnedFd;
 
 use anyhow::{Context, Result};
+use carrel_host::archive::ArchiveReader;
 use carrel_host::image::ImageDefaults;
-use carrel_host::spec::LayerSpec;
+use carrel_host::spec::{LayerSpec, Part};
 use carrel_protocol::agent;
 use carrel_store::progress::Bars;
 use carrel_store::{Compression, Image, Policy, PullOptions, Source, Store};
@@ -22,6 +23,8 @@ pub(crate) struct Wanted<'a> {
     pub(crate) platform: Option<&'a str>,
     /// Plain HTTP with any registry.
     pub(crate) insecure: bool,
+    /// Parts of the confinement that a reader of archives does without.
+    pub(crate) without: Vec<Part>,
 }
 
 /// Finds an image, fetching it if need be. The caller holds a lease.
@@ -40,7 +43,8 @@ pub(crate) fn acquire(store: &Store, wanted: &Wanted<'_>) -> Result<Image> {
         options.platform =
             platform.parse().with_context(|| format!("The platform '{platform}' is wrong."))?;
     }
-    Ok(store.acquire(&source, &options, &*Bars::stderr())?)
+    let archives = ArchiveReader::of_this_program(wanted.without.clone());
+    Ok(store.acquire(&source, &options, &archives, &*Bars::stderr())?)
 }
 
 /// An image's layers, as a room's specification names them, and each opened.

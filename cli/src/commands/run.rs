@@ -38,6 +38,7 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
         pull: args.pull,
         platform: args.platform.as_deref(),
         insecure: false,
+        without: without(args.machine.unconfined.as_ref()),
     };
     let image = payload::acquire(&store, &wanted)?;
     let overrides = Overrides {

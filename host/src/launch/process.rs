@@ -1,4 +1,4 @@
-//! The VMM's process: clone3(2), and what the child does before it is another program.
+//! A confined program's process, the VMM's above all: clone3(2), and what the child does before it is another program.
 //!
 //! This is the crate's only unsafe code. The child shares no memory with its parent (no CLONE_VM), but is a copy of a process that may
 //! have other threads, so until `execveat` it makes bare system calls on what was prepared for it and neither allocates nor locks.
@@ -26,6 +26,18 @@ const NAMESPACES: c_int = libc::CLONE_NEWUSER
     | libc::CLONE_NEWUTS;
 /// The child's status when it can't become the VMM; nobody sees it, since the error comes over a pipe.
 const FAILED: c_int = 127;
+
+/// The socket that a program which was started by [`spawn`] finds at its place; to be called once.
+pub(crate) fn owner_socket() -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD on a number, without pointers.
+    if unsafe { libc::fcntl(OWNER_FD, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it is open, and nobody in this process owns it: it was there before the program began.
+    let socket = unsafe { OwnedFd::from_raw_fd(OWNER_FD) };
+    rustix::net::sockopt::socket_type(&socket)?;
+    Ok(socket)
+}
 
 /// What is to be started.
 pub(crate) struct Plan<'a> {
@@ -190,10 +202,11 @@ fn clone(plan: &Plan<'_>, prepared: &Prepared) -> Result<Child, LaunchError> {
         // SAFETY: this is the child of a clone without CLONE_VM, and `prepared` is its copy.
         unsafe { become_vmm(prepared) }
     }
-    let part = if plan.user.is_some() {
-        "birth in its cgroup and in new namespaces (user, mount, pid, net, ipc, uts)"
-    } else {
-        "birth in its cgroup"
+    let part = match (plan.cgroup.is_some(), plan.user.is_some()) {
+        (true, true) => "birth in its cgroup and in new namespaces (user, mount, pid, net, ipc, uts)",
+        (true, false) => "birth in its cgroup",
+        (false, true) => "birth in new namespaces (user, mount, pid, net, ipc, uts)",
+        (false, false) => "a process of its own",
     };
     let pid =
         u32::try_from(pid).map_err(|_| LaunchError::Part { part, source: io::Error::last_os_error() })?;

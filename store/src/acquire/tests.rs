@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use serde_json::json;
 
 use super::*;
+use crate::archive::InThisProcess;
 use crate::document::{MOST_LAYERS, OCI_CONFIG, OCI_INDEX, OCI_LAYER};
 use crate::testing::{Sample, acquire, blob_name, descriptor, options, sentence, store, write};
 
@@ -114,7 +115,8 @@ fn the_platforms_image_is_chosen_and_others_are_refused_by_name() {
     assert_eq!(image.digest, mine);
     let name = both.write(&folder.path().join("both"));
     let other = PullOptions { platform: "linux/arm64".parse().unwrap(), ..options() };
-    let image = store.acquire(&name.parse().unwrap(), &other, &crate::progress::Quiet).unwrap();
+    let image =
+        store.acquire(&name.parse().unwrap(), &other, &InThisProcess, &crate::progress::Quiet).unwrap();
     assert_eq!(image.config.platform.architecture, "arm64");
     let foreign = Sample::index(vec![(Sample::new("arm64", &[]), "arm64")]);
     let said = sentence(acquire(&store, &foreign.write(&folder.path().join("foreign"))));

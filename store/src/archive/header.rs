@@ -1,5 +1,7 @@
 //! One 512-byte header of a tar, and the extensions that come before one. Pure: bytes in, fields out.
 
+use super::refusal::Damage;
+
 /// Everything in a tar is a multiple of this, in bytes.
 pub(super) const BLOCK: usize = 512;
 
@@ -34,8 +36,8 @@ pub(super) struct Header {
 
 impl Header {
     /// Reads a header, or says what is wrong with it.
-    pub(super) fn parse(block: &[u8; BLOCK]) -> Result<Self, &'static str> {
-        let stated = octal(&block[148..156]).ok_or("has no checksum")?;
+    pub(super) fn parse(block: &[u8; BLOCK]) -> Result<Self, Damage> {
+        let stated = octal(&block[148..156]).ok_or(Damage::NoChecksum)?;
         let sum: u64 = block
             .iter()
             .enumerate()
@@ -46,7 +48,7 @@ impl Header {
             })
             .sum();
         if sum != stated {
-            return Err("has a wrong checksum");
+            return Err(Damage::WrongChecksum);
         }
         let mut name = until_nul(&block[..100]).to_vec();
         // GNU's format has other things where ustar keeps the prefix.
@@ -67,7 +69,7 @@ impl Header {
             b'K' => Kind::LongLink,
             other => Kind::Other(char::from(other)),
         };
-        let size = number(&block[124..136]).ok_or("has no size")?;
+        let size = number(&block[124..136]).ok_or(Damage::NoSize)?;
         Ok(Self { name, link: until_nul(&block[157..257]).to_vec(), kind, size })
     }
 }
@@ -108,7 +110,7 @@ pub(super) struct Pax {
 
 impl Pax {
     /// Takes in the content of an extension's entry.
-    pub(super) fn extend(&mut self, kind: Kind, content: &[u8]) -> Result<(), &'static str> {
+    pub(super) fn extend(&mut self, kind: Kind, content: &[u8]) -> Result<(), Damage> {
         if kind == Kind::LongName {
             self.name = Some(until_nul(content).to_vec());
         } else if kind == Kind::LongLink {
@@ -120,8 +122,8 @@ impl Pax {
     }
 
     /// `LENGTH KEYWORD=VALUE\n`, where LENGTH counts the whole record (POSIX.1-2017, pax, "Extended Header").
-    fn records(&mut self, mut content: &[u8]) -> Result<(), &'static str> {
-        const MALFORMED: &str = "has a malformed extension";
+    fn records(&mut self, mut content: &[u8]) -> Result<(), Damage> {
+        const MALFORMED: Damage = Damage::MalformedExtension;
         while !content.is_empty() {
             let space = content.iter().take(20).position(|byte| *byte == b' ').ok_or(MALFORMED)?;
             let length: usize =
@@ -140,7 +142,7 @@ impl Pax {
                     let digits = std::str::from_utf8(value).ok().filter(|text| !text.starts_with('+'));
                     self.size = Some(digits.and_then(|text| text.parse().ok()).ok_or(MALFORMED)?);
                 }
-                key if key.starts_with(b"GNU.sparse.") => return Err("is of a sparse file"),
+                key if key.starts_with(b"GNU.sparse.") => return Err(Damage::Sparse),
                 // Times, owners, attributes: nothing that reading needs.
                 _ => {}
             }

@@ -3,13 +3,15 @@ use std::io::Write;
 
 use proptest::prelude::*;
 
+use super::header::BLOCK;
+use super::index::MOST_ENTRIES;
 use super::*;
 use crate::testing::{Sample, acquire, sentence, store, tar as tar_of};
 
 fn read(bytes: &[u8]) -> Result<Archive, ArchiveError> {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(bytes).unwrap();
-    Archive::read(Section::open(file.path()).unwrap())
+    Archive::read(Section::open(file.path()).unwrap(), &InThisProcess)
 }
 
 fn refusal(bytes: &[u8]) -> String {

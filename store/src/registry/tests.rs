@@ -10,6 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::json;
 
 use super::*;
+use crate::archive::InThisProcess;
 use crate::document::{OCI_LAYER, OCI_MANIFEST};
 use crate::progress::{Progress, Quiet};
 use crate::testing::{Sample, descriptor, options, sentence, store};
@@ -24,7 +25,7 @@ fn pull(store: &Store, name: &str) -> Result<Image, StoreError> {
 }
 
 fn pull_with(store: &Store, name: &str, options: &PullOptions) -> Result<Image, StoreError> {
-    store.acquire(&name.parse().unwrap(), options, &Quiet)
+    store.acquire(&name.parse().unwrap(), options, &InThisProcess, &Quiet)
 }
 
 fn big() -> Vec<u8> {
@@ -453,7 +454,7 @@ fn progress_adds_up_to_what_came() {
         _ => ranged(request, &content),
     });
     let count = Count::default();
-    store.acquire(&server.name().parse().unwrap(), &options(), &count).unwrap();
+    store.acquire(&server.name().parse().unwrap(), &options(), &InThisProcess, &count).unwrap();
     assert_eq!(*count.0.lock().unwrap(), (blob.len() as u64, 1));
 }
 

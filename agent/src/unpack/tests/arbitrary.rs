@@ -109,7 +109,9 @@ fn damaged(mut bytes: Vec<u8>, unit: usize, damages: &[Damage]) -> Vec<u8> {
                 bytes[at] = *byte;
             }
             Damage::Text(at, text) => {
-                let at = at.index(bytes.len() - text.len());
+                // What was cut before may have no room for it.
+                let Some(last) = bytes.len().checked_sub(text.len()) else { continue };
+                let at = at.index(last + 1);
                 bytes[at..at + text.len()].copy_from_slice(text.as_bytes());
             }
             Damage::Cut(at) => bytes.truncate(at.index(bytes.len())),

@@ -193,5 +193,5 @@ pub(super) fn described(compression: Compression, sent: &[u8], plain: &[u8]) -> 
 
 /// The error's whole text, as the host is told it.
 pub(super) fn said<T: std::fmt::Debug>(result: Result<T, UnpackError>) -> String {
-    crate::boot::sentence(&result.unwrap_err())
+    carrel_protocol::chain(&result.unwrap_err())
 }

@@ -143,7 +143,7 @@ fn bytes_beyond_the_cap_are_refused_before_they_are_written() {
     let bed = Bed::new();
     let layer = tar(&[Member::file("small", "1"), Member::file("large", vec![1; 100_000])]);
     let error = bed.apply_within(within(50_000, 100), std::slice::from_ref(&layer)).unwrap_err();
-    assert!(crate::boot::sentence(&error).contains("'large' of 100000 bytes"));
+    assert!(carrel_protocol::chain(&error).contains("'large' of 100000 bytes"));
     assert_eq!(error.failure(), Failure::PayloadTooLarge);
     assert_eq!(bed.names(), ["small"]);
     // All layers together.

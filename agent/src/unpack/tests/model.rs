@@ -221,7 +221,7 @@ proptest! {
             .iter()
             .map(|layer| tar(&model.apply(layer).iter().map(member).collect::<Vec<_>>()))
             .collect();
-        bed.apply(&layers).map_err(|error| TestCaseError::fail(crate::boot::sentence(&error)))?;
+        bed.apply(&layers).map_err(|error| TestCaseError::fail(carrel_protocol::chain(&error)))?;
         same(&model, &bed)?;
     }
 }

@@ -111,7 +111,7 @@ fn a_layer_that_unpacks_to_another_than_its_diff_id_is_refused() {
     let mut lying = described(Compression::Gzip, &sent, b"something else");
     let error = one(&Bed::new(), lying.clone(), sent).unwrap_err();
     assert_eq!(error.failure(), Failure::BadPayload);
-    let said = crate::boot::sentence(&error);
+    let said = carrel_protocol::chain(&error);
     assert!(
         said.contains(&lying.blob.digest) && said.contains(&sha256(&plain)) && said.contains(&lying.diff_id)
     );

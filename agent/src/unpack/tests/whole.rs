@@ -173,7 +173,7 @@ fn a_host_that_does_not_answer_is_no_fault_of_the_payload() {
     let host = Host::new().layer(Compression::None, layer.clone(), &layer).zip("/z", zips::of(&[]));
     let error = host.unpack(1).unwrap_err();
     assert_eq!(error.failure(), Failure::System);
-    assert!(crate::boot::sentence(&error).starts_with("dialling the host for a zip failed"));
+    assert!(carrel_protocol::chain(&error).starts_with("dialling the host for a zip failed"));
 }
 
 #[test]

@@ -288,7 +288,7 @@ fn data_that_are_others_than_announced_are_damaged() {
         let bed = Bed::new();
         let error = bed.unzip(AMPLE, &bytes).unwrap_err();
         assert_eq!(error.failure(), Failure::BadPayload, "{error:?}");
-        assert!(crate::boot::sentence(&error).starts_with("the zip is damaged"));
+        assert!(carrel_protocol::chain(&error).starts_with("the zip is damaged"));
         assert!(bed.tree().values().all(|found| found.size <= 5000));
     }
 }
@@ -328,7 +328,7 @@ fn zip64_directories_of_more_than_65535_entries_are_read_and_their_lies_are_not(
     }
     let mut bytes = writer.finish().unwrap().into_inner();
     let error = Bed::new().unzip(UnpackLimits { bytes: 1 << 20, entries: 1000 }, &bytes).unwrap_err();
-    assert!(crate::boot::sentence(&error).contains("more than 1000 entries"));
+    assert!(carrel_protocol::chain(&error).contains("more than 1000 entries"));
     let bed = Bed::new();
     assert_eq!(bed.unzip(AMPLE, &bytes).unwrap().1, 66_000);
     assert_eq!(fs::read_dir(bed.root()).unwrap().count(), 66_000);
