@@ -28,6 +28,7 @@ ATTEMPTS = 3
 ANSWER_SECONDS = 60
 CHUNK = 1 << 18
 ADDRESS = "127.0.0.1"
+STREAMS = ("stdin", "stdout", "stderr")
 FORWARDED = (
     signal.SIGINT,
     signal.SIGTERM,
@@ -110,7 +111,7 @@ def run(state, kvm_host, shares, fixed, argv):
 
     # From here on the command has begun: there is no second try.
     try:
-        return carry(control, streams, hello["terminal"])
+        return carry(control, streams, hello["terminals"])
     except Gone:
         complain("the emulated host ended while the command ran: see scripts/kvm-host console-log")
         return NOT_RUN
@@ -118,21 +119,24 @@ def run(state, kvm_host, shares, fixed, argv):
 
 def command_hello(shares, fixed, argv):
     """All that the emulated host must know of the command and of where it is called."""
-    terminal = os.isatty(0) and os.isatty(1)
+    # One pseudo-terminal for those descriptors that are the terminal; the others, a
+    # file that takes standard error, say, stay what they are.
+    terminals = [fd for fd in range(3) if os.isatty(fd)]
     # `2>&1` outside is one stream inside as well, or their order would be lost.
     same = is_open(1) and is_open(2) and os.path.sameopenfile(1, 2)
-    if terminal:
-        streams = ["terminal"]
-    else:
-        streams = [n for fd, n in enumerate(("stdin", "stdout", "stderr")) if is_open(fd) and not is_null(fd)]
-        if same and "stderr" in streams:
-            streams.remove("stderr")
+    streams = ["terminal"] if terminals else []
+    for fd, name in enumerate(STREAMS):
+        if fd not in terminals and is_open(fd) and not is_null(fd) and not (fd == 2 and same):
+            streams.append(name)
     return {
         "kind": "run",
         "session": secrets.token_hex(8),
         "streams": streams,
         "stderr_is_stdout": same,
-        "terminal": window() if terminal else None,
+        "terminal": window(terminals[0]) if terminals else None,
+        "terminals": terminals,
+        # Whose line discipline makes CR LF of LF: ours, or that of the other side.
+        "raw": reads_keys(terminals),
         "argv": argv,
         "env": dict(os.environ),
         "cwd": os.getcwd(),
@@ -161,28 +165,43 @@ def begin(host, hello):
     return control, streams
 
 
-def carry(control, streams, terminal):
-    forward_signals(control, terminal)
-    saved = termios.tcgetattr(0) if terminal else None
+def carry(control, streams, terminals):
+    forward_signals(control, terminals)
+    ours = raw = None
+    downloads = []
     try:
-        if terminal:
+        if reads_keys(terminals):
+            ours = termios.tcgetattr(0)
             tty.setraw(0)
+            raw = termios.tcgetattr(0)
             start(upload, 0, streams["terminal"])
-            downloads = [start(download, streams["terminal"], 1)]
-        else:
-            if "stdin" in streams:
-                start(upload, 0, streams["stdin"])
-            downloads = [
-                start(download, streams[name], fd) for fd, name in ((1, "stdout"), (2, "stderr")) if name in streams
-            ]
+        elif "stdin" in streams:
+            start(upload, 0, streams["stdin"])
+        if terminals:
+            # What is typed is echoed even where no output goes to the terminal.
+            shown = next(fd for fd in (1, 2, 0) if fd in terminals)
+            downloads.append(start(download, streams["terminal"], shown))
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            if name in streams:
+                downloads.append(start(download, streams[name], fd))
         while "exit" not in (message := control.next()):
             pass
         for thread in downloads:
             thread.join()
         return message["exit"]
     finally:
-        if saved:
-            termios.tcsetattr(0, termios.TCSADRAIN, saved)
+        # A pager behind us may have set the terminal to its own needs meanwhile.
+        if raw and termios.tcgetattr(0) == raw:
+            termios.tcsetattr(0, termios.TCSADRAIN, ours)
+
+
+def reads_keys(terminals):
+    """Whether keys reach us: in the background they are somebody else's."""
+    try:
+        return 0 in terminals and os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        # Not the terminal that this session is under: nobody's jobs are there.
+        return True
 
 
 def start(carry_one, source, target):
@@ -224,15 +243,15 @@ def download(sock, fd):
         sock.close()
 
 
-def forward_signals(control, terminal):
+def forward_signals(control, terminals):
     for number in FORWARDED:
         signal.signal(number, lambda number, _: control.say({"signal": number}))
-    if terminal:
-        signal.signal(signal.SIGWINCH, lambda *_: control.say({"window": window()}))
+    if terminals:
+        signal.signal(signal.SIGWINCH, lambda *_: control.say({"window": window(terminals[0])}))
 
 
-def window():
-    rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8))
+def window(terminal):
+    rows, columns, _, _ = struct.unpack("HHHH", fcntl.ioctl(terminal, termios.TIOCGWINSZ, b"\0" * 8))
     return [rows, columns]
 
 

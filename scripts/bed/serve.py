@@ -313,40 +313,43 @@ def run_session(hello, control, streams):
     os.setsid()
     for sock in [control, *streams.values()]:
         sock.setblocking(True)
-    terminal = hello.get("terminal")
-    if terminal:
+    # Which of the standard descriptors are the terminal; the others are streams.
+    window, terminals = hello.get("terminal"), hello.get("terminals", [0, 1, 2])
+    null = os.open("/dev/null", os.O_RDWR)
+    ends, pumps, awaited, master = [null, null, null], [], [], None
+    if window:
         master, slave = os.openpty()
-        set_window(master, terminal)
-        ends = (slave, slave, slave)
+        set_window(master, window)
+        if not hello.get("raw", True):
+            leave_output(slave)
+        for index in terminals:
+            ends[index] = slave
         pumps = [Pump(copy, streams["terminal"], master), Pump(copy, master, streams["terminal"])]
         awaited = pumps[1:]
-    else:
-        null = os.open("/dev/null", os.O_RDWR)
-        ends, pumps, awaited = [null, null, null], [], []
-        for index, name in enumerate(("stdin", "stdout", "stderr")):
-            if name not in streams:
-                continue
-            read_end, write_end = os.pipe()
-            fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, CHUNK)
-            if name == "stdin":
-                ends[index] = read_end
-                pumps.append(Pump(splice, streams[name], write_end))
-            else:
-                ends[index] = write_end
-                pumps.append(Pump(splice, read_end, streams[name]))
-                awaited.append(pumps[-1])
-        # `2>&1` outside is one stream here as well, or their order would be lost.
-        if hello.get("stderr_is_stdout"):
-            ends[2] = ends[1]
+    for index, name in enumerate(("stdin", "stdout", "stderr")):
+        if name not in streams:
+            continue
+        read_end, write_end = os.pipe()
+        fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, CHUNK)
+        if name == "stdin":
+            ends[index] = read_end
+            pumps.append(Pump(splice, streams[name], write_end))
+        else:
+            ends[index] = write_end
+            pumps.append(Pump(splice, read_end, streams[name]))
+            awaited.append(pumps[-1])
+    # `2>&1` outside is one stream here as well, or their order would be lost.
+    if hello.get("stderr_is_stdout"):
+        ends[2] = ends[1]
 
-    pid = spawn(hello, control, ends, bool(terminal))
-    for fd in set(ends):
+    pid = spawn(hello, control, ends, slave if window else None)
+    for fd in {null, *ends}:
         os.close(fd)
     say(control, {"started": pid})
     for pump in pumps:
         pump.start()
 
-    status = watch(pid, control, master if terminal else None)
+    status = watch(pid, control, master)
     if status is None:
         end_group(pid)
         os._exit(0)
@@ -413,6 +416,13 @@ def set_window(terminal, size):
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", *size, 0, 0))
 
 
+def leave_output(terminal):
+    """For a client whose own terminal makes CR LF of LF already."""
+    modes = termios.tcgetattr(terminal)
+    modes[1] &= ~termios.OPOST
+    termios.tcsetattr(terminal, termios.TCSANOW, modes)
+
+
 def spawn(hello, control, ends, terminal):
     pid = os.fork()
     if pid:
@@ -421,8 +431,8 @@ def spawn(hello, control, ends, terminal):
         os.setsid()
         for index, fd in enumerate(ends):
             os.dup2(fd, index)
-        if terminal:
-            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        if terminal is not None:
+            fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
         # What is ignored here would be ignored by the command as well. (Descriptors
         # need no such care: Python's are closed on exec.)
         for sig in IGNORED:

@@ -14,7 +14,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::leftovers::Leftovers;
-use crate::{patience, wait_for};
+use crate::{evidence, patience, wait_for};
 
 /// carrel with a home of its own, alone on this machine while it lives.
 pub struct Carrel {
@@ -44,7 +44,7 @@ impl Carrel {
         rustix::fs::flock(&turn, FlockOperation::LockExclusive).expect("the turn can be taken");
         let home =
             tempfile::Builder::new().prefix("carrel-test-").tempdir_in(base).expect("a home can be made");
-        Self { before: Leftovers::now(), home, _turn: turn }
+        Self { before: Leftovers::now(home.path()), home, _turn: turn }
     }
 
     /// The home.
@@ -122,7 +122,7 @@ impl Carrel {
         let mut left = String::new();
         let deadline = Instant::now() + Duration::from_secs(30);
         while Instant::now() < deadline {
-            left = Leftovers::now().beyond(&self.before);
+            left = Leftovers::now(self.home()).beyond(&self.before);
             if left.is_empty() {
                 return;
             }
@@ -155,7 +155,8 @@ fn base() -> PathBuf {
     }
 }
 
-fn binary() -> PathBuf {
+/// The command's program.
+pub(crate) fn binary() -> PathBuf {
     std::env::var_os("CARREL_BIN").map_or_else(|| PathBuf::from("carrel"), PathBuf::from)
 }
 
@@ -165,6 +166,7 @@ pub struct Running {
     stdout: Option<JoinHandle<Vec<u8>>>,
     stderr: Option<JoinHandle<Vec<u8>>>,
     line: String,
+    home: Option<PathBuf>,
 }
 
 impl From<Child> for Running {
@@ -172,7 +174,7 @@ impl From<Child> for Running {
         let stdout = child.stdout.take().map(collect);
         let stderr = child.stderr.take().map(collect);
         let line = format!("process {}", child.id());
-        Self { child, stdout, stderr, line }
+        Self { child, stdout, stderr, line, home: None }
     }
 }
 
@@ -180,8 +182,11 @@ impl Running {
     /// Starts a command; what it writes to pipes is collected.
     pub fn spawn(command: &mut Command) -> Self {
         let line = format!("{command:?}");
+        let mut variables = command.get_envs();
+        let home =
+            variables.find_map(|(name, value)| (name == "CARREL_HOME").then(|| value.map(PathBuf::from))?);
         let child = command.spawn().unwrap_or_else(|error| panic!("{line}: {error}"));
-        Self { line, ..Self::from(child) }
+        Self { line, home, ..Self::from(child) }
     }
 
     /// Its process.
@@ -213,12 +218,14 @@ impl Running {
                 break status;
             }
             if Instant::now() >= deadline {
+                // While all of it is as it hangs.
+                let evidence = evidence::gathered(self.home.as_deref());
                 let _ = self.child.kill();
                 let _ = self.child.wait();
                 let [stdout, stderr] = self.output();
                 let [stdout, stderr] =
                     [&stdout, &stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-                panic!("{} did not end.\nstdout: {stdout}\nstderr: {stderr}", self.line);
+                panic!("{} did not end.\nstdout: {stdout}\nstderr: {stderr}\n{evidence}", self.line);
             }
             std::thread::sleep(Duration::from_millis(10));
         };

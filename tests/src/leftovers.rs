@@ -4,43 +4,38 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
+use serde_json::Value;
+
+use crate::processes;
+
+/// What may stay of a detached room that has ended: docs/host.md, and its head in `home.rs`.
+const RECORDED: [&str; 6] = ["lock", "room.json", "state.json", "owner.log", "log", "log.old"];
+
 /// All that belongs to carrel on this machine, one line a thing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Leftovers(BTreeSet<String>);
 
 impl Leftovers {
-    /// Looks around.
-    pub fn now() -> Self {
+    /// Looks around, and into a home.
+    pub fn now(home: &Path) -> Self {
         let mut all = BTreeSet::new();
-        processes(&mut all);
+        all.extend(
+            processes::all().iter().map(|process| format!("process {} {}", process.pid, process.line)),
+        );
         cgroups(Path::new("/sys/fs/cgroup"), &mut all);
-        lines("/proc/self/mountinfo", "mount", &mut all);
-        lines("/proc/net/unix", "socket", &mut all);
+        mounts(&fs::read_to_string("/proc/self/mountinfo").unwrap_or_default(), &mut all);
+        sockets(&fs::read_to_string("/proc/net/unix").unwrap_or_default(), &mut all);
         for folder in ["/run", "/tmp", "/dev/shm"] {
             files(Path::new(folder), &mut all);
         }
+        rooms(&home.join("rooms"), &mut all);
+        ingests(&home.join("store/ingest"), &mut all);
         Self(all)
     }
 
     /// What is there that wasn't before, as text; empty if nothing is.
     pub fn beyond(&self, before: &Self) -> String {
         self.0.difference(&before.0).map(|line| format!("  {line}\n")).collect()
-    }
-}
-
-fn processes(all: &mut BTreeSet<String>) {
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
-        let pid = entry.file_name().to_string_lossy().into_owned();
-        if !pid.bytes().all(|byte| byte.is_ascii_digit()) || pid == std::process::id().to_string() {
-            continue;
-        }
-        // It may end while it is looked at. A zombie has no command line and is its parent's business.
-        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        let line = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        if name.starts_with("carrel") && !line.is_empty() && !line.contains("carrel-tests") {
-            all.insert(format!("process {pid} {line}"));
-        }
     }
 }
 
@@ -59,13 +54,23 @@ fn cgroups(folder: &Path, all: &mut BTreeSet<String>) {
     }
 }
 
-fn lines(file: &str, kind: &str, all: &mut BTreeSet<String>) {
-    let text = fs::read_to_string(file).unwrap_or_default();
+fn mounts(mountinfo: &str, all: &mut BTreeSet<String>) {
     // 9p is the test bed's: another caller of the emulated host may have a directory shared meanwhile.
-    for line in text.lines().filter(|line| line.contains("carrel") && !line.contains(" - 9p ")) {
-        // A socket's line begins with its address in the kernel, which says nothing.
-        let name = if kind == "socket" { line.rsplit(' ').next().unwrap_or(line) } else { line };
-        all.insert(format!("{kind} {name}"));
+    let ours = mountinfo.lines().filter(|line| line.contains("carrel") && !line.contains(" - 9p "));
+    all.extend(ours.map(|line| format!("mount {line}")));
+}
+
+/// Sockets that are bound to a name of carrel's. An owner binds its own through `/proc/self/fd/N`, a path that all of them share, so
+/// what tells one from another is its inode (the seventh word; the eighth, if there is one, is the path).
+fn sockets(table: &str, all: &mut BTreeSet<String>) {
+    for line in table.lines().skip(1) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, _, _, flags, _, _, inode, path] = words[..] else { continue };
+        // An accepted connection has its listener's path; a listener is flagged (SO_ACCEPTCON).
+        let listens = flags == "00010000";
+        if listens && (path.contains("carrel") || path.ends_with("/owner.sock")) {
+            all.insert(format!("socket {inode} {path}"));
+        }
     }
 }
 
@@ -75,5 +80,88 @@ fn files(folder: &Path, all: &mut BTreeSet<String>) {
         if name.contains("carrel") && !name.starts_with("carrel-test") {
             all.insert(format!("file {}", entry.path().display()));
         }
+    }
+}
+
+/// A room's folder goes with the room; a detached room's stays with its record and its log, and nothing else, until `rm`.
+fn rooms(folder: &Path, all: &mut BTreeSet<String>) {
+    for room in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let room = room.path();
+        let record = fs::read(room.join("state.json")).unwrap_or_default();
+        let record: Value = serde_json::from_slice(&record).unwrap_or_default();
+        if record["phase"] != "ended" {
+            all.insert(format!("room {}", room.display()));
+            continue;
+        }
+        let remains = fs::read_dir(&room).into_iter().flatten().flatten();
+        for file in remains.filter(|file| !RECORDED.contains(&file.file_name().to_string_lossy().as_ref())) {
+            all.insert(format!("file {}", file.path().display()));
+        }
+    }
+}
+
+/// What was on its way into the store. Half a download (`.part`) is kept on purpose, to be resumed.
+fn ingests(folder: &Path, all: &mut BTreeSet<String>) {
+    for file in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if !file.file_name().to_string_lossy().ends_with(".part") {
+            all.insert(format!("file {}", file.path().display()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(look: impl Fn(&mut BTreeSet<String>)) -> Vec<String> {
+        let mut all = BTreeSet::new();
+        look(&mut all);
+        all.into_iter().collect()
+    }
+
+    #[test]
+    fn an_owners_socket_is_seen_by_its_inode() {
+        let table = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 29901 /proc/self/fd/9/owner.sock\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03 29902 /proc/self/fd/9/owner.sock\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 29903 @carrel-test\n\
+            0000000000000000: 00000002 00000000 00010000 0001 01 29904 /run/dbus/socket\n\
+            0000000000000000: 00000003 00000000 00000000 0001 03 29905\n";
+        assert_eq!(
+            seen(|all| sockets(table, all)),
+            ["socket 29901 /proc/self/fd/9/owner.sock", "socket 29903 @carrel-test"]
+        );
+    }
+
+    #[test]
+    fn the_test_beds_own_mounts_are_not_carrels() {
+        let table = "30 1 0:9 / /work/carrel rw - 9p shared rw\n31 1 0:8 / /run/carrel rw - tmpfs tmpfs rw\n32 1 0:7 / /tmp rw - tmpfs t rw\n";
+        assert_eq!(seen(|all| mounts(table, all)), ["mount 31 1 0:8 / /run/carrel rw - tmpfs tmpfs rw"]);
+    }
+
+    #[test]
+    fn a_room_that_has_ended_may_leave_its_record_and_its_log_alone() {
+        let home = tempfile::tempdir().unwrap();
+        let room = |id: &str, phase: &str, files: &[&str]| {
+            let folder = home.path().join(id);
+            fs::create_dir(&folder).unwrap();
+            fs::write(folder.join("state.json"), format!(r#"{{"phase":"{phase}"}}"#)).unwrap();
+            files.iter().for_each(|name| fs::write(folder.join(name), "").unwrap());
+        };
+        room("a", "running", &["lock"]);
+        room("b", "ended", &["lock", "room.json", "log", "log.old", "owner.log"]);
+        room("c", "ended", &["owner.sock", "disk"]);
+        let expected = ["file c/disk", "file c/owner.sock", "room a"];
+        let strip = |line: &String| line.replace(&format!("{}/", home.path().display()), "");
+        assert_eq!(seen(|all| rooms(home.path(), all)).iter().map(strip).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn a_half_copy_is_left_over_and_half_a_download_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["sha256-1.part", "sha256-1.copy", "new-3-1"] {
+            fs::write(folder.path().join(name), "").unwrap();
+        }
+        assert_eq!(seen(|all| ingests(folder.path(), all)).len(), 2);
     }
 }

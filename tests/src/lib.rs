@@ -13,10 +13,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod carrel;
+pub mod evidence;
 pub mod fixtures;
 pub mod functions;
+pub mod initramfs;
 pub mod layout;
 pub mod leftovers;
+pub mod processes;
 pub mod pty;
 pub mod registry;
 

@@ -205,15 +205,20 @@ fn a_response_that_is_too_large_is_refused() {
 #[test]
 fn a_function_that_needs_too_much_memory_is_told_so() {
     let carrel = Carrel::new();
-    let source = "def handler(event, context):\n    return len(bytearray(b'x') * (400 << 20))\n";
-    let done = invoke(&carrel, source, "{}", &["--timeout", "90s", "--memory", "128m"]);
-    // Python turns a refused allocation into MemoryError; what the kernel kills, it can't.
-    assert!([1, 3].contains(&done.status), "{done:?}");
-    let kind = answer(&done)["errorType"].clone();
-    assert!(
-        [json!("MemoryError"), json!("Runtime.OutOfMemory"), json!("Runtime.ExitError")].contains(&kind),
-        "{kind}"
-    );
+    let zip = rust_bootstrap();
+    let event = r#"{"do": "fill memory"}"#;
+    let line = ["invoke", "--zip", &zip, "--runtime", "provided", "--timeout", "60s", "--memory", "128m"];
+    let done = carrel.run(&[&line[..], &["--event", event]].concat()).ends_with(3);
+    let error = answer(&done);
+    assert_eq!(error["errorType"], json!("Runtime.OutOfMemory"), "{error}");
+    let message = error["errorMessage"].as_str().unwrap();
+    assert!(message.ends_with("Error: Runtime exited with error: signal: killed"), "{message}");
+    assert_eq!(report(&done, "Status").as_deref(), Some("error"));
+    assert_eq!(report(&done, "Error Type").as_deref(), Some("Runtime.OutOfMemory"));
+    // All that it had was used: "NNN MB".
+    let used = report(&done, "Max Memory Used").unwrap();
+    let used: u32 = used.strip_suffix(" MB").unwrap().parse().unwrap();
+    assert!((64..=128).contains(&used), "{used}");
 }
 
 #[test]

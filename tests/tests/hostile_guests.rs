@@ -5,10 +5,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
+use carrel_tests::initramfs::assets_with;
+use carrel_tests::processes::{self, Process};
 use carrel_tests::{Carrel, Running, fixtures};
-use serde_json::Value;
 
 /// A room that says its heart beats.
 struct Neighbour<'a> {
@@ -35,29 +38,10 @@ fn a_guest_that_panics() {
     let carrel = Carrel::new();
     let neighbour = Neighbour::new(&carrel);
     // Our kernel, and an initramfs without an init: the kernel finds no root and panics.
-    let assets = assets_without_init(&carrel);
+    let assets = assets_with(&carrel, None);
     let mut command = carrel.command(&["run", &fixtures::busybox(), "true"]);
     Running::spawn(command.env("CARREL_ASSETS", &assets)).done().complains(125, &["panic"]);
     neighbour.must_be_well();
-}
-
-/// A copy of the assets in which the initramfs holds nothing.
-fn assets_without_init(carrel: &Carrel) -> PathBuf {
-    let configuration: Value = carrel.json(&["--print-config"]);
-    let real = PathBuf::from(configuration["assets"].as_str().expect("--print-config names the assets"));
-    let copy = carrel.scratch().join("assets");
-    fs::create_dir(&copy).unwrap();
-    for entry in fs::read_dir(&real).unwrap().flatten() {
-        let to = copy.join(entry.file_name());
-        if entry.file_name().to_string_lossy().contains("initramfs") {
-            // The end of a cpio archive, and nothing before it (cpio(5), new ASCII format).
-            let trailer = format!("070701{}0000000b00000000TRAILER!!!\0\0\0\0", "00000000".repeat(11));
-            fs::write(to, trailer).unwrap();
-        } else {
-            std::os::unix::fs::symlink(entry.path(), to).unwrap();
-        }
-    }
-    copy
 }
 
 #[test]
@@ -87,11 +71,62 @@ fn a_guest_that_floods_its_log() {
     neighbour.must_be_well();
 }
 
+/// The most that a room's processes had while they were watched.
+#[derive(Debug, Default)]
+struct Most {
+    processes: usize,
+    descriptors: usize,
+    /// Memory that is no file's: with the VMM's is its guest's.
+    vmm_mib: u64,
+    others_mib: u64,
+}
+
+impl Most {
+    /// Looks at all of carrel's processes but those that were there before.
+    fn watch(&mut self, before: &[Process]) {
+        let room: Vec<Process> = processes::all().into_iter().filter(|it| !before.contains(it)).collect();
+        self.processes = self.processes.max(room.len());
+        for process in room {
+            self.descriptors = self.descriptors.max(process.descriptors());
+            let mib = process.status("RssAnon").unwrap_or(0) >> 10;
+            let most =
+                if process.line.contains("carrel-vmm") { &mut self.vmm_mib } else { &mut self.others_mib };
+            *most = mib.max(*most);
+        }
+    }
+}
+
 #[test]
-fn a_guest_that_opens_a_hundred_thousand_connections() {
+fn a_guest_whose_kernel_opens_a_hundred_thousand_connections() {
     let carrel = Carrel::new();
     let neighbour = Neighbour::new(&carrel);
-    // To the host (AF_VSOCK, refused to workloads); on its own loopback some thousand, which are its own kernel's matter.
+    let before = processes::all();
+    let assets = assets_with(&carrel, Some(Path::new(env!("CARGO_BIN_EXE_carrel-tests-dialler"))));
+    let mut command = carrel.command(&["run", "-m", "128m", &fixtures::busybox(), "true"]);
+    // Half a minute of dials in an emulated host, and twice the time that an agent has for its first word.
+    command.env("CARREL_PATIENCE", "2");
+    let begun = Instant::now();
+    let mut running = Running::spawn(command.env("CARREL_ASSETS", &assets));
+    let mut most = Most::default();
+    while !running.has_ended() && begun.elapsed() < carrel_tests::patience() {
+        most.watch(&before);
+        sleep(Duration::from_millis(100));
+    }
+    println!("{most:?} in {:?}", begun.elapsed());
+    // It restarts after its last dial. Before it, it would have panicked, or been too late with its agent's first word.
+    running.done().complains(125, &["restarted"]);
+    assert!(most.processes >= 3, "the command, the owner and the VMM were seen: {most:?}");
+    // A room's device takes 256 connections, and its owner keeps 32 of which it doesn't know the token yet.
+    assert!(most.descriptors < 500, "{most:?}");
+    assert!(most.vmm_mib < 128 + 32 && most.others_mib < 32, "{most:?}");
+    neighbour.must_be_well();
+}
+
+#[test]
+fn a_workload_that_opens_a_hundred_thousand_connections() {
+    let carrel = Carrel::new();
+    let neighbour = Neighbour::new(&carrel);
+    // To the host (AF_VSOCK, refused to workloads: none of these gets as far as the guest's kernel's driver); on its own loopback some thousand, which are its own kernel's matter.
     let script = "import socket\n\
         opened = refused = 0\n\
         for port in range(100000):\n\

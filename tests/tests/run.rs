@@ -180,6 +180,25 @@ fn the_usual_files_and_devices_are_there() {
 }
 
 #[test]
+fn the_kernel_can_be_a_bzimage_that_the_user_names() {
+    let carrel = Carrel::new();
+    let assets = carrel.json(&["--print-config"])["assets"].as_str().unwrap().to_owned();
+    let kernel = format!("{assets}/bzImage");
+    let line = ["run", "--kernel", &kernel, &fixtures::busybox(), "uname", "-r"];
+    let named = carrel.run(&line).succeeds();
+    // Both are made of one kernel.
+    let own = carrel.run(&["run", &fixtures::busybox(), "uname", "-r"]).succeeds();
+    assert_eq!(named.text(), own.text());
+}
+
+#[test]
+fn the_least_memory_is_enough_for_a_small_image() {
+    let carrel = Carrel::new();
+    let done = carrel.run(&["run", "-m", "64m", &fixtures::image("scratch")]).succeeds();
+    assert_eq!(done.text(), "from scratch\n");
+}
+
+#[test]
 fn a_workload_has_carrels_init_as_process_one_above_it_and_sees_no_other() {
     let carrel = Carrel::new();
     // Builtins alone: no process but the two.

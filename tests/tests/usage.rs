@@ -3,7 +3,7 @@
 // A test fails by panicking, and so do the functions that tests share.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use carrel_tests::{Carrel, fixtures};
+use carrel_tests::{Carrel, fixtures, wait_for};
 use serde_json::Value;
 
 const SCHEMA: &str = include_str!("../../docs/usage.schema.json");
@@ -77,6 +77,35 @@ fn memory_agrees_with_an_allocation_of_64_mib() {
     };
     // The interpreter alone is the base line: what 64 MiB add is known.
     agrees("memory peak", peak(64) - peak(0), f64::from(64 << 20));
+}
+
+#[test]
+fn memory_that_a_guest_frees_goes_back_to_the_host() {
+    let carrel = Carrel::new();
+    let script =
+        "dd if=/dev/zero of=/fill/x bs=1M count=64 2>/dev/null; echo full; while :; do sleep 1; done";
+    let line = ["-m", "256m", "--tmpfs", "/fill", "--name", "room", &fixtures::busybox(), "sh", "-c", script];
+    carrel.detach(&line);
+    carrel.wait_for_log("room", "full");
+    let pss = || {
+        let report = carrel.json(&["stats", "--no-stream", "--json", "room"]);
+        number(&report[0], "/host/pss_bytes")
+    };
+    // Measured on a period: until what was just written is seen.
+    let full =
+        wait_for("the room's memory to be seen", || Some(pss()).filter(|now| *now > f64::from(64 << 20)));
+    carrel.run(&["exec", "room", "rm", "/fill/x"]).succeeds();
+    // The guest's kernel reports free pages in large blocks, some seconds later; the VMM gives them back.
+    let mut freed = full;
+    wait_for("three quarters of 64 MiB to come back", || {
+        freed = pss();
+        (full - freed > f64::from(48 << 20)).then_some(())
+    });
+    println!("PSS {:.1} MiB, then {:.1} MiB", full / f64::from(1 << 20), freed / f64::from(1 << 20));
+    // It is the guest's all the same: it can have it again.
+    let again = "dd if=/dev/zero of=/fill/y bs=1M count=64 && echo again";
+    assert_eq!(carrel.run(&["exec", "room", "sh", "-c", again]).succeeds().text(), "again\n");
+    carrel.run(&["kill", "room"]).succeeds();
 }
 
 #[test]

@@ -11,9 +11,10 @@ use tempfile::TempDir;
 
 use super::bed::{AMPLE, Bed, described};
 
-/// Nothing to be tested with what isn't installed; in CI all of it is.
-fn there(program: &str) -> bool {
-    Command::new(program).arg("--help").output().is_ok()
+/// A test that is left out in silence proves nothing: what is missing is named, with Debian's package of it. `scripts/test` installs them.
+fn need(program: &str, package: &str) {
+    let found = Command::new(program).arg("--help").output();
+    assert!(found.is_ok(), "there is no {program} to be tested with: apt-get install {package}");
 }
 
 fn run(program: &str, at: &Path, arguments: &[&str]) {
@@ -55,9 +56,7 @@ fn some_tree() -> TempDir {
 
 #[test]
 fn every_format_that_tar_writes_unpacks_to_the_same_tree() {
-    if !there("tar") {
-        return;
-    }
+    need("tar", "tar");
     let source = some_tree();
     for options in [
         &["--format=gnu"][..],
@@ -121,9 +120,7 @@ fn the_tar_crates_archives_unpack_too() {
 
 #[test]
 fn info_zip_keeps_modes_links_and_times() {
-    if !there("zip") {
-        return;
-    }
+    need("zip", "zip");
     let source = TempDir::new().unwrap();
     fs::create_dir(source.path().join("d")).unwrap();
     fs::write(source.path().join("d/app.py"), "print()\n".repeat(1000)).unwrap();
@@ -153,9 +150,7 @@ fn info_zip_keeps_modes_links_and_times() {
 
 #[test]
 fn pythons_zips_unpack() {
-    if !there("python3") {
-        return;
-    }
+    need("python3", "python3");
     let folder = TempDir::new().unwrap();
     let script = r"
 import sys, zipfile
@@ -195,9 +190,7 @@ fn layers_of(layout: &Path) -> Vec<(Layer, Vec<u8>)> {
 
 #[test]
 fn an_image_of_umocis_unpacks_as_umoci_unpacks_it() {
-    if !there("umoci") {
-        return;
-    }
+    need("umoci", "umoci");
     let folder = TempDir::new().unwrap();
     let at = folder.path();
     run("umoci", at, &["init", "--layout", "image"]);

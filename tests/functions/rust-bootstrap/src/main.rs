@@ -15,6 +15,7 @@ async fn answer(event: LambdaEvent<Value>) -> Result<Value, Error> {
         Some("error") => Err("the function refuses".into()),
         Some("exit") => std::process::exit(9),
         Some("abort") => std::process::abort(),
+        Some("fill memory") => fill_memory(),
         Some("hang") => std::future::pending().await,
         _ => Ok(json!({
             "event": event,
@@ -23,6 +24,14 @@ async fn answer(event: LambdaEvent<Value>) -> Result<Value, Error> {
             "memory": context.env_config.memory,
             "milliseconds_left": context.deadline.saturating_sub(now_ms()),
         })),
+    }
+}
+
+/// Touches ever more memory: address space is not refused, so it ends by the kernel's hand.
+fn fill_memory() -> ! {
+    let mut kept = Vec::new();
+    loop {
+        kept.push(std::hint::black_box(vec![1_u8; 16 << 20]));
     }
 }
 
