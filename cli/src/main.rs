@@ -14,7 +14,7 @@ mod table;
 mod terminal;
 mod values;
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 
 use carrel_host::archive;
@@ -70,7 +70,7 @@ fn listen(configuration: &Configuration) -> anyhow::Result<()> {
         .with_writer(std::io::stderr)
         .log_internal_errors(false);
     match configuration.log_format {
-        LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
+        LogFormat::Text => builder.with_ansi(false).with_target(false).init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),
     }
     Ok(())
