@@ -14,7 +14,7 @@ mod table;
 mod terminal;
 mod values;
 
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Mutex;
 
@@ -81,7 +81,7 @@ fn listen(configuration: &Configuration, writer: BoxMakeWriter) -> anyhow::Resul
     let builder =
         tracing_subscriber::fmt().with_env_filter(filter).with_writer(writer).log_internal_errors(false);
     match configuration.log_format {
-        LogFormat::Text => builder.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),
+        LogFormat::Text => builder.with_ansi(false).with_target(false).init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),
     }
     Ok(())

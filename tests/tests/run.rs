@@ -318,6 +318,9 @@ fn a_terminal_is_given_back_when_carrel_fails() {
     let (terminal, running) = Terminal::run(&command, 24, 80);
     running.done().ends_with(127);
     assert!(!terminal.is_raw(), "the terminal stays raw: {}", terminal.shown());
+    // The sentence is there, and nothing that a library has to say about terminals.
+    let shown = terminal.shown();
+    assert!(shown.contains("carrel: ") && !shown.contains("tracing"), "{shown}");
 }
 
 #[test]
