@@ -131,7 +131,7 @@ impl Outcome {
                     Failure::CommandNotFound => "The command was not found",
                     Failure::CommandNotExecutable => "The command can't be executed",
                     Failure::UnknownUser => "The user or group is unknown in this image",
-                    Failure::BadRequest => "The guest's agent refused the request",
+                    Failure::BadRequest => "The request was refused",
                     Failure::System => "The guest failed",
                 };
                 format!("{what}: {message}")
