@@ -225,7 +225,6 @@ impl Store {
         if missing.is_empty() {
             return Ok(());
         }
-        self.sweep();
         let needed = missing.iter().fold(0_u64, |sum, layer| sum.saturating_add(layer.size));
         self.blobs.reserve(needed)?;
         let queue = Mutex::new(missing.into_iter());

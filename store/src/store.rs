@@ -82,13 +82,16 @@ pub struct Store {
 }
 
 impl Store {
-    /// Opens the store in this folder, creating what is missing of it (for its owner alone, mode 0700).
+    /// Opens the store in this folder, creating what is missing of it (for its owner alone, mode 0700), and removes what dead processes left on
+    /// its way in.
     ///
     /// # Errors
     ///
     /// If the folders can't be created or looked at.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
-        Ok(Self { blobs: Blobs::open(root)?, records: Records::open(root)? })
+        let store = Self { blobs: Blobs::open(root)?, records: Records::open(root)? };
+        store.sweep();
+        Ok(store)
     }
 
     /// The folder.
@@ -129,7 +132,6 @@ impl Store {
     /// If it can't be read, or the store has no space for it.
     pub fn add_file(&self, file: &mut File) -> Result<(Digest, u64), StoreError> {
         let _lease = self.lease()?;
-        self.sweep();
         let metadata = file.metadata().map_err(StoreError::Unreadable)?;
         // A device may have no end, and a pipe no beginning.
         if !metadata.is_file() {
@@ -202,7 +204,7 @@ impl Store {
     }
 
     /// Removes what dead processes left on its way in. Not worth a failure: it is done again the next time.
-    pub(crate) fn sweep(&self) {
+    fn sweep(&self) {
         if let Err(error) = ingest::sweep(&self.blobs, SystemTime::now(), false, false) {
             tracing::warn!(%error, "what dead processes left was not swept");
         }

@@ -8,8 +8,9 @@ use carrel_store::Store;
 
 use crate::configuration::Configuration;
 
-/// The rooms. Opening them sweeps up what killed owners left.
+/// The rooms. Opening them sweeps up what killed owners left, and killed commands in the store.
 pub(crate) fn home(configuration: &Configuration) -> Result<Home> {
+    store(configuration)?;
     Ok(Home::open(&configuration.home, assets(configuration)?, configuration.patience)?)
 }
 
