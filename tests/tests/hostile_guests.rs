@@ -75,7 +75,8 @@ fn a_guest_that_floods_its_log() {
 #[derive(Debug, Default)]
 struct Most {
     processes: usize,
-    descriptors: usize,
+    /// Of one process, and which.
+    descriptors: (usize, String),
     /// Memory that is no file's: with the VMM's is its guest's.
     vmm_mib: u64,
     others_mib: u64,
@@ -87,7 +88,10 @@ impl Most {
         let room: Vec<Process> = processes::all().into_iter().filter(|it| !before.contains(it)).collect();
         self.processes = self.processes.max(room.len());
         for process in room {
-            self.descriptors = self.descriptors.max(process.descriptors());
+            let descriptors = process.descriptors();
+            if descriptors > self.descriptors.0 {
+                self.descriptors = (descriptors, process.line.clone());
+            }
             let mib = process.status("RssAnon").unwrap_or(0) >> 10;
             let most =
                 if process.line.contains("carrel-vmm") { &mut self.vmm_mib } else { &mut self.others_mib };
@@ -116,8 +120,8 @@ fn a_guest_whose_kernel_opens_a_hundred_thousand_connections() {
     // It restarts after its last dial. Before it, it would have panicked, or been too late with its agent's first word.
     running.done().complains(125, &["restarted"]);
     assert!(most.processes >= 3, "the command, the owner and the VMM were seen: {most:?}");
-    // A room's device takes 256 connections, and its owner keeps 32 of which it doesn't know the token yet.
-    assert!(most.descriptors < 500, "{most:?}");
+    // A room's device takes 256 connections; four turns of 64 dials come before their other ends are handed over; the rest has some forty.
+    assert!(most.descriptors.0 < 256 + 4 * 64 + 64, "{most:?}");
     assert!(most.vmm_mib < 128 + 32 && most.others_mib < 32, "{most:?}");
     neighbour.must_be_well();
 }
