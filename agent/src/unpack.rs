@@ -11,6 +11,7 @@
 
 mod archive;
 mod blob;
+mod decimal;
 mod layer;
 mod pax;
 mod sparse;

@@ -21,6 +21,7 @@ import struct
 import sys
 import termios
 import threading
+import time
 import tty
 
 NOT_RUN = 125
@@ -113,8 +114,24 @@ def run(state, kvm_host, shares, fixed, argv):
     try:
         return carry(control, streams, hello["terminals"])
     except Gone:
-        complain("the emulated host ended while the command ran: see scripts/kvm-host console-log")
+        complain("the emulated host ended while the command ran; the end of its console:")
+        sys.stderr.writelines(last_words(state))
         return NOT_RUN
+
+
+def last_words(state):
+    """The end of what the emulated host and QEMU said, without what every guest makes KVM say."""
+    # Whoever waits for QEMU says last how it ended.
+    for _ in range(20):
+        try:
+            with open(os.path.join(state, "console"), errors="replace") as console:
+                lines = [line for line in console if "Unhandled WRMSR" not in line]
+        except OSError as e:
+            return [f"{e}\n"]
+        if lines and "QEMU ended" in lines[-1]:
+            break
+        time.sleep(0.1)
+    return lines[-40:]
 
 
 def command_hello(shares, fixed, argv):

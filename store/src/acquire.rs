@@ -12,7 +12,6 @@
 //! The platform is known before the first layer is fetched, and the record is written after the last blob.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -27,61 +26,18 @@ use crate::document::{Descriptor, Document, DocumentError, Manifest};
 use crate::images::{Image, Record};
 use crate::ingest::{Ingest, Kind};
 use crate::layout::{Layout, LayoutError};
+use crate::options::{Policy, PullOptions};
 use crate::origin::Origin;
 use crate::platform::Platform;
 use crate::printable::Printable;
 use crate::progress::Progress;
 use crate::reference::Source;
-use crate::registry::{Patience, Registry};
+use crate::registry::Registry;
 use crate::section::Section;
 use crate::store::{Store, StoreError};
 
 /// How many indexes may be within each other.
 const DEEPEST: usize = 4;
-
-/// When a registry is asked. Layouts and archives are always read: they are at hand, and asking costs little.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Policy {
-    /// Every time: a tag may have moved.
-    Always,
-    /// If the store doesn't know the name, or only for another platform.
-    #[default]
-    Missing,
-    /// Never.
-    Never,
-}
-
-/// How to acquire an image.
-#[derive(Clone, Debug)]
-pub struct PullOptions {
-    /// When a registry is asked.
-    pub policy: Policy,
-    /// Speak plain HTTP with this registry, even if it is on another machine.
-    pub insecure: bool,
-    /// Which of an image's platforms is wanted.
-    pub platform: Platform,
-    /// How many blobs a registry is asked for at once, 1 or more.
-    pub parallel: usize,
-    /// The folder of Docker's `config.json`, where credentials are; without one, everything is pulled anonymously.
-    pub docker_config: Option<PathBuf>,
-    /// How long a registry is waited for.
-    pub patience: Patience,
-}
-
-impl Default for PullOptions {
-    /// For this machine, four blobs at once, and with the credentials of `$DOCKER_CONFIG` or `~/.docker`.
-    fn default() -> Self {
-        let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".docker"));
-        Self {
-            policy: Policy::default(),
-            insecure: false,
-            platform: Platform::host(),
-            parallel: 4,
-            docker_config: std::env::var_os("DOCKER_CONFIG").map(PathBuf::from).or_else(home),
-            patience: Patience::default(),
-        }
-    }
-}
 
 /// What a name was resolved to.
 struct Chosen {

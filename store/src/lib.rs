@@ -39,21 +39,21 @@ mod acquire;
 #[cfg(test)]
 mod hostile;
 mod ingest;
+mod options;
 mod origin;
 mod store;
 #[cfg(test)]
 mod testing;
 mod withdraw;
 
-pub use acquire::{Policy, PullOptions};
 pub use config::ImageConfig;
 pub use digest::Digest;
 pub use document::Compression;
 pub use images::{Image, LayerBlob};
 pub use lease::Lease;
+pub use options::{Patience, Policy, PullOptions};
 pub use platform::Platform;
 pub use prune::{PruneOptions, Pruned};
 pub use reference::Source;
-pub use registry::Patience;
 pub use store::{Store, StoreError};
 pub use withdraw::Before;

@@ -7,7 +7,6 @@
 //!
 //! All that comes is capped by what was announced and checked against its digest; what a registry says about itself is shown, never believed.
 
-use std::error::Error;
 use std::sync::atomic::AtomicBool;
 use std::thread;
 use std::time::Duration;
@@ -15,13 +14,12 @@ use std::time::Duration;
 use ureq::http::StatusCode;
 use ureq::http::header::{ACCEPT, CONTENT_TYPE};
 
-use crate::acquire::PullOptions;
 use crate::blobs::{BlobError, Blobs};
 use crate::digest::Digest;
 use crate::document::{ACCEPTED, Descriptor, LARGEST_DOCUMENT, is_manifest_type};
 use crate::images;
+use crate::options::{Patience, PullOptions};
 use crate::origin::Origin;
-use crate::printable::Printable;
 use crate::progress::Transfer;
 use crate::reference::Remote;
 use crate::section::verify;
@@ -31,143 +29,13 @@ mod challenge;
 mod client;
 pub mod credentials;
 mod download;
+pub(crate) mod refusal;
 
 use client::{Answer, Client};
-use credentials::CredentialsError;
+pub use refusal::RegistryError;
 
 /// The longest pause between two tries. A registry that asks for more is not waited for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-
-/// How long a registry is waited for, and how often it is asked again.
-#[derive(Clone, Debug)]
-pub struct Patience {
-    /// For its name to be found, and for a connection.
-    pub connect: Duration,
-    /// For an answer to begin, and for each next piece of it.
-    pub stall: Duration,
-    /// How many tries in a row may bring nothing before a blob is given up.
-    pub retries: u32,
-    /// Before the first repetition; doubled for each after it, up to 30 s.
-    pub pause: Duration,
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self {
-            connect: Duration::from_secs(15),
-            stall: Duration::from_secs(30),
-            retries: 5,
-            pause: Duration::from_millis(300),
-        }
-    }
-}
-
-/// Why a registry did not give what was asked for.
-#[derive(Debug, thiserror::Error)]
-pub enum RegistryError {
-    /// No such name there.
-    #[error("The registry {host} has no image {image}: {said}.")]
-    NotFound {
-        /// The registry.
-        host: String,
-        /// What was asked for.
-        image: String,
-        /// Its own words.
-        said: Printable,
-    },
-    /// It has the manifest, and not what the manifest names.
-    #[error("The registry {host} lacks {digest}, a part of the image: push the image again.")]
-    NoBlob {
-        /// The registry.
-        host: String,
-        /// What is missing.
-        digest: Digest,
-    },
-    /// It wants somebody else, or anybody at all.
-    #[error(
-        "The registry {host} denies access to {repository} ({said}): it does not exist, or `docker login {host}` is needed."
-    )]
-    Denied {
-        /// The registry.
-        host: String,
-        /// The repository.
-        repository: String,
-        /// Its own words.
-        said: Printable,
-    },
-    /// Another failure of its own.
-    #[error("The registry {host} failed: {said}.")]
-    Failed {
-        /// The registry.
-        host: String,
-        /// Its own words.
-        said: Printable,
-    },
-    /// No connection.
-    #[error(
-        "{host} can't be reached: check its name and the network, and whether it speaks plain HTTP (--insecure)."
-    )]
-    Unreachable {
-        /// Host and port.
-        host: Printable,
-        /// Why.
-        #[source]
-        source: Box<dyn Error + Send + Sync>,
-    },
-    /// A connection over which nothing comes.
-    #[error("{0} does not answer: nothing came for too long.")]
-    Stalled(Printable),
-    /// A blob that never comes to its end.
-    #[error(
-        "{digest} comes truncated from the registry {host}: {there} of {size} bytes, after several tries. What came is kept for the next pull."
-    )]
-    Truncated {
-        /// The registry.
-        host: String,
-        /// Which blob.
-        digest: Digest,
-        /// How many bytes came.
-        there: u64,
-        /// How many its manifest says.
-        size: u64,
-        /// What happened the last time.
-        #[source]
-        source: Option<Box<dyn Error + Send + Sync>>,
-    },
-    /// A redirect to plain HTTP, to nowhere, or with a password in it.
-    #[error("The registry {host} redirects to {to:?}, which is not followed.")]
-    BadRedirect {
-        /// The registry.
-        host: String,
-        /// Where to.
-        to: Printable,
-    },
-    /// A circle.
-    #[error("The registry {0} redirects again and again.")]
-    Redirects(String),
-    /// A token service that must not be told a password.
-    #[error(
-        "The registry {host} wants a token from {realm:?}, which is not asked: it would have to speak HTTPS."
-    )]
-    BadRealm {
-        /// The registry.
-        host: String,
-        /// Its token service.
-        realm: Printable,
-    },
-    /// An answer without a token.
-    #[error("The token service of the registry {0} gave no token that can be used.")]
-    BadToken(String),
-    /// Too long a manifest.
-    #[error("The manifest of {0} is too large: 4 MiB is the most that is read.")]
-    TooLarge(String),
-    /// Another part of the image failed.
-    #[error("{0} was not fetched to its end, because another part of the image failed.")]
-    Cancelled(Digest),
-    /// Credentials are there and can't be read.
-    #[error(transparent)]
-    Credentials(#[from] CredentialsError),
-}
 
 /// A repository of a registry.
 pub(crate) struct Registry {

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use crate::blobs::{BlobError, Blobs};
 use crate::config::ConfigError;
 use crate::digest::Digest;
-use crate::docker_archive::DockerArchiveError;
+use crate::docker_archive::refusal::DockerArchiveError;
 use crate::document::DocumentError;
 use crate::images::{Image, ImageError, Record, Records};
 use crate::ingest::{self, CHUNK, Ingest};
@@ -17,7 +17,7 @@ use crate::lease::{Lease, LeaseError};
 use crate::platform::Platform;
 use crate::printable::Printable;
 use crate::reference::Source;
-use crate::registry::RegistryError;
+use crate::registry::refusal::RegistryError;
 use crate::section::SectionError;
 
 /// Why the store could not do what was asked.

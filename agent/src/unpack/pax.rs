@@ -3,6 +3,7 @@
 use base64::Engine as _;
 use base64::engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig};
 
+use super::decimal::digits;
 use super::sparse::Sparse;
 
 /// What an extended header changes in the entry that follows. What isn't here is passed over: access times, comments, names of
@@ -124,12 +125,6 @@ fn record(records: &[u8]) -> Option<(&[u8], &[u8], &[u8])> {
     let equals = body.iter().position(|&byte| byte == b'=')?;
     let (name, value) = body.split_at_checked(equals)?;
     Some((name, value.get(1..)?, rest))
-}
-
-/// A decimal number without sign.
-pub(super) fn digits(text: &[u8]) -> Option<u64> {
-    let valid = !text.is_empty() && text.iter().all(u8::is_ascii_digit);
-    str::from_utf8(text).ok().filter(|_| valid)?.parse().ok()
 }
 
 fn number<T: TryFrom<u64>>(text: &[u8], wrong: impl Fn() -> String) -> Result<Option<T>, String> {

@@ -1,7 +1,7 @@
 //! Files with holes, in the four ways in which GNU tar writes them (tar manual, *Storing Sparse Files*): a map of where data are, and
 //! a real size. Old GNU headers bring the map in their own fields, 0.0 and 0.1 in extended headers, 1.0 before the data.
 
-use super::pax::digits;
+use super::decimal::digits;
 
 /// Pieces that a map may have: 4 MiB of memory.
 pub(super) const MOST_PIECES: usize = 1 << 18;

@@ -6,8 +6,12 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
-use super::index::{MOST_ENTRIES, MOST_NAME_BYTES};
 use crate::printable::Printable;
+
+/// The most entries of an archive: 128 layers have three each, and 16,384 are hundreds of images.
+pub(super) const MOST_ENTRIES: usize = 16_384;
+/// The most bytes of all names and links together: 256 for each of so many entries.
+pub(super) const MOST_NAME_BYTES: usize = 4 << 20;
 
 /// Why a file is no image archive.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,7 +4,7 @@ use std::io::Write;
 use proptest::prelude::*;
 
 use super::header::BLOCK;
-use super::index::MOST_ENTRIES;
+use super::refusal::MOST_ENTRIES;
 use super::*;
 use crate::testing::{Sample, acquire, sentence, store, tar as tar_of};
 

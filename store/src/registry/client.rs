@@ -19,8 +19,8 @@ use ureq::{Agent, Body};
 
 use super::challenge::{self, Challenge};
 use super::credentials::{self, Credential};
-use super::{Patience, RegistryError};
-use crate::acquire::PullOptions;
+use super::refusal::RegistryError;
+use crate::options::{Patience, PullOptions};
 use crate::printable::Printable;
 use crate::reference::{Remote, is_loopback};
 

@@ -19,7 +19,8 @@ use ureq::http::StatusCode;
 use ureq::http::header::{CONTENT_RANGE, RANGE};
 
 use super::client::{self, Answer};
-use super::{Registry, RegistryError, is_passing};
+use super::refusal::RegistryError;
+use super::{Registry, is_passing};
 use crate::blobs::{BlobError, Blobs};
 use crate::document::Descriptor;
 use crate::ingest::{Ingest, Kind};

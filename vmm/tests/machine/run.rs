@@ -5,6 +5,7 @@ use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -28,9 +29,13 @@ pub(crate) fn has_kvm() -> bool {
 
 /// Whether a VMM can have a cgroup of its own here. Like `/dev/kvm`, among the whole-system tests it must.
 pub(crate) fn has_cgroups() -> bool {
-    let has = carrel_vmm::cgroup::Cgroup::below_own();
-    assert!(has.is_ok() || std::env::var_os("CARREL_TEST_KVM").is_none(), "{has:?}");
-    has.is_ok()
+    // One try for all tests of this process: two at once would be of one name.
+    static HAS: LazyLock<bool> = LazyLock::new(|| {
+        let has = carrel_vmm::cgroup::Cgroup::below_own();
+        assert!(has.is_ok() || std::env::var_os("CARREL_TEST_KVM").is_none(), "{has:?}");
+        has.is_ok()
+    });
+    *HAS
 }
 
 /// A machine of one vCPU and 64 MiB that runs this guest, with its serial port on standard output.
