@@ -134,6 +134,9 @@ impl Carrel {
 
 impl Drop for Carrel {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("\n{}", evidence::of_rooms(self.home()));
+        }
         let rooms = self.run(&["ps", "-q"]);
         for room in rooms.text().lines() {
             self.run(&["kill", room]);

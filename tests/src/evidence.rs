@@ -36,9 +36,15 @@ pub fn gathered(home: Option<&Path>) -> String {
     let lines = memory.lines().filter(|line| line.starts_with("Mem") || line.starts_with("Swap"));
     let _ = writeln!(text, "memory: {}", lines.collect::<Vec<_>>().join("; "));
     if let Some(home) = home {
-        let _ = writeln!(text, "ps --json: {}", rooms(home));
-        owners_logs(home, &mut text);
+        text.push_str(&of_rooms(home));
     }
+    text
+}
+
+/// What is known of the rooms of this home, those that have ended too.
+pub fn of_rooms(home: &Path) -> String {
+    let mut text = format!("ps -a --json: {}\n", rooms(home));
+    owners_logs(home, &mut text);
     text
 }
 
