@@ -91,6 +91,11 @@ pub struct Request {
 }
 
 impl Request {
+    /// For a blob's bytes.
+    pub fn is_blob(&self) -> bool {
+        self.method == "GET" && self.path.contains("/blobs/")
+    }
+
     /// Of `HOST - - [TIME] "GET /v2/… HTTP/1.1" 206 1234 "" "agent"`.
     fn parse(line: &str) -> Option<Self> {
         let mut quoted = line.split('"');

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use carrel_tests::layout::{Image, Layer, Tar};
 use carrel_tests::pty::Terminal;
-use carrel_tests::registry::{READER, Registry};
-use carrel_tests::{Carrel, Running, fixtures};
+use carrel_tests::registry::{READER, Registry, Request};
+use carrel_tests::{Carrel, Running, fixtures, wait_for};
 use rustix::process::Signal;
 
 #[test]
@@ -205,15 +205,15 @@ fn an_interrupted_pull_leaves_a_store_that_the_next_pull_completes() {
     let there = downloads(carrel.home());
     assert!(there >= 1 << 20, "the pull was over before it was killed: {there} bytes are on their way");
 
+    // The registry's own account of it, so that it isn't taken for the next pull's.
+    let large = |request: &Request| request.is_blob() && request.bytes >= there;
+    wait_for("the registry's notice", || registry.requests().iter().any(large).then_some(()));
     let before = registry.requests().len();
     carrel.run(&["pull", &name]).succeeds();
     let images = carrel.json(&["images", "--json"]);
     assert_eq!(images.as_array().unwrap().len(), 1);
     let requests = registry.requests();
-    let blobs: Vec<_> = requests[before..]
-        .iter()
-        .filter(|request| request.method == "GET" && request.path.contains("/blobs/"))
-        .collect();
+    let blobs: Vec<_> = requests[before..].iter().filter(|request| request.is_blob()).collect();
     assert!(blobs.iter().any(|request| request.status == 206), "no range was asked for: {blobs:?}");
     // What had come didn't come again.
     let moved: u64 = blobs.iter().map(|request| request.bytes).sum();
