@@ -112,13 +112,16 @@ pub(crate) fn enter(
     extra.sort_by_key(|(path, _)| path.components().count());
     for (path, options) in extra {
         let step = format!("mounting a volume or tmpfs at {}", path.display());
-        directory(&path).map_err(|error| match error {
-            // A tmpfs is the user's wish, a volume the image's own.
-            StartError::InTheWay { path, .. } if options.is_some() => StartError::Request(format!(
+        let made = directory(&path);
+        // A tmpfs is the user's wish, a volume the image's own.
+        if let Err(StartError::InTheWay { path, .. }) = &made
+            && options.is_some()
+        {
+            return Err(StartError::Request(format!(
                 "no tmpfs can be mounted at {path}, where the image has something else than a directory"
-            )),
-            other => other,
-        })?;
+            )));
+        }
+        made?;
         place(&path, options).map_err(StartError::step(step))?;
     }
     if surroundings.read_only_root {

@@ -154,7 +154,8 @@ fn an_image_that_has_something_else_in_the_place_of_a_containers_own_is_at_fault
     let file = |image: &Path, name: &str| fs::write(image.join(name), "").unwrap();
     let folder = |image: &Path, name: &str| fs::create_dir_all(image.join(name)).unwrap();
     let link = |image: &Path, name: &str, target: &str| symlink(target, image.join(name)).unwrap();
-    let cases: [(&str, &dyn Fn(&Path)); 7] = [
+    type Make<'a> = &'a dyn Fn(&Path);
+    let cases: [(&str, Make<'_>); 7] = [
         ("/dev", &|image| file(image, "dev")),
         ("/proc", &|image| file(image, "proc")),
         ("/sys", &|image| link(image, "sys", "sys")),
