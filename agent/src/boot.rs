@@ -59,7 +59,9 @@ const MOUNTS: [Row; 7] = [
         options: c"mode=600,ptmxmode=600",
     },
     Row { kind: "tmpfs", at: "run", flags: QUIET, options: c"mode=755" },
-    Row { kind: "cgroup2", at: "sys/fs/cgroup", flags: QUIET, options: c"" },
+    // Of the whole hierarchy, so also of a mount that a workload makes: what lies at the root of its cgroup namespace refuses
+    // its writes (cgroup-v2.rst, *Delegation*). Anybody is root in a user namespace of their own, and may mount it there.
+    Row { kind: "cgroup2", at: "sys/fs/cgroup", flags: QUIET, options: c"nsdelegate" },
 ];
 
 /// Where the agent's own root is put together. The initial root is a rootfs, which nobody can pivot away from, so the

@@ -22,6 +22,7 @@ pub(crate) mod tmpfs;
 pub(crate) mod user;
 
 use std::io;
+use std::path::Path;
 
 use carrel_protocol::agent::Failure;
 use thiserror::Error;
@@ -49,6 +50,22 @@ pub(crate) enum StartError {
         #[source]
         source: io::Error,
     },
+    /// execve(2) says E2BIG.
+    #[error(
+        "the command '{0}' can't be executed with arguments and environment as long as these; 128 KiB each and 2 MiB together are the most that the kernel takes"
+    )]
+    TooLong(String),
+    /// The image has something else where a container needs a file or directory of its own.
+    #[error("the image is in the way at {path}: there must be {expected} or nothing")]
+    InTheWay {
+        /// In the container.
+        path: String,
+        /// "a directory", "a file".
+        expected: &'static str,
+        /// EEXIST, ENOTDIR, ….
+        #[source]
+        source: io::Error,
+    },
     /// The request names something impossible.
     #[error("{0}")]
     Request(String),
@@ -69,12 +86,24 @@ impl StartError {
         move |error| Self::Step { step: step.into(), source: error.into() }
     }
 
+    /// For `map_err`, where the image decides what is found at a path: whatever is no shortage is its fault.
+    pub(crate) fn at(path: &Path, expected: &'static str) -> impl FnOnce(io::Error) -> Self {
+        let path = path.display().to_string();
+        move |source| match source.raw_os_error() {
+            Some(libc::ENOSPC | libc::ENOMEM | libc::EIO | libc::EMFILE | libc::ENFILE) => {
+                Self::Step { step: format!("making {expected} at {path}"), source }
+            }
+            _ => Self::InTheWay { path, expected, source },
+        }
+    }
+
     /// The class that decides the host's exit status.
     pub(crate) fn failure(&self) -> Failure {
         match self {
             Self::User(_) => Failure::UnknownUser,
             Self::NotFound(_) => Failure::CommandNotFound,
-            Self::NotExecutable { .. } => Failure::CommandNotExecutable,
+            Self::NotExecutable { .. } | Self::TooLong(_) => Failure::CommandNotExecutable,
+            Self::InTheWay { .. } => Failure::BadPayload,
             Self::Tmpfs(_) | Self::Request(_) => Failure::BadRequest,
             Self::Step { source, .. } if source.raw_os_error() == Some(libc::ENOSPC) => Failure::DiskFull,
             Self::Step { .. } => Failure::System,

@@ -26,6 +26,7 @@ use tokio::time::MissedTickBehavior;
 use crate::container::StartError;
 use crate::container::cgroup::{self, Cgroup};
 use crate::container::launch::{Launch, Live};
+use crate::container::root::SetIds;
 use crate::control::{Control, ControlError};
 use crate::disk::Disk;
 use crate::fork::Child;
@@ -276,7 +277,10 @@ impl Room {
         if let Some(function) = &function {
             function.begin();
         }
-        let (init, live) = launch.first(&self.folder(id).join(unpack::ROOTFS), surroundings).await?;
+        // On Lambda nobody is root, whatever the image brings.
+        let set_ids = if function.is_some() { SetIds::Ignored } else { SetIds::Honoured };
+        let rootfs = self.folder(id).join(unpack::ROOTFS);
+        let (init, live) = launch.first(&rootfs, surroundings, set_ids).await?;
         let container = Rc::new(Container {
             init: init.pidfd().try_clone_to_owned().ok(),
             hostname,

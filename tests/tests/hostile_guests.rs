@@ -152,8 +152,9 @@ fn a_workload_that_opens_a_hundred_thousand_connections() {
 fn a_guest_that_forks_without_end() {
     let carrel = Carrel::new();
     let neighbour = Neighbour::new(&carrel);
-    let script = "bomb() { bomb & bomb; }; bomb 2>/dev/null; sleep 1000";
-    carrel.run(&[
+    // What waits is not what forks: it lives to the end of its time.
+    let script = "sleep 1000 & echo begun; (bomb() { bomb & bomb; }; bomb) 2>/dev/null; echo spent; wait";
+    let done = carrel.run(&[
         "run",
         "--timeout",
         "10s",
@@ -164,6 +165,8 @@ fn a_guest_that_forks_without_end() {
         "-c",
         script,
     ]);
+    assert!(done.text().starts_with("begun\n"), "{done:?}");
+    done.complains(124, &["timeout of 10"]);
     neighbour.must_be_well();
 }
 

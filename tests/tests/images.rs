@@ -3,11 +3,15 @@
 // A test fails by panicking, and so do the functions that tests share.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use carrel_tests::layout::{Image, Layer, Tar};
-use carrel_tests::registry::Registry;
+use carrel_tests::pty::Terminal;
+use carrel_tests::registry::{READER, Registry, Request};
 use carrel_tests::{Carrel, Running, fixtures, wait_for};
+use rustix::process::Signal;
 
 #[test]
 fn a_debian_image_from_a_registry_runs_python_as_a_user_who_writes_files() {
@@ -191,15 +195,106 @@ fn an_interrupted_pull_leaves_a_store_that_the_next_pull_completes() {
     let registry = Registry::start(&carrel.scratch());
     let name = registry.push(&fixtures::image("debian"), "debian:12");
     let pulling = carrel.start(&["pull", &name]);
-    wait_for("the first bytes", || (disk_usage(carrel.home()) > 64 << 10).then_some(()));
-    let _ = rustix::process::kill_process(pulling.pid(), rustix::process::Signal::KILL);
-    pulling.done();
+    let deadline = Instant::now() + carrel_tests::patience();
+    while downloads(carrel.home()) < 1 << 20 {
+        assert!(Instant::now() < deadline, "no megabyte came");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    pulling.signal(Signal::KILL);
+    pulling.done().ends_with(137);
+    let there = downloads(carrel.home());
+    assert!(there >= 1 << 20, "the pull was over before it was killed: {there} bytes are on their way");
+
+    // The registry's own account of it, so that it isn't taken for the next pull's.
+    let large = |request: &Request| request.is_blob() && request.bytes >= there;
+    wait_for("the registry's notice", || registry.requests().iter().any(large).then_some(()));
+    let before = registry.requests().len();
     carrel.run(&["pull", &name]).succeeds();
-    assert_eq!(carrel.json(&["images", "--json"]).as_array().unwrap().len(), 1);
+    let images = carrel.json(&["images", "--json"]);
+    assert_eq!(images.as_array().unwrap().len(), 1);
+    let requests = registry.requests();
+    let blobs: Vec<_> = requests[before..].iter().filter(|request| request.is_blob()).collect();
+    assert!(blobs.iter().any(|request| request.status == 206), "no range was asked for: {blobs:?}");
+    // What had come didn't come again.
+    let moved: u64 = blobs.iter().map(|request| request.bytes).sum();
+    let whole = images[0]["size_bytes"].as_u64().unwrap();
+    assert!(moved + there <= whole, "{moved} bytes came beside the {there} of {whole} that were there");
+    let done = carrel.run(&["run", "--pull", "never", &name, "echo", "whole"]).succeeds();
+    assert_eq!(done.text(), "whole\n");
+}
+
+/// Bytes of downloads that are on their way (docs/store.md, *On disk*).
+fn downloads(home: &Path) -> u64 {
+    let bytes = |folder: &Path| -> u64 {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let parts = entries.filter(|entry| entry.file_name().to_string_lossy().ends_with(".part"));
+        parts.filter_map(|entry| Some(entry.metadata().ok()?.len())).sum()
+    };
+    let folders = std::fs::read_dir(home).into_iter().flatten().flatten();
+    bytes(&home.join("ingest")) + folders.map(|entry| bytes(&entry.path().join("ingest"))).sum::<u64>()
+}
+
+#[test]
+fn a_registry_that_asks_who_pulls_is_told_by_dockers_configuration() {
+    let carrel = Carrel::new();
+    let registry = Registry::start_for_reader(&carrel.scratch());
+    let name = registry.push(&fixtures::busybox(), "closed/busybox:1");
+    let docker = carrel.scratch().join("docker");
+    std::fs::create_dir(&docker).unwrap();
+    let pull_as = |account: Option<(&str, &str)>| {
+        // As `docker login` writes it.
+        let accounts = account.map(|(user, password)| {
+            let auth = base64(format!("{user}:{password}").as_bytes());
+            serde_json::json!({ &registry.address: { "auth": auth } })
+        });
+        let document = serde_json::json!({ "auths": accounts.unwrap_or_else(|| serde_json::json!({})) });
+        std::fs::write(docker.join("config.json"), document.to_string()).unwrap();
+        let mut command = carrel.command(&["pull", &name]);
+        Running::spawn(command.env("DOCKER_CONFIG", &docker)).done()
+    };
+    pull_as(None).complains(1, &["denies access", "docker login"]);
+    pull_as(Some((READER.0, "wrong"))).complains(1, &["denies access", "docker login"]);
+    assert_eq!(carrel.json(&["images", "--json"]), serde_json::json!([]));
+    pull_as(Some(READER)).succeeds();
+    let done = carrel.run(&["run", "--pull", "never", &name, "echo", "let in"]).succeeds();
+    assert_eq!(done.text(), "let in\n");
+}
+
+/// RFC 4648, section 4.
+fn base64(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for group in bytes.chunks(3) {
+        let number = group.iter().fold(0_usize, |number, byte| number << 8 | usize::from(*byte));
+        let number = number << (8 * (3 - group.len()));
+        for digit in 0..4 {
+            let shown = DIGITS[number >> (18 - 6 * digit) & 63];
+            text.push(if digit <= group.len() { char::from(shown) } else { '=' });
+        }
+    }
+    text
+}
+
+#[test]
+fn a_pull_on_a_terminal_shows_a_bar_and_takes_it_away_again() {
+    let carrel = Carrel::new();
+    let registry = Registry::start(&carrel.scratch());
+    let name = registry.push(&fixtures::image("debian"), "debian:12");
+    let mut command = carrel.command(&["pull", &name]);
+    let (terminal, running) = Terminal::run(command.env("TERM", "xterm"), 24, 100);
+    // So much of so much, and how fast: the layer has some fifty megabytes.
+    terminal.wait_for(" MiB/");
+    terminal.wait_for("iB/s");
+    terminal.wait_for("█");
+    running.done().succeeds();
+    let shown = terminal.shown();
+    // Erase in line (ECMA-48, EL): the last that is done to a bar. What is left after it is no bar.
+    let (_, after) = shown.rsplit_once("\x1b[2K").unwrap_or_else(|| panic!("{shown:?}"));
+    assert!(!after.contains("iB/s"), "{shown:?}");
 }
 
 /// Bytes in all files below a folder.
-fn disk_usage(folder: &std::path::Path) -> u64 {
+fn disk_usage(folder: &Path) -> u64 {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     entries
         .map(|entry| match entry.metadata() {

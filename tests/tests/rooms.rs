@@ -206,9 +206,34 @@ fn a_killed_vmm_is_noticed_and_its_room_swept_up() {
     let carrel = Carrel::new();
     let running = carrel.start(&["run", &fixtures::busybox(), "sh", "-c", "echo begun; sleep 1000"]);
     kill_process(vmm(), Signal::KILL).unwrap();
-    let killed = Instant::now();
     running.done().complains(125, &["VMM"]);
-    assert!(killed.elapsed() < Duration::from_secs(20), "noticed only after {:?}", killed.elapsed());
+    carrel.expect_nothing_left();
+}
+
+/// Within a second on hardware (DESIGN §8, docs/host.md). In an emulated host the death of a VMM alone, which is KVM's teardown, takes
+/// some 300 ms, the owner's half as much, and whatever else the machine does comes on top.
+const NOTICED: Duration = Duration::from_secs(5);
+
+#[test]
+fn a_killed_vmm_is_noticed_within_a_second() {
+    let carrel = Carrel::new();
+    let id = forever(&carrel, "desk");
+    let record = carrel.home().join("rooms").join(&id).join("state.json");
+    let phase = || -> Value {
+        let record = std::fs::read(&record).unwrap();
+        serde_json::from_slice::<Value>(&record).unwrap()["phase"].take()
+    };
+    assert_eq!(phase(), "running");
+    let vmm = vmm();
+    let killed = Instant::now();
+    kill_process(vmm, Signal::KILL).unwrap();
+    // The owner's own word, by its record: no command's start is in this.
+    while phase() != "ended" {
+        assert!(killed.elapsed() < NOTICED, "the owner's record still says {}", phase());
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    println!("noticed, swept up and written down after {:?}", killed.elapsed());
+    assert_eq!(carrel.run(&["wait", "desk"]).succeeds().text(), "125\n");
     carrel.expect_nothing_left();
 }
 

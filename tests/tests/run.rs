@@ -210,10 +210,45 @@ fn a_workload_has_carrels_init_as_process_one_above_it_and_sees_no_other() {
 #[test]
 fn workloads_have_no_vsock() {
     let carrel = Carrel::new();
-    // AF_VSOCK is 40. Python is the shortest way to ask for a socket family.
-    let script = "import socket\ntry:\n    socket.socket(40, socket.SOCK_STREAM)\n    print('open')\nexcept OSError as error:\n    print('refused', error.errno)";
+    // Python is the shortest way to ask for a socket family, and for any system call. io_uring has an operation that makes a socket
+    // (425 to 427 are its setup, enter and register; the arguments are such that a kernel with io_uring makes a ring of them).
+    let script = "import ctypes, errno, socket\n\
+        for kind in socket.SOCK_STREAM, socket.SOCK_SEQPACKET, socket.SOCK_DGRAM:\n\
+        \x20   try:\n\
+        \x20       socket.socket(socket.AF_VSOCK, kind)\n\
+        \x20       print('open')\n\
+        \x20   except OSError as error:\n\
+        \x20       print(errno.errorcode[error.errno])\n\
+        libc = ctypes.CDLL(None, use_errno=True)\n\
+        for call in 425, 426, 427:\n\
+        \x20   done = libc.syscall(call, 4, ctypes.create_string_buffer(120), 0, 0, 0, 0)\n\
+        \x20   print(done, errno.errorcode.get(ctypes.get_errno()))";
     let done = carrel.run(&["run", &fixtures::image("debian"), "python3", "-c", script]).succeeds();
-    assert!(done.text().starts_with("refused"), "{done:?}");
+    let expected = ["EAFNOSUPPORT\n".repeat(3), "-1 ENOSYS\n".repeat(3)].concat();
+    assert_eq!(done.text(), expected);
+}
+
+/// Writes each limit of the container's cgroup, as root of user, mount and cgroup namespaces of the workload's own (`unshare`): at the root
+/// of its cgroup namespace, and from another namespace below that, through the mount made before.
+const LIFT: &str = r#"
+mkdir /tmp/c && mount -t cgroup2 none /tmp/c || exit 9
+lift='for limit in cpu.max memory.max pids.max cgroup.max.descendants; do
+    (echo max >/tmp/c/$limit) 2>/dev/null && echo lifted $limit
+done'
+sh -c "$lift"
+mkdir /tmp/c/below 2>/dev/null && echo $$ >/tmp/c/below/cgroup.procs && echo went below
+unshare -C sh -c "$lift"
+cat /tmp/c/cpu.max /tmp/c/pids.max /tmp/c/cgroup.max.descendants
+"#;
+
+#[test]
+fn a_workload_cannot_lift_its_containers_limits() {
+    let carrel = Carrel::new();
+    let image = fixtures::image("debian");
+    let line =
+        ["run", "--cpus", "0.5", "-m", "256m", &image, "unshare", "-U", "-r", "-m", "-C", "sh", "-c", LIFT];
+    let done = carrel.run(&line).succeeds();
+    assert_eq!(done.text(), "50000 100000\n16384\n0\n");
 }
 
 #[test]
@@ -255,6 +290,12 @@ fn a_missing_command_is_127_and_one_that_cannot_run_126() {
     carrel.run(&["run", &image, "/no/such/command"]).complains(127, &["/no/such/command"]);
     carrel.run(&["run", &image, "/bin/not-executable"]).complains(126, &["not-executable"]);
     carrel.run(&["run", &image, "/etc"]).complains(126, &["/etc"]);
+    let long = "x".repeat(200 << 10);
+    let file = carrel.scratch().join("long.env");
+    std::fs::write(&file, format!("LONG={long}\n")).unwrap();
+    let line = ["run", "--env-file", file.to_str().unwrap(), &image, "true"];
+    let done = carrel.run(&line).complains(126, &["'true'", "128 KiB each"]);
+    assert!(!done.errors().contains("executable file"), "that is no advice here: {done:?}");
 }
 
 #[test]
@@ -299,6 +340,9 @@ fn a_terminal_follows_its_window_and_is_given_back() {
     terminal.type_in("tty; stty size\r");
     terminal.wait_for("/dev/pts/");
     terminal.wait_for("24 80");
+    // Its console is the same terminal, whoever writes there.
+    terminal.type_in("test -c /dev/console && echo by-the-'console' >/dev/console\r");
+    terminal.wait_for("by-the-console");
     terminal.resize(50, 132);
     terminal.type_in("while ! stty size | grep '50 132'; do sleep 0.1; done; echo TERM=$TERM.\r");
     terminal.wait_for("TERM=xterm");

@@ -15,6 +15,9 @@ use super::devices;
 const PROCESSES: u32 = 16_384;
 /// `cpu.max`'s period, µs.
 const PERIOD_US: u64 = 100_000;
+/// Cgroups that a workload may make below its own. With `nsdelegate` (see `boot`) limits can't be written at the root of a cgroup
+/// namespace, but from a namespace whose root lies deeper they could, through a mount made before.
+const BELOW: u32 = 0;
 /// What is counted and limited.
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "io", "pids"];
 
@@ -62,6 +65,7 @@ impl Tree {
         let path = self.containers.join(id.0.to_string());
         fs::create_dir(&path)?;
         let group = Cgroup { path };
+        group.limit("cgroup.max.descendants", &BELOW.to_string())?;
         group.limit("pids.max", &surroundings.processes.unwrap_or(PROCESSES).to_string())?;
         if let Some(bytes) = surroundings.memory_bytes {
             group.limit("memory.max", &bytes.to_string())?;
@@ -146,6 +150,7 @@ mod tests {
     fn what_is_not_limited_stays_the_kernels_but_processes() {
         let (_folder, group) = made(&Surroundings::default());
         assert_eq!(group.read("pids.max"), "16384");
+        assert_eq!(group.read("cgroup.max.descendants"), "0");
         assert_eq!((group.read("memory.max"), group.read("cpu.max")), (String::new(), String::new()));
     }
 

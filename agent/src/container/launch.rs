@@ -9,6 +9,7 @@ use carrel_protocol::agent::{ExitStatus, Failure, Process, Surroundings, Termina
 
 use super::cgroup::Cgroup;
 use super::report::{self, Report, Reports};
+use super::root::SetIds;
 use super::supervise::{self, Job};
 use super::{StartError, seccomp};
 use crate::fork::{self, Child, Separate};
@@ -51,9 +52,10 @@ impl Launch<'_> {
         &self,
         rootfs: &Path,
         surroundings: &Surroundings,
+        set_ids: SetIds,
     ) -> Result<(Child, Live), Refusal> {
         let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
-        self.run(namespaces, |job| supervise::init(job, rootfs, surroundings)).await
+        self.run(namespaces, |job| supervise::init(job, rootfs, surroundings, set_ids)).await
     }
 
     /// Starts one more process in the container of `init` (a pidfd).

@@ -203,6 +203,7 @@ impl Image {
             match error.raw_os_error() {
                 Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP | libc::ENAMETOOLONG) => {}
                 Some(libc::EACCES) => denied = denied.or(Some(explain(path, error))),
+                Some(libc::E2BIG) => return StartError::TooLong(name.to_owned()),
                 _ => return StartError::NotExecutable { program: name.to_owned(), source: error },
             }
         }
@@ -370,6 +371,17 @@ mod tests {
         let folders = format!("{}:{at}", folder.path().parent().unwrap().display());
         let name = folder.path().file_name().unwrap().to_str().unwrap();
         assert_eq!(prevented(&[name], &folders).failure(), Failure::CommandNotExecutable);
+    }
+
+    #[test]
+    fn what_is_too_long_is_not_called_a_bad_program() {
+        // MAX_ARG_STRLEN: 32 pages, its last zero byte included.
+        let long = "x".repeat(128 << 10);
+        let error = prevented(&["/bin/true", &long], "/");
+        assert!(matches!(&error, StartError::TooLong(name) if name == "/bin/true"), "{error}");
+        assert_eq!(error.failure(), Failure::CommandNotExecutable);
+        let error = image_of(&["/bin/true"], &[&format!("A={long}")]).unwrap().execute("/bin/true");
+        assert!(matches!(error, StartError::TooLong(_)), "{error}");
     }
 
     #[test]

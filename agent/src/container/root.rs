@@ -61,12 +61,26 @@ const MASKED: [&str; 8] = [
 /// Read-only, likewise.
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
+/// What files with set-user-ID bits or capabilities do when they are executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SetIds {
+    /// As anywhere.
+    Honoured,
+    /// They are plain files (`nosuid`).
+    Ignored,
+}
+
 /// Puts the calling process into the container's root at `rootfs`.
 ///
 /// # Errors
 ///
 /// Which step failed, in words.
-pub(crate) fn enter(rootfs: &Path, surroundings: &Surroundings, hostname: &str) -> Result<(), StartError> {
+pub(crate) fn enter(
+    rootfs: &Path,
+    surroundings: &Surroundings,
+    set_ids: SetIds,
+    hostname: &str,
+) -> Result<(), StartError> {
     let options = surroundings
         .tmpfs
         .iter()
@@ -78,26 +92,40 @@ pub(crate) fn enter(rootfs: &Path, surroundings: &Surroundings, hostname: &str) 
         .map(|path| Ok((absolute(path, "volume")?, None)))
         .collect::<Result<Vec<_>, StartError>>()?;
 
-    pivot(rootfs).map_err(StartError::step("changing to the container's root"))?;
+    let flags = match set_ids {
+        SetIds::Honoured => MountFlags::BIND,
+        SetIds::Ignored => MountFlags::BIND | MountFlags::NOSUID,
+    };
+    pivot(rootfs, flags).map_err(StartError::step("changing to the container's root"))?;
     for row in &MOUNTS {
-        let step = || format!("mounting {} at {}", row.kind, row.at);
-        directory(Path::new(row.at)).map_err(StartError::step(step()))?;
-        mount(row.kind, row.at, row.kind, row.flags, row.options).map_err(StartError::step(step()))?;
+        directory(Path::new(row.at))?;
+        mount(row.kind, row.at, row.kind, row.flags, row.options)
+            .map_err(StartError::step(format!("mounting {} at {}", row.kind, row.at)))?;
         if row.at == "/dev" {
             devices::fill().map_err(StartError::step("making the devices"))?;
         }
     }
-    names(hostname).map_err(StartError::step("writing the container's hostname and hosts"))?;
+    names(hostname)?;
     settings(surroundings)?;
     // Outer ones first, so that none hides another.
     let mut extra: Vec<_> = volumes.into_iter().chain(options).collect();
     extra.sort_by_key(|(path, _)| path.components().count());
     for (path, options) in extra {
         let step = format!("mounting a volume or tmpfs at {}", path.display());
+        let made = directory(&path);
+        // A tmpfs is the user's wish, a volume the image's own.
+        if let Err(StartError::InTheWay { path, .. }) = &made
+            && options.is_some()
+        {
+            return Err(StartError::Request(format!(
+                "no tmpfs can be mounted at {path}, where the image has something else than a directory"
+            )));
+        }
+        made?;
         place(&path, options).map_err(StartError::step(step))?;
     }
     if surroundings.read_only_root {
-        mount_remount("/", MountFlags::BIND | MountFlags::RDONLY, c"")
+        mount_remount("/", flags | MountFlags::RDONLY, c"")
             .map_err(StartError::step("making the root read-only"))?;
     }
     cover().map_err(StartError::step("covering parts of /proc and /sys"))
@@ -115,10 +143,13 @@ fn absolute(path: &str, what: &str) -> Result<PathBuf, StartError> {
     }
 }
 
-/// Makes `rootfs` the root and leaves nothing of the old one.
-fn pivot(rootfs: &Path) -> io::Result<()> {
+/// Makes `rootfs` the root, mounted with these flags, and leaves nothing of the old one.
+fn pivot(rootfs: &Path, flags: MountFlags) -> io::Result<()> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     mount_bind_recursive(rootfs, rootfs)?;
+    if flags != MountFlags::BIND {
+        mount_remount(rootfs, flags, c"")?;
+    }
     std::env::set_current_dir(rootfs)?;
     // Both roots at one place (pivot_root(2), *pivot_root(".", ".")*); the old one lies on top.
     rustix::process::pivot_root(".", ".")?;
@@ -127,24 +158,29 @@ fn pivot(rootfs: &Path) -> io::Result<()> {
 }
 
 /// Makes a directory and those above it. Symbolic links are followed, within the new root.
-fn directory(path: &Path) -> io::Result<()> {
-    if path.is_dir() { Ok(()) } else { fs::create_dir_all(path) }
+fn directory(path: &Path) -> Result<(), StartError> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    fs::create_dir_all(path).map_err(StartError::at(path, "a directory"))
 }
 
 /// `/etc/hostname` and `/etc/hosts` belong to the container alone, so they are written rather than mounted: programs that
 /// replace them by renaming can.
-fn names(hostname: &str) -> io::Result<()> {
-    rustix::system::sethostname(hostname.as_bytes())?;
+fn names(hostname: &str) -> Result<(), StartError> {
+    rustix::system::sethostname(hostname.as_bytes()).map_err(StartError::step("setting the hostname"))?;
     directory(Path::new("/etc"))?;
     let hosts = format!(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n127.0.1.1\t{hostname}\n"
     );
     for (path, content) in [("/etc/hostname", format!("{hostname}\n")), ("/etc/hosts", hosts)] {
         // Not through a link, and not into a file that has other names.
-        match fs::remove_file(path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
-            Ok(()) | Err(_) => fs::write(path, content)?,
-        }
+        let removed = match fs::remove_file(path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            other => other,
+        };
+        let written = removed.and_then(|()| fs::write(path, content));
+        written.map_err(StartError::at(Path::new(path), "a file"))?;
     }
     Ok(())
 }
@@ -169,7 +205,6 @@ fn settings(surroundings: &Surroundings) -> Result<(), StartError> {
 
 /// A tmpfs, or a volume: a directory of the image mounted onto itself, which stays writable when the root doesn't.
 fn place(path: &Path, options: Option<tmpfs::Options>) -> io::Result<()> {
-    directory(path)?;
     match options {
         Some(options) => Ok(mount("tmpfs", path, "tmpfs", options.flags, options.text.as_c_str())?),
         None => Ok(mount_bind(path, path)?),

@@ -22,7 +22,7 @@ use seccompiler::BpfProgram;
 use super::StartError;
 use super::program::{Program, Streams};
 use super::report::{Report, Reporter};
-use super::root;
+use super::root::{self, SetIds};
 use crate::fork::{self, Separate};
 
 /// What a supervisor starts and whom it tells.
@@ -38,10 +38,10 @@ pub(crate) struct Job<'a> {
 }
 
 /// A container's init: makes the surroundings, then supervises. Returns the status with which the process ends.
-pub(crate) fn init(job: Job<'_>, rootfs: &Path, surroundings: &Surroundings) -> u8 {
+pub(crate) fn init(job: Job<'_>, rootfs: &Path, surroundings: &Surroundings, set_ids: SetIds) -> u8 {
     live(job, None, |job| {
         unshare_cgroup()?;
-        root::enter(rootfs, surroundings, job.hostname)
+        root::enter(rootfs, surroundings, set_ids, job.hostname)
     })
 }
 
@@ -76,7 +76,7 @@ fn live(
     // The workload's user may be ours: it shall not look into this process.
     let hidden =
         set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(StartError::step("hiding the init"));
-    let ended = hidden.and_then(|()| surround(&job)).and_then(|()| supervise(job));
+    let ended = hidden.and_then(|()| surround(&job)).and_then(|()| supervise(job, kept.is_none()));
     let report = match ended {
         Ok(Some(status)) => Report::Ended(status),
         Ok(None) => return 1,
@@ -89,12 +89,16 @@ fn failed(error: &StartError) -> Report {
     Report::Failed { failure: error.failure(), message: carrel_protocol::chain(error) }
 }
 
-/// Starts the workload and waits for its end; `None` if the agent is gone.
-fn supervise(job: Job<'_>) -> Result<Option<ExitStatus>, StartError> {
+/// Starts the workload and waits for its end; `None` if the agent is gone. The first terminal of a container is its console.
+fn supervise(job: Job<'_>, first: bool) -> Result<Option<ExitStatus>, StartError> {
     let children = signals_of_children().map_err(StartError::step("waiting for children"))?;
     let streams = match job.process.stdio.terminal {
         Some(size) => {
-            Streams::Terminal(terminal(size, job.reporter).map_err(StartError::step("making a terminal"))?)
+            let terminal = terminal(size, job.reporter).map_err(StartError::step("making a terminal"))?;
+            if first {
+                console(&terminal).map_err(StartError::step("making /dev/console"))?;
+            }
+            Streams::Terminal(terminal)
         }
         None => Streams::Pipes(job.pipes),
     };
@@ -178,6 +182,13 @@ fn terminal(size: TerminalSize, reporter: &Reporter) -> io::Result<OwnedFd> {
     reporter.tell(&Report::Terminal, Some(master.as_fd()))?;
     debug_assert!(other.as_raw_fd() > 2, "0 to 2 are the agent's own");
     Ok(other)
+}
+
+/// Mounts the terminal at `/dev/console`, as runc does (runtime-spec, config-linux.md, *Default Devices*).
+fn console(terminal: &OwnedFd) -> io::Result<()> {
+    let path = "/dev/console";
+    std::fs::File::create(path)?;
+    Ok(rustix::mount::mount_bind(format!("/proc/self/fd/{}", terminal.as_raw_fd()), path)?)
 }
 
 /// Sets a terminal's size, and has the kernel tell its foreground process.

@@ -58,12 +58,21 @@ fn entered(
     surroundings: Surroundings,
     look: impl FnOnce(Result<(), StartError>) + Send + 'static,
 ) {
+    entered_with(SetIds::Honoured, image, surroundings, look);
+}
+
+fn entered_with(
+    set_ids: SetIds,
+    image: &TempDir,
+    surroundings: Surroundings,
+    look: impl FnOnce(Result<(), StartError>) + Send + 'static,
+) {
     let rootfs = image.path().to_owned();
     let done = std::thread::spawn(move || {
         let own = UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::NEWIPC;
         // SAFETY: no table of descriptors is unshared.
         unsafe { unshare_unsafe(own) }.unwrap();
-        look(enter(&rootfs, &surroundings, "reading-room"));
+        look(enter(&rootfs, &surroundings, set_ids, "reading-room"));
     });
     if let Err(panic) = done.join() {
         std::panic::resume_unwind(panic);
@@ -128,7 +137,9 @@ fn links_of_an_image_lead_nowhere_but_into_it() {
         symlink(outside.path(), image.path().join(name)).unwrap();
     }
     // They dangle inside, and directories cannot be made of such: an error, not a way out.
-    entered(&image, Surroundings::default(), |done| assert!(matches!(done, Err(StartError::Step { .. }))));
+    entered(&image, Surroundings::default(), |done| {
+        assert!(matches!(done, Err(StartError::InTheWay { .. })));
+    });
     assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
 
     let image = TempDir::new().unwrap();
@@ -136,6 +147,77 @@ fn links_of_an_image_lead_nowhere_but_into_it() {
     symlink("/inner", image.path().join("etc")).unwrap();
     entered(&image, Surroundings::default(), |done| done.unwrap());
     assert!(image.path().join("inner/hosts").exists());
+}
+
+#[test]
+fn an_image_that_has_something_else_in_the_place_of_a_containers_own_is_at_fault() {
+    let file = |image: &Path, name: &str| fs::write(image.join(name), "").unwrap();
+    let folder = |image: &Path, name: &str| fs::create_dir_all(image.join(name)).unwrap();
+    let link = |image: &Path, name: &str, target: &str| symlink(target, image.join(name)).unwrap();
+    type Make<'a> = &'a dyn Fn(&Path);
+    let cases: [(&str, Make<'_>); 7] = [
+        ("/dev", &|image| file(image, "dev")),
+        ("/proc", &|image| file(image, "proc")),
+        ("/sys", &|image| link(image, "sys", "sys")),
+        ("/etc", &|image| file(image, "etc")),
+        ("/etc/hostname", &|image| link(image, "etc", "/proc/1")),
+        ("/etc/hosts", &|image| folder(image, "etc/hosts/full")),
+        ("/data", &|image| file(image, "data")),
+    ];
+    for (path, make) in cases {
+        let image = TempDir::new().unwrap();
+        make(image.path());
+        let surroundings = Surroundings { volumes: vec!["/data".into()], ..Surroundings::default() };
+        entered(&image, surroundings, move |done| {
+            let error = done.unwrap_err();
+            assert_eq!(error.failure(), Failure::BadPayload, "{path}: {error}");
+            assert!(error.to_string().contains(&format!(" {path}: ")), "{error}");
+        });
+    }
+}
+
+#[test]
+fn a_tmpfs_where_the_image_has_a_file_is_a_wrong_request() {
+    let image = TempDir::new().unwrap();
+    fs::write(image.path().join("data"), "").unwrap();
+    let tmpfs = vec![Tmpfs { path: "/data".into(), options: String::new() }];
+    entered(&image, Surroundings { tmpfs, ..Surroundings::default() }, |done| {
+        assert_eq!(done.unwrap_err().failure(), Failure::BadRequest);
+    });
+}
+
+#[test]
+fn a_shortage_is_not_the_images_fault() {
+    let full = StartError::at(Path::new("/dev"), "a directory")(io::Error::from_raw_os_error(libc::ENOSPC));
+    assert_eq!(full.failure(), Failure::DiskFull);
+    let broken = StartError::at(Path::new("/dev"), "a directory")(io::Error::from_raw_os_error(libc::EIO));
+    assert_eq!(broken.failure(), Failure::System);
+}
+
+#[test]
+fn a_root_whose_set_ids_are_ignored_is_so_wherever_its_files_are() {
+    for read_only_root in [false, true] {
+        let image = TempDir::new().unwrap();
+        fs::create_dir(image.path().join("data")).unwrap();
+        let surroundings = Surroundings {
+            read_only_root,
+            volumes: vec!["/data".into()],
+            tmpfs: vec![Tmpfs { path: "/tmp".into(), options: String::new() }],
+            ..Surroundings::default()
+        };
+        let nosuid = |path: &str| {
+            rustix::fs::statvfs(path).unwrap().f_flag.contains(rustix::fs::StatVfsMountFlags::NOSUID)
+        };
+        entered_with(SetIds::Ignored, &image, surroundings.clone(), move |done| {
+            done.unwrap();
+            assert!(["/", "/data", "/tmp", "/dev"].into_iter().all(nosuid));
+            assert_eq!(refuses("/file").is_some(), read_only_root);
+        });
+        entered(&image, surroundings, move |done| {
+            done.unwrap();
+            assert!(!nosuid("/") && !nosuid("/data"));
+        });
+    }
 }
 
 #[test]
