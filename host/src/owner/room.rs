@@ -469,7 +469,7 @@ impl Room {
         }
         if due(&mut self.deadlines.sample) {
             self.meter.sample();
-            self.meter.sample_memory();
+            self.meter.sample_living();
             self.deadlines.sample = Some(now + SAMPLE);
         }
     }

@@ -16,7 +16,7 @@ use carrel_protocol::vmm::{End, Ended, FromOwner, Stop};
 use super::super::api::{self, ToClient};
 use super::{Ownership, Pressure, Process, Room, SIGTERM, WORKLOAD};
 use crate::launch::ChildEnd;
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Step};
 use crate::packet::Connection;
 use crate::record::{Phase, Record, Remains};
 use crate::timestamp::now_ms;
@@ -64,12 +64,14 @@ impl Room {
     /// Ends the room for this reason, unless it has another one already.
     pub(super) fn give_up(&mut self, outcome: Outcome) {
         tracing::debug!(?outcome, "the room is given up");
+        // An agent that did not say in time that the workload is dead says nothing more.
+        let mute = matches!(outcome, Outcome::Overdue { step: Step::Kill, .. });
         self.record.outcome.get_or_insert(outcome);
         let ran = matches!(self.record.phase, Phase::Running | Phase::Draining);
         self.enter(Phase::Ending, None);
         match self.pressure {
             // What ran is asked for its last report; what never ran has none.
-            None if ran && self.control.is_some() => self.shut_down(),
+            None if ran && !mute && self.control.is_some() => self.shut_down(),
             None | Some(Pressure::Asked) => {
                 self.pressure = Some(Pressure::Asked);
                 self.press();
