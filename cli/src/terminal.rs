@@ -68,8 +68,7 @@ pub(crate) fn size() -> TerminalSize {
 
 /// Whether standard input is a directory, from which nothing can be read.
 pub(crate) fn stdin_is_directory() -> bool {
-    rustix::fs::fstat(stdin())
-        .is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir())
+    rustix::fs::fstat(stdin()).is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir())
 }
 
 /// Whether keys come from a terminal.

@@ -179,10 +179,7 @@ fn call(function: &Function, event: &[u8]) -> Result<Call> {
         event: file,
         event_bytes: length(event),
         timeout_ms: function.timeout.millis(),
-        headers: BTreeMap::from([
-            ("Invoked-Function-Arn".to_owned(), arn),
-            ("Trace-Id".to_owned(), trace),
-        ]),
+        headers: BTreeMap::from([("Invoked-Function-Arn".to_owned(), arn), ("Trace-Id".to_owned(), trace)]),
     })
 }
 

@@ -401,10 +401,7 @@ mod tests {
         let failed = |why: &str| Err(anyhow::anyhow!("{why}"));
         assert_eq!(conclude(&words, vec![Ok(()), Ok(()), Ok(())]).unwrap(), 0);
         let error = conclude(&words, vec![failed("it has ended"), Ok(()), failed("gone")]).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "It went wrong with 2 of 3 rooms. a: it has ended; c: gone"
-        );
+        assert_eq!(error.to_string(), "It went wrong with 2 of 3 rooms. a: it has ended; c: gone");
         assert_eq!(conclude(&words[..1], vec![failed("gone")]).unwrap_err().to_string(), "gone");
     }
 
