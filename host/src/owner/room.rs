@@ -11,7 +11,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use carrel_protocol::Message;
-use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal, TerminalSize};
+use carrel_protocol::agent::{
+    CONTROL_PORT, ExitStatus, FromAgent, FromHost, ProcessId, Signal, TerminalSize,
+};
 use carrel_protocol::usage::GuestUsage;
 use carrel_protocol::vmm::{DeviceStopReason, Ended, FromVmm};
 
@@ -246,6 +248,7 @@ impl Room {
             }
             self.meet_deadlines(Instant::now());
         }
+        self.hear_last_words();
         self.finish();
     }
 
