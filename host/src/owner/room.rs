@@ -11,9 +11,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use carrel_protocol::Message;
-use carrel_protocol::agent::{
-    CONTROL_PORT, ExitStatus, FromAgent, FromHost, ProcessId, Signal, TerminalSize,
-};
+use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal, TerminalSize};
 use carrel_protocol::usage::GuestUsage;
 use carrel_protocol::vmm::{DeviceStopReason, Ended, FromVmm};
 
