@@ -107,24 +107,24 @@ pub(crate) fn wrong_line(error: &clap::Error, command: Option<&str>) -> String {
         Some(ContextValue::Strings(words)) => words.first().cloned(),
         Some(_) | None => None,
     };
-    let wrong =
-        match (error.kind(), context(ContextKind::InvalidArg), context(ContextKind::InvalidSubcommand)) {
-            (ErrorKind::UnknownArgument, Some(word), _) if word.starts_with('-') => {
-                format!("`{name}` has no option '{word}'")
-            }
-            (ErrorKind::UnknownArgument, Some(word), _) => format!("`{name}` takes no argument '{word}'"),
-            (ErrorKind::InvalidSubcommand, _, Some(word)) => format!("There is no command '{word}'"),
-            _ => {
-                // Its first paragraph: what follows are hints, usage and the way to the help.
-                let text = error.render().to_string();
-                let text = text.strip_prefix("error: ").unwrap_or(&text);
-                let first = text.split("\n\n").next().unwrap_or_default();
-                first.split_whitespace().collect::<Vec<_>>().join(" ")
-            }
-        };
+    let argument = context(ContextKind::InvalidArg).filter(|_| error.kind() == ErrorKind::UnknownArgument);
+    let wrong = match (argument, context(ContextKind::InvalidSubcommand)) {
+        (Some(word), _) if word.starts_with('-') => format!("`{name}` has no option '{word}'"),
+        (Some(word), _) => format!("`{name}` takes no argument '{word}'"),
+        (None, Some(word)) => format!("There is no command '{word}'"),
+        (None, None) => first_paragraph(error),
+    };
     let like = [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand].into_iter().find_map(context);
     let like = like.map_or_else(String::new, |like| format!(", but there is '{like}'"));
     format!("carrel: {}\n", as_sentence(&clean(&format!("{wrong}{like}; see `{name} --help`"))))
+}
+
+/// What clap says is wrong; hints, usage and the way to the help follow in paragraphs of their own.
+fn first_paragraph(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let first = text.split("\n\n").next().unwrap_or_default();
+    first.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
 /// With a capital letter and a full stop, whoever wrote it. What begins with a name stays as it is: a registry's, or a digest.

@@ -97,10 +97,11 @@ fn usage_error(error: &clap::Error) -> u8 {
     let word = arguments::command_word(std::env::args_os().skip(1));
     let command = word.as_deref().and_then(|word| word.to_str());
     // If nobody reads it, the status still says it.
-    let _ = match error.kind() {
+    let _ = if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         // Help that was not asked for.
-        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => error.print(),
-        _ => io::stderr().write_all(failure::wrong_line(error, command).as_bytes()),
+        error.print()
+    } else {
+        io::stderr().write_all(failure::wrong_line(error, command).as_bytes())
     };
     // Whoever runs a workload takes its status for the workload's own, so a wrong line must not look like one.
     match command {

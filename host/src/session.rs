@@ -194,9 +194,10 @@ impl Session {
             limit(None)?;
             Ok(socket)
         };
-        let socket = connected().map_err(|error| match error.kind() {
-            io::ErrorKind::WouldBlock => SessionError::Silent,
-            _ => SessionError::Unreachable(error),
+        let silent = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
+        let socket = connected().map_err(|error| match silent(&error) {
+            true => SessionError::Silent,
+            false => SessionError::Unreachable(error),
         })?;
         Ok(Self::new(Connection::from(socket), patience))
     }
