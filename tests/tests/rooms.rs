@@ -165,7 +165,8 @@ fn a_detached_shell_with_a_terminal_waits_for_keys_that_nobody_types() {
     let script = "timeout 1 cat; echo status $?";
     carrel.detach(&["-i", "--name", "piped", &fixtures::busybox(), "sh", "-c", script]);
     carrel.run(&["wait", "piped"]).succeeds();
-    assert_eq!(carrel.run(&["logs", "piped"]).succeeds().text(), "status 143\n");
+    let log = carrel.run(&["logs", "piped"]).succeeds();
+    assert!(log.text().contains("status 143\n"), "{log:?}");
 }
 
 #[test]

@@ -248,7 +248,7 @@ pub(crate) fn stats(args: &StatsArgs, configuration: &Configuration) -> Result<u
                 }
                 Err(error @ (SessionError::SilentOwner { .. } | SessionError::Silent)) => {
                     let error = anyhow::Error::new(error)
-                        .context(format!("Nobody says what the room {} uses.", room.title()));
+                        .context(format!("Nobody says what the room {} uses", room.title()));
                     if named {
                         return Err(error);
                     }
