@@ -32,7 +32,7 @@ Configuration: flags, then environment, then a file; see --print-config.";
 
 /// Runs OCI images and Lambda functions, each in a microVM of its own.
 #[derive(Debug, Parser)]
-#[command(name = "carrel", version, about, after_help = EXAMPLES, max_term_width = 100)]
+#[command(name = "carrel", version, after_help = EXAMPLES, max_term_width = 100)]
 #[command(disable_help_subcommand = true, arg_required_else_help = true)]
 pub(crate) struct Cli {
     /// Options of every command.

@@ -11,8 +11,10 @@ use std::fmt;
 use std::io::{self, Write};
 
 use carrel_protocol::one_line;
+use clap::CommandFactory;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 
-use crate::arguments::LogFormat;
+use crate::arguments::{Cli, LogFormat};
 
 /// The command line is wrong.
 pub(crate) const USAGE: u8 = 2;
@@ -96,8 +98,53 @@ pub(crate) fn print_bytes(bytes: &[u8]) -> anyhow::Result<()> {
     }
 }
 
+/// What is wrong with the command line, as one sentence, and where its right form is to be read.
+pub(crate) fn wrong_line(error: &clap::Error, command: Option<&str>) -> String {
+    let known = command.filter(|word| Cli::command().find_subcommand(word).is_some());
+    let name = known.map_or_else(|| "carrel".to_owned(), |word| format!("carrel {word}"));
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(word)) => Some(word.clone()),
+        Some(ContextValue::Strings(words)) => words.first().cloned(),
+        Some(_) | None => None,
+    };
+    let argument = context(ContextKind::InvalidArg).filter(|_| error.kind() == ErrorKind::UnknownArgument);
+    let wrong = match (argument, context(ContextKind::InvalidSubcommand)) {
+        (Some(word), _) if word.starts_with('-') => format!("`{name}` has no option '{word}'"),
+        (Some(word), _) => format!("`{name}` takes no argument '{word}'"),
+        (None, Some(word)) => format!("There is no command '{word}'"),
+        (None, None) => first_paragraph(error),
+    };
+    let like = [ContextKind::SuggestedArg, ContextKind::SuggestedSubcommand].into_iter().find_map(context);
+    let like = like.map_or_else(String::new, |like| format!(", but there is '{like}'"));
+    format!("carrel: {}\n", as_sentence(&clean(&format!("{wrong}{like}; see `{name} --help`"))))
+}
+
+/// What clap says is wrong; hints, usage and the way to the help follow in paragraphs of their own.
+fn first_paragraph(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let text = text.strip_prefix("error: ").unwrap_or(&text);
+    let first = text.split("\n\n").next().unwrap_or_default();
+    first.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// With a capital letter and a full stop, whoever wrote it. What begins with a name stays as it is: a registry's, or a digest.
+fn as_sentence(text: &str) -> String {
+    let first = text.split(' ').next().unwrap_or_default();
+    let mut letters = text.chars();
+    let mut sentence = match letters.next() {
+        Some(letter) if first.bytes().all(|b| b.is_ascii_lowercase()) => {
+            letter.to_ascii_uppercase().to_string() + letters.as_str()
+        }
+        Some(_) | None => text.to_owned(),
+    };
+    if !sentence.ends_with(['.', '!', '?']) && !sentence.is_empty() {
+        sentence.push('.');
+    }
+    sentence
+}
+
 fn as_text(error: &anyhow::Error) -> String {
-    let mut text = format!("carrel: {}\n", clean(&error.to_string()));
+    let mut text = format!("carrel: {}\n", as_sentence(&clean(&error.to_string())));
     for cause in causes(error) {
         text.push_str(&format!("  caused by: {cause}\n"));
     }
@@ -107,7 +154,7 @@ fn as_text(error: &anyhow::Error) -> String {
 fn as_json(error: &anyhow::Error, status: u8) -> String {
     let object = serde_json::json!({
         "level": "ERROR",
-        "message": clean(&error.to_string()),
+        "message": as_sentence(&clean(&error.to_string())),
         "causes": causes(error).collect::<Vec<_>>(),
         "status": status,
     });
@@ -135,6 +182,7 @@ fn clean(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use anyhow::{Context, anyhow};
+    use clap::Parser;
 
     use super::*;
 
@@ -145,6 +193,47 @@ mod tests {
             as_text(&error.unwrap_err()),
             "carrel: No image.\n  caused by: the manifest\n  caused by: connection refused\n"
         );
+    }
+
+    #[test]
+    fn a_wrong_line_is_one_sentence_that_leads_to_the_help() {
+        let said = |line: &[&str]| {
+            let error = Cli::try_parse_from(std::iter::once(&"carrel").chain(line)).unwrap_err();
+            wrong_line(&error, line.iter().find(|word| !word.starts_with('-')).copied())
+        };
+        for (line, sentence) in [
+            (&["run", "--bad", "img"][..], "`carrel run` has no option '--bad'; see `carrel run --help`."),
+            (
+                &["run", "--nam", "x", "img"],
+                "`carrel run` has no option '--nam', but there is '--name'; see `carrel run --help`.",
+            ),
+            (&["ps", "more"], "`carrel ps` takes no argument 'more'; see `carrel ps --help`."),
+            (&["sotp"], "There is no command 'sotp', but there is 'stop'; see `carrel --help`."),
+            (
+                &["run", "-m", "1m", "img"],
+                "Invalid value '1m' for '--memory <SIZE>': a room's memory is between 64 MiB and 64 GiB, and a bare number counts bytes: give it as 512m or 1g; see `carrel run --help`.",
+            ),
+            (
+                &["run"],
+                "The following required arguments were not provided: <IMAGE> [COMMAND]...; see `carrel run --help`.",
+            ),
+            (
+                &["run", "-d", "--usage", "img"],
+                "The argument '--detach' cannot be used with '--usage[=<FORMAT>]'; see `carrel run --help`.",
+            ),
+        ] {
+            assert_eq!(said(line), format!("carrel: {sentence}\n"));
+        }
+    }
+
+    #[test]
+    fn sentences_begin_and_end_as_such_and_names_stay_as_they_are() {
+        assert_eq!(
+            as_sentence("the image names no command; give one"),
+            "The image names no command; give one."
+        );
+        assert_eq!(as_sentence("sha256:00 comes truncated."), "sha256:00 comes truncated.");
+        assert_eq!(as_sentence("docker.io can't be reached"), "docker.io can't be reached.");
     }
 
     #[test]
@@ -162,12 +251,12 @@ mod tests {
 
     #[test]
     fn text_from_elsewhere_cannot_drive_the_terminal() {
-        assert_eq!(as_text(&anyhow!("a\x1b[2Jb\r\nc")), "carrel: a[2Jb  c\n");
+        assert_eq!(as_text(&anyhow!("a\x1b[2Jb\r\nc")), "carrel: a[2Jb  c.\n");
     }
 
     #[test]
     fn json_is_one_line() {
         let text = as_json(&anyhow!("a\nb"), 3);
-        assert_eq!(text, "{\"causes\":[],\"level\":\"ERROR\",\"message\":\"a b\",\"status\":3}\n");
+        assert_eq!(text, "{\"causes\":[],\"level\":\"ERROR\",\"message\":\"A b.\",\"status\":3}\n");
     }
 }

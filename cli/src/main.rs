@@ -14,13 +14,14 @@ mod table;
 mod terminal;
 mod values;
 
-use std::io::Write;
+use std::io::{self, Write};
 use std::process::ExitCode;
 use std::sync::Mutex;
 
 use carrel_host::archive;
 use carrel_host::owner::Journal;
 use clap::Parser;
+use clap::error::ErrorKind;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
@@ -87,18 +88,24 @@ fn listen(configuration: &Configuration, writer: BoxMakeWriter) -> anyhow::Resul
     Ok(())
 }
 
-/// Prints what clap has to say, errors in carrel's own form. Help and version go to stdout and are no error.
+/// Prints what clap has to say, errors as one sentence of carrel's own form. Help and version go to stdout and are no error.
 fn usage_error(error: &clap::Error) -> u8 {
     if !error.use_stderr() {
         let _ = error.print();
         return 0;
     }
-    let text = error.render().to_string();
+    let word = arguments::command_word(std::env::args_os().skip(1));
+    let command = word.as_deref().and_then(|word| word.to_str());
     // If nobody reads it, the status still says it.
-    let _ = write!(std::io::stderr(), "carrel: {}", text.strip_prefix("error: ").unwrap_or(&text));
+    let _ = if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        // Help that was not asked for.
+        error.print()
+    } else {
+        io::stderr().write_all(failure::wrong_line(error, command).as_bytes())
+    };
     // Whoever runs a workload takes its status for the workload's own, so a wrong line must not look like one.
-    match arguments::command_word(std::env::args_os().skip(1)) {
-        Some(word) if ["run", "exec", "invoke"].iter().any(|runs| word == *runs) => failure::OURS,
+    match command {
+        Some("run" | "exec" | "invoke") => failure::OURS,
         Some(_) | None => failure::USAGE,
     }
 }

@@ -16,8 +16,8 @@ use anyhow::{Context, Result};
 use carrel_protocol::agent::TerminalSize;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcgetwinsize, tcsetattr};
 
-/// What a terminal is taken to be where it doesn't say.
-const FALLBACK: TerminalSize = TerminalSize { rows: 24, columns: 80 };
+/// What a terminal is taken to be where it doesn't say, or where there is none.
+pub(crate) const FALLBACK: TerminalSize = TerminalSize { rows: 24, columns: 80 };
 
 /// Standard input is a terminal in raw mode for as long as this lives.
 pub(crate) struct Raw {
@@ -64,6 +64,11 @@ pub(crate) fn size() -> TerminalSize {
         }
         Ok(_) | Err(_) => FALLBACK,
     }
+}
+
+/// Whether standard input is a directory, from which nothing can be read.
+pub(crate) fn stdin_is_directory() -> bool {
+    rustix::fs::fstat(stdin()).is_ok_and(|stat| rustix::fs::FileType::from_raw_mode(stat.st_mode).is_dir())
 }
 
 /// Whether keys come from a terminal.

@@ -33,8 +33,12 @@ impl Meter {
         }
     }
 
-    /// Reads the proportional set size: a walk over the VMM's page tables, so not to be done at every turn.
-    pub(crate) fn sample_memory(&mut self) {
+    /// Reads what only a process that lives can tell: its proportional set size, by a walk over its page tables, so not to be done at every turn;
+    /// and, without a cgroup, what it read and wrote.
+    pub(crate) fn sample_living(&mut self) {
+        if self.cgroup.is_none() {
+            io_of_process(self.pid, &mut self.usage);
+        }
         let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", self.pid)).unwrap_or_default();
         if let Some(pss) = kib(&rollup, "Pss:") {
             self.usage.pss_bytes = Some(pss);
@@ -68,6 +72,12 @@ fn from_process(pid: u32, usage: &mut HostUsage) {
         usage.cpu_user_us = user * us;
         usage.cpu_system_us = system * us;
     }
+    // A zombie's can't be read: the last sample before it stands.
+    io_of_process(pid, usage);
+}
+
+/// `/proc/pid/io` (proc(5)) counts bytes, and system calls, but no operations of the disk.
+fn io_of_process(pid: u32, usage: &mut HostUsage) {
     let io = fs::read_to_string(format!("/proc/{pid}/io")).unwrap_or_default();
     let number = |key: &str| io.lines().find_map(|line| line.strip_prefix(key)?.trim().parse().ok());
     usage.read_bytes = number("read_bytes:").or(usage.read_bytes);
@@ -89,6 +99,8 @@ fn kib(text: &str, key: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::process::{Command, Stdio};
+
     use super::*;
 
     #[test]
@@ -102,10 +114,33 @@ mod tests {
     fn this_process_can_be_metered() {
         let mut meter = Meter::new(std::process::id(), None);
         meter.sample();
-        meter.sample_memory();
+        meter.sample_living();
         let usage = meter.usage();
         assert_eq!(usage.source, MeterSource::Process);
         assert!(usage.pss_peak_bytes.is_some_and(|pss| pss > 100 << 10), "{usage:?}");
+    }
+
+    #[test]
+    fn what_a_process_wrote_is_known_after_its_end() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let mut meter = Meter::new(child.id(), None);
+        meter.sample_living();
+        let alive = meter.usage().clone();
+        drop(child.stdin.take());
+        wait_for_zombie(child.id());
+        meter.sample();
+        child.wait().unwrap();
+        let usage = meter.usage();
+        assert!(usage.write_bytes.is_some() && usage.read_bytes.is_some(), "{usage:?}");
+        assert_eq!((usage.read_bytes, usage.write_bytes), (alive.read_bytes, alive.write_bytes));
+        assert_eq!(usage.write_operations, None, "the kernel doesn't say without a cgroup");
+    }
+
+    fn wait_for_zombie(pid: u32) {
+        let stat = format!("/proc/{pid}/stat");
+        while !fs::read_to_string(&stat).unwrap().contains(") Z ") {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
     }
 
     #[test]

@@ -92,6 +92,16 @@ impl Patience {
         self.of(3)
     }
 
+    /// From a command's request to the owner's answer. It may be telling a silent agent something, which has 10 s.
+    pub(crate) fn answer(self) -> Duration {
+        self.of(15)
+    }
+
+    /// From SIGKILL to the room's end at the latest, whatever its guest and its VMM do: dead, asked, stopped, killed; and ten seconds.
+    pub(crate) fn ending(self) -> Duration {
+        self.kill() + self.shut_down() + self.stop_vmm() * 2 + self.of(10)
+    }
+
     /// From a stream's dial to its token, and from a process's end to its last stream's dial.
     pub(crate) fn identify(self) -> Duration {
         self.of(10)

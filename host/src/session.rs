@@ -6,7 +6,7 @@
 //!   Room::connect ─▶ Session ─ exec(process, streams) ▶ Ended     one more process
 //!                      ├────── remote().signal/stop/resize
 //!                      ├────── usage
-//!                      └────── wait ─────────────────▶ Ended
+//!                      └────── wait, wait_stopped ───▶ Ended
 //! ```
 //!
 //! The owner hands over a socket for each standard stream; bytes go between it and the caller's own files on a thread each and never
@@ -18,10 +18,12 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use carrel_protocol::FrameError;
 use carrel_protocol::agent::TerminalSize;
 use rustix::fs::{Mode, OFlags};
+use rustix::net::sockopt::Timeout;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use thiserror::Error;
 
@@ -66,6 +68,20 @@ pub enum SessionError {
     /// The owner does not answer in time.
     #[error("the room's owner does not answer; see `carrel ps`")]
     Silent,
+    /// The same, of an owner that is known by its process: it was stopped, or its host is out of breath.
+    #[error(
+        "the room's owner, process {owner}, does not answer; `kill -CONT {owner}` wakes one that was stopped, `kill -KILL {owner}` ends it and its room"
+    )]
+    SilentOwner {
+        /// Its process.
+        owner: i32,
+    },
+    /// The owner answers, and the room goes on.
+    #[error("the room has not ended within {seconds} s; see `carrel ps`, and `carrel rm --force` once more")]
+    NotEnded {
+        /// What was waited for, s.
+        seconds: u64,
+    },
     /// The request was refused.
     #[error("{0}")]
     Refused(String),
@@ -171,10 +187,18 @@ impl Session {
                 SocketFlags::CLOEXEC,
                 None,
             )?;
+            // An owner that accepts nobody has a queue that is full at some time: connect(2) then waits for as long as a send would.
+            let limit = |time| rustix::net::sockopt::set_socket_timeout(&socket, Timeout::Send, time);
+            limit(Some(patience.answer()))?;
             rustix::net::connect(&socket, &socket_address(&folder)?)?;
+            limit(None)?;
             Ok(socket)
         };
-        let socket = connected().map_err(SessionError::Unreachable)?;
+        let silent = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
+        let socket = connected().map_err(|error| match silent(&error) {
+            true => SessionError::Silent,
+            false => SessionError::Unreachable(error),
+        })?;
         Ok(Self::new(Connection::from(socket), patience))
     }
 
@@ -223,10 +247,20 @@ impl Session {
 
     /// What the room uses now.
     pub fn usage(&self) -> Result<UsageReport, SessionError> {
-        self.remote().send(ReadUsage {})?;
-        self.limit(Some(self.patience.usage() + self.patience.identify()))?;
+        self.ask_usage()?;
+        self.hear_usage(Instant::now())
+    }
+
+    /// Asks what the room uses, and doesn't wait: of many rooms, all are asked before any is heard.
+    pub fn ask_usage(&self) -> Result<(), SessionError> {
+        self.remote().send(ReadUsage {})
+    }
+
+    /// What a room uses that was asked for it at this moment.
+    pub fn hear_usage(&self, asked: Instant) -> Result<UsageReport, SessionError> {
+        let until = asked + self.patience.usage() + self.patience.identify();
         loop {
-            match self.receive_in_time()?.message {
+            match self.receive_until(until)?.message {
                 ToClient::Used(Used { report }) => return Ok(report),
                 ToClient::Ended(Ended { usage: Some(report), .. }) => return Ok(report),
                 ToClient::Ended(Ended { outcome, usage: None }) => {
@@ -253,12 +287,49 @@ impl Session {
         }
     }
 
-    pub(crate) fn limit(&self, timeout: Option<std::time::Duration>) -> Result<(), SessionError> {
-        let set = rustix::net::sockopt::set_socket_timeout(
-            self.connection.as_fd(),
-            rustix::net::sockopt::Timeout::Recv,
-            timeout,
-        );
+    /// Ends the workload as [`Remote::stop`] does, without waiting.
+    pub fn ask_stop(&self, timeout_ms: Option<u64>) -> Result<(), SessionError> {
+        self.remote().stop(timeout_ms)
+    }
+
+    /// Waits until a room has ended that was asked to at this moment, its workload having so long before SIGKILL. An owner that doesn't even
+    /// answer is not waited for that long.
+    pub fn wait_stopped(&self, asked: Instant, timeout: Duration) -> Result<Ended, SessionError> {
+        self.remote().send(Wait {})?;
+        let end = asked + timeout + self.patience.ending();
+        let mut until = end.min(asked + self.patience.answer());
+        loop {
+            match self.receive_until(until) {
+                Ok(Packet { message: ToClient::Ended(ended), .. }) => return Ok(ended),
+                // Done, or anything else: there is somebody.
+                Ok(_) => until = end,
+                Err(SessionError::SilentOwner { .. }) if until == end => {
+                    return Err(SessionError::NotEnded { seconds: (end - asked).as_secs() });
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// The next packet, if it comes before this moment.
+    fn receive_until(&self, until: Instant) -> Result<Packet<ToClient>, SessionError> {
+        // No time at all would mean for ever.
+        let left = until.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
+        self.limit(Some(left))?;
+        self.receive_in_time().map_err(|error| match (error, self.owner()) {
+            (SessionError::Silent, Some(owner)) => SessionError::SilentOwner { owner },
+            (error, _) => error,
+        })
+    }
+
+    /// The owner's process: who listened at the socket (unix(7), SO_PEERCRED).
+    fn owner(&self) -> Option<i32> {
+        let peer = rustix::net::sockopt::socket_peercred(self.connection.as_fd()).ok()?;
+        Some(peer.pid.as_raw_pid())
+    }
+
+    pub(crate) fn limit(&self, timeout: Option<Duration>) -> Result<(), SessionError> {
+        let set = rustix::net::sockopt::set_socket_timeout(self.connection.as_fd(), Timeout::Recv, timeout);
         set.map_err(|e| SessionError::Streams(e.into()))
     }
 

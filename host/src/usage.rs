@@ -45,9 +45,9 @@ pub struct HostUsage {
     pub read_bytes: Option<u64>,
     /// To storage.
     pub write_bytes: Option<u64>,
-    /// Read operations.
+    /// Read operations; known of a cgroup only.
     pub read_operations: Option<u64>,
-    /// Write operations.
+    /// Write operations; known of a cgroup only.
     pub write_operations: Option<u64>,
 }
 

@@ -42,7 +42,8 @@ fn a_python_function_answers_and_logs_as_on_lambda() {
         \x20   return {'event': event, 'name': context.function_name, 'memory': context.memory_limit_in_mb,\n\
         \x20           'left': context.get_remaining_time_in_millis(), 'id': context.aws_request_id,\n\
         \x20           'handler': os.environ['_HANDLER'], 'a': os.environ['A'], 'uid': os.getuid(),\n\
-        \x20           'engine': os.environ['AWS_EXECUTION_ENV'], 'task': os.environ['LAMBDA_TASK_ROOT']}\n";
+        \x20           'engine': os.environ['AWS_EXECUTION_ENV'], 'task': os.environ['LAMBDA_TASK_ROOT'],\n\
+        \x20           'trace': os.environ['_X_AMZN_TRACE_ID']}\n";
     let more = ["--env", "A=1", "--memory", "256m", "--timeout", "60s", "--name", "answers"];
     let done = invoke(&carrel, source, r#"{"n": 1}"#, &more).succeeds();
     let got = answer(&done);
@@ -55,6 +56,8 @@ fn a_python_function_answers_and_logs_as_on_lambda() {
     assert!((1..=60_000).contains(&got["left"].as_i64().unwrap()), "{got}");
     assert_ne!(got["uid"], json!(0), "functions are no root");
     assert_eq!((&got["engine"], &got["task"]), (&json!("AWS_Lambda_python3.11"), &json!("/var/task")));
+    let trace = got["trace"].as_str().unwrap();
+    assert!(trace.starts_with("Root=1-") && trace.ends_with(";Sampled=0"), "{trace}");
     let id = got["id"].as_str().unwrap();
     let log = done.errors();
     for line in [format!("START RequestId: {id} Version: $LATEST"), format!("END RequestId: {id}")] {

@@ -140,6 +140,65 @@ fn stop_kills_a_workload_that_does_not_listen() {
 }
 
 #[test]
+fn kill_goes_on_past_rooms_that_have_ended() {
+    let carrel = Carrel::new();
+    carrel.detach(&["--name", "over", &fixtures::busybox(), "true"]);
+    carrel.run(&["wait", "over"]).succeeds();
+    forever(&carrel, "desk");
+    let done = carrel.run(&["kill", "over", "desk"]).complains(1, &["over", "ended", "1 of 2"]);
+    assert_eq!(done.text(), "desk\n");
+    assert_eq!(carrel.run(&["wait", "desk"]).succeeds().text(), "137\n");
+}
+
+#[test]
+fn a_detached_shell_with_a_terminal_waits_for_keys_that_nobody_types() {
+    let carrel = Carrel::new();
+    carrel.detach(&["-it", "--name", "shell", &fixtures::busybox(), "sh"]);
+    let input = carrel.run(&["exec", "shell", "readlink", "/proc/2/fd/0"]).succeeds();
+    assert!(input.text().starts_with("/dev/pts/"), "{input:?}");
+    assert_eq!(state(&carrel, "shell").as_deref(), Some("running"));
+    carrel.run(&["stop", "-t", "0", "shell"]).succeeds();
+    // What a terminal shows is in the log; without one, input that is open has nothing to read.
+    carrel.detach(&["-t", "--name", "sized", &fixtures::busybox(), "sh", "-c", "stty size; echo oops >&2"]);
+    carrel.run(&["wait", "sized"]).succeeds();
+    assert_eq!(carrel.run(&["logs", "sized"]).succeeds().text(), "24 80\r\noops\r\n");
+    let script = "timeout 1 cat; echo status $?";
+    carrel.detach(&["-i", "--name", "piped", &fixtures::busybox(), "sh", "-c", script]);
+    carrel.run(&["wait", "piped"]).succeeds();
+    let log = carrel.run(&["logs", "piped"]).succeeds();
+    assert!(log.text().contains("status 143\n"), "{log:?}");
+}
+
+#[test]
+fn a_stopped_owner_is_named_and_not_waited_for() {
+    let carrel = Carrel::new();
+    forever(&carrel, "desk");
+    let owner = owner(&carrel);
+    kill_process(owner, Signal::STOP).unwrap();
+    let begun = Instant::now();
+    let name = format!("process {}", owner.as_raw_nonzero());
+    for line in [&["stop", "desk"][..], &["stats", "--no-stream", "desk"]] {
+        let mut command = carrel.command(line);
+        Running::spawn(command.env("CARREL_PATIENCE", "0.2")).done().complains(1, &[&name]);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+    kill_process(owner, Signal::CONT).unwrap();
+    // The stop was heard after all.
+    assert_eq!(carrel.run(&["wait", "desk"]).succeeds().text(), "3\n");
+}
+
+#[test]
+fn a_stopped_vmm_ends_with_its_room() {
+    let carrel = Carrel::new();
+    let image = fixtures::busybox();
+    let patient = |line: &[&str]| Running::spawn(carrel.command(line).env("CARREL_PATIENCE", "0.5")).done();
+    patient(&["run", "-d", "--name", "frozen", &image, "sleep", "1000"]).succeeds();
+    kill_process(vmm(), Signal::STOP).unwrap();
+    patient(&["stop", "-t", "0", "frozen"]).succeeds();
+    assert_eq!(state(&carrel, "frozen").as_deref(), Some("exited"));
+}
+
+#[test]
 fn stats_show_what_a_room_uses_now() {
     let carrel = Carrel::new();
     carrel.detach(&["--name", "busy", &fixtures::busybox(), "sh", "-c", "echo begun; while :; do :; done"]);

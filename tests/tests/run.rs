@@ -391,3 +391,15 @@ fn a_wrong_command_line_is_125_and_names_the_option() {
     carrel.run(&["run"]).complains(125, &["IMAGE"]);
     carrel.run(&["run", "--env-file", "/no/such/file", &image]).complains(125, &["/no/such/file"]);
 }
+
+#[test]
+fn what_can_not_be_read_or_written_is_said_before_anything_runs() {
+    let carrel = Carrel::new();
+    let image = fixtures::busybox();
+    let done = carrel.run(&["run", "--usage-file", "/no/such/file", &image, "echo", "ran"]);
+    let done = done.complains(125, &["usage", "/no/such/file"]);
+    assert_eq!(done.text(), "");
+    let mut command = carrel.command(&["run", "-i", &image, "cat"]);
+    let running = Running::spawn(command.stdin(std::fs::File::open("/").unwrap()));
+    running.done().complains(125, &["directory", "-i"]);
+}

@@ -121,6 +121,26 @@ fn a_report_goes_to_stderr_as_json_or_as_a_table() {
 }
 
 #[test]
+fn without_a_cgroup_bytes_are_counted_and_operations_are_not() {
+    let carrel = Carrel::new();
+    let file = carrel.scratch().join("use.json");
+    let path = file.to_str().unwrap();
+    let script = "dd if=/dev/urandom of=/work/written bs=64k count=128; sync";
+    let line = ["run", "--unconfined=cgroup", "--usage-file", path, &fixtures::busybox(), "sh", "-c", script];
+    carrel.run(&line).succeeds();
+    let report: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    valid(&report);
+    assert_eq!(report["host"]["source"], "process");
+    // What was written within the room went to its disk, a file of the host's.
+    let written = number(&report, "/host/write_bytes");
+    assert!(written >= 8.0 * 1024.0 * 1024.0, "{report}");
+    assert!(report["host"]["read_bytes"].is_u64(), "{report}");
+    for field in ["read_operations", "write_operations"] {
+        assert!(report["host"][field].is_null(), "{field}: {report}");
+    }
+}
+
+#[test]
 fn io_and_processes_are_counted() {
     let carrel = Carrel::new();
     let file = carrel.scratch().join("usage.json");

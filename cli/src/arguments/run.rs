@@ -25,7 +25,7 @@ Examples:
 
 The room is always removed when it ends (Docker's --rm), except that a detached
 room's logs and status stay until `carrel rm` or `carrel prune`.
-Standard input is attached only with -i.
+Standard input is attached only with -i, and never with -d.
 
 Exit status: the command's own; 124 timeout, 125 carrel failed, 126 the command
 can't be executed, 127 it does not exist, 128+n it was ended by signal n.";
@@ -38,25 +38,17 @@ can't be executed, 127 it does not exist, 128+n it was ended by signal n.";
 )]
 pub(crate) struct RunArgs {
     /// Print the room's id and leave it running
-    #[arg(short, long, conflicts_with_all = ["interactive", "usage", "usage_file"])]
+    #[arg(short, long, conflicts_with_all = ["usage", "usage_file"])]
     pub(crate) detach: bool,
-    /// Attach standard input
+    /// Attach standard input; with -d it is open, and nobody writes to it
     #[arg(short, long)]
     pub(crate) interactive: bool,
-    /// Give the command a terminal
+    /// Give the command a terminal; with -d one of 24 lines of 80, whose output goes to the log
     #[arg(short, long)]
     pub(crate) tty: bool,
     /// A name for the room, to be used in place of its id
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
-    #[command(flatten)]
-    pub(crate) process: ProcessArgs,
-    #[command(flatten)]
-    pub(crate) machine: MachineArgs,
-    #[command(flatten)]
-    pub(crate) ends: EndArgs,
-    #[command(flatten)]
-    pub(crate) usage: UsageArgs,
     /// When to fetch the image
     #[arg(long, value_enum, default_value_t = Pull::Missing, value_name = "WHEN")]
     pub(crate) pull: Pull,
@@ -72,6 +64,15 @@ pub(crate) struct RunArgs {
     /// The image, and the command in place of its own; options after IMAGE belong to COMMAND
     #[arg(required = true, trailing_var_arg = true, value_names = ["IMAGE", "COMMAND"])]
     pub(crate) image_and_command: Vec<String>,
+    // After all of the above: a heading holds for what follows it.
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+    #[command(flatten)]
+    pub(crate) ends: EndArgs,
+    #[command(flatten)]
+    pub(crate) usage: UsageArgs,
 }
 
 impl RunArgs {

@@ -104,8 +104,9 @@ fn values_out_of_range_name_their_option() {
 }
 
 #[test]
-fn detached_rooms_have_no_standard_input_and_report_no_usage_at_the_end() {
-    assert_eq!(refused(&["run", "-d", "-i", "img"]).kind(), ErrorKind::ArgumentConflict);
+fn detached_rooms_may_have_input_and_a_terminal_and_report_no_usage_at_the_end() {
+    let args = run(&["-dit", "img", "sh"]);
+    assert!(args.detach && args.interactive && args.tty);
     assert_eq!(refused(&["run", "-d", "--usage", "img"]).kind(), ErrorKind::ArgumentConflict);
     assert_eq!(refused(&["run", "-d", "--usage-file", "f", "img"]).kind(), ErrorKind::ArgumentConflict);
 }
@@ -188,4 +189,20 @@ fn every_command_that_people_use_shows_examples() {
         assert!(help.contains("Examples:\n  carrel "), "{name} has no examples");
         assert!(help.contains(&format!("carrel {name}")), "{name}'s examples don't use it");
     }
+}
+
+#[test]
+fn help_has_every_option_below_its_own_heading() {
+    let mut cli = Cli::command();
+    assert!(cli.render_help().to_string().starts_with("Runs OCI images and Lambda functions"));
+    let run = cli.find_subcommand_mut("run").unwrap();
+    let heading = |id: &str| {
+        let argument = run.get_arguments().find(|known| known.get_id() == id).unwrap();
+        argument.get_help_heading().map(str::to_owned)
+    };
+    for id in ["detach", "pull", "platform", "insecure", "rm", "image_and_command"] {
+        assert_eq!(heading(id), None, "{id}");
+    }
+    assert_eq!(heading("usage_file").as_deref(), Some("Usage"));
+    assert_eq!(heading("workdir").as_deref(), Some("Process"));
 }

@@ -38,6 +38,7 @@ const ACCOUNT: &str = "000000000000";
 pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result<u8> {
     // What is wrong with the request is said before anything is fetched.
     let function = function(args)?;
+    report::check_file(&args.usage)?;
     let event = event(&args.event)?;
     let image = image(args, configuration)?;
     let home = place::home(configuration)?;
@@ -171,12 +172,14 @@ fn call(function: &Function, event: &[u8]) -> Result<Call> {
     let region = function.environment.iter().rev().find_map(|one| one.strip_prefix("AWS_REGION="));
     let region = region.unwrap_or(function::DEFAULT_REGION);
     let arn = format!("arn:aws:lambda:{region}:{ACCOUNT}:function:{}", function.name);
+    let random = "The kernel gives no random bytes.";
+    let trace = function::trace_id(now_ns()).context(random)?;
     Ok(Call {
-        id: function::request_id().context("The kernel gives no random bytes.")?,
+        id: function::request_id().context(random)?,
         event: file,
         event_bytes: length(event),
         timeout_ms: function.timeout.millis(),
-        headers: BTreeMap::from([("Invoked-Function-Arn".to_owned(), arn)]),
+        headers: BTreeMap::from([("Invoked-Function-Arn".to_owned(), arn), ("Trace-Id".to_owned(), trace)]),
     })
 }
 

@@ -34,14 +34,35 @@ pub(crate) fn usage(args: &UsageArgs, report: Option<&UsageReport>) -> Result<()
     Ok(())
 }
 
+/// What would keep the report from being written is said before anything runs: its workload's status would be lost over it.
+pub(crate) fn check_file(args: &UsageArgs) -> Result<()> {
+    let Some(file) = &args.usage_file else { return Ok(()) };
+    let checked = match file.metadata() {
+        // A pipe or a terminal: to open it may take a reader, who comes later.
+        Ok(there) if !there.is_file() && !there.is_dir() => Ok(()),
+        Ok(there) if there.is_dir() => Err(std::io::ErrorKind::IsADirectory.into()),
+        Ok(_) | Err(_) => {
+            let name = beside(file);
+            std::fs::write(&name, "").and_then(|()| std::fs::remove_file(&name))
+        }
+    };
+    checked.with_context(|| format!("The usage report can't be written to {}.", file.display()))
+}
+
+/// The file that becomes this one.
+fn beside(file: &Path) -> std::ffi::OsString {
+    let mut name = file.as_os_str().to_owned();
+    name.push(format!(".{}.new", std::process::id()));
+    name
+}
+
 /// A reader sees the old report or the new one, never half of one.
 fn write_whole(file: &Path, text: &str) -> std::io::Result<()> {
     if file.exists() && !file.is_file() {
         // A pipe or a terminal: there is nothing to replace.
         return std::fs::write(file, text);
     }
-    let mut name = file.as_os_str().to_owned();
-    name.push(format!(".{}.new", std::process::id()));
+    let name = beside(file);
     std::fs::write(&name, text).and_then(|()| std::fs::rename(&name, file)).inspect_err(|_| {
         let _ = std::fs::remove_file(&name);
     })
@@ -112,6 +133,23 @@ mod tests {
         };
         let text = table(&report).to_string();
         assert!(text.contains("wall time") && text.contains("2.000 s") && text.contains("5 MiB"), "{text}");
+    }
+
+    #[test]
+    fn a_file_that_can_not_be_written_is_found_out_before_anything_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let check = |file: &Path| check_file(&UsageArgs { usage: None, usage_file: Some(file.to_owned()) });
+        let file = dir.path().join("use.json");
+        check(&file).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is made by it");
+        std::fs::write(&file, "an older report").unwrap();
+        check(&file).unwrap();
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "an older report");
+        check(Path::new("/dev/null")).unwrap();
+        for wrong in [dir.path(), &dir.path().join("no/such"), &file.join("below")] {
+            let error = check(wrong).unwrap_err().to_string();
+            assert!(error.contains(&wrong.display().to_string()), "{error}");
+        }
     }
 
     #[test]

@@ -2,11 +2,12 @@
 
 use std::io::IsTerminal;
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Result, bail, ensure};
 use carrel_host::log::{self, LogError, LogOptions};
 use carrel_host::record::Record;
+use carrel_host::session::Session;
 use carrel_host::timestamp::rfc3339_of;
 use carrel_host::{Home, Room, SessionError, UsageReport};
 use serde_json::{Value, json};
@@ -130,51 +131,77 @@ fn unless_gone<T>(asked: Result<T, SessionError>) -> Result<Option<T>> {
     }
 }
 
+/// What was done to each of several rooms: the words of those with which it went well are printed, the others' failures are one error.
+fn conclude(words: &[String], done: Vec<Result<()>>) -> Result<u8> {
+    let (mut well, mut failed) = (Vec::new(), Vec::new());
+    for (word, done) in words.iter().zip(done) {
+        match done {
+            Ok(()) => well.push(word.clone()),
+            Err(error) => failed.push((word, error)),
+        }
+    }
+    print_lines(well.into_iter())?;
+    match failed.pop() {
+        None => Ok(0),
+        Some((_, only)) if words.len() == 1 => Err(only),
+        Some(last) => {
+            failed.push(last);
+            let each: Vec<String> = failed.iter().map(|(word, error)| format!("{word}: {error:#}")).collect();
+            bail!("It went wrong with {} of {} rooms. {}", each.len(), words.len(), each.join("; "))
+        }
+    }
+}
+
 /// `carrel stop`.
 pub(crate) fn stop(args: &StopArgs, configuration: &Configuration) -> Result<u8> {
     let rooms = find_all(&place::home(configuration)?, &args.rooms)?;
-    let timeout = args.time.map(super::run::millis);
-    // All are told before any is waited for.
-    let mut sessions = Vec::new();
-    for room in rooms.iter().filter(|room| !room.has_ended()) {
-        if let Some(session) = unless_gone(room.connect())?
-            && unless_gone(session.remote().stop(timeout))?.is_some()
-        {
-            sessions.push(session);
+    let ask = |room: &Room| -> Result<Option<(Session, Instant)>> {
+        if room.has_ended() {
+            return Ok(None);
         }
-    }
-    for session in sessions {
-        unless_gone(session.wait())?;
-    }
-    print_lines(args.rooms.iter().cloned())
+        let Some(session) = unless_gone(room.connect())? else { return Ok(None) };
+        let asked = unless_gone(session.ask_stop(args.time.map(super::run::millis)))?;
+        Ok(asked.map(|()| (session, Instant::now())))
+    };
+    // All are told before any is waited for.
+    let asked: Vec<_> = rooms.iter().map(ask).collect();
+    let heard = rooms.iter().zip(asked).map(|(room, asked)| {
+        let Some((session, at)) = asked? else { return Ok(()) };
+        let time = args.time.unwrap_or(Duration::from_millis(room.spec().stop_timeout_ms));
+        unless_gone(session.wait_stopped(at, time)).map(drop)
+    });
+    conclude(&args.rooms, heard.collect())
 }
 
 /// `carrel kill`.
 pub(crate) fn kill(args: &KillArgs, configuration: &Configuration) -> Result<u8> {
     let rooms = find_all(&place::home(configuration)?, &args.rooms)?;
-    for room in &rooms {
+    let done = rooms.iter().map(|room| {
         ensure!(!room.has_ended(), "The room {} has ended.", room.title());
-        room.connect()?.remote().signal(args.signal.0)?;
-    }
-    print_lines(args.rooms.iter().cloned())
+        Ok(room.connect()?.remote().signal(args.signal.0)?)
+    });
+    conclude(&args.rooms, done.collect())
 }
 
 /// `carrel rm`.
 pub(crate) fn rm(args: &RmArgs, configuration: &Configuration) -> Result<u8> {
     let rooms = find_all(&place::home(configuration)?, &args.rooms)?;
-    for room in &rooms {
+    let done = rooms.iter().map(|room| {
         if args.force && !room.has_ended() {
             end_by_force(room)?;
         }
-        room.remove()?;
-    }
-    print_lines(args.rooms.iter().cloned())
+        Ok(room.remove()?)
+    });
+    conclude(&args.rooms, done.collect())
 }
 
 fn end_by_force(room: &Room) -> Result<()> {
     if let Some(session) = unless_gone(room.connect())? {
+        let asked = Instant::now();
         unless_gone(session.remote().signal(SIGKILL))?;
-        unless_gone(session.wait())?;
+        // That one is not answered; this is, and does the same again.
+        unless_gone(session.ask_stop(Some(0)))?;
+        unless_gone(session.wait_stopped(asked, Duration::ZERO))?;
     }
     Ok(())
 }
@@ -209,19 +236,28 @@ pub(crate) fn stats(args: &StatsArgs, configuration: &Configuration) -> Result<u
             [] => home.rooms()?,
             some => find_all(&home, some)?,
         };
+        let named = !args.rooms.is_empty();
+        let asked: Vec<_> = rooms.iter().map(|room| (room, ask_usage(room), Instant::now())).collect();
         let mut running = false;
         let mut reports = Vec::new();
-        for room in &rooms {
-            let record = room.record();
-            let live = || room.connect().and_then(|session| session.usage()).ok();
-            match if over(&record) { None } else { live() } {
-                Some(report) => {
+        for (room, session, at) in asked {
+            match session.and_then(|session| session.map(|session| session.hear_usage(at)).transpose()) {
+                Ok(Some(report)) => {
                     running = true;
                     reports.push(report);
                 }
+                Err(error @ (SessionError::SilentOwner { .. } | SessionError::Silent)) => {
+                    let error = anyhow::Error::new(error)
+                        .context(format!("Nobody says what the room {} uses", room.title()));
+                    if named {
+                        return Err(error);
+                    }
+                    // The others' numbers are worth having.
+                    tracing::warn!("{error:#}");
+                }
                 // One that was asked for by name, and ended, perhaps while it was asked: what it used is in its record.
-                None if !args.rooms.is_empty() => reports.extend(last_report(room)?),
-                None => {}
+                Ok(None) | Err(_) if named => reports.extend(last_report(room)?),
+                Ok(None) | Err(_) => {}
             }
         }
         if args.json {
@@ -238,6 +274,16 @@ pub(crate) fn stats(args: &StatsArgs, configuration: &Configuration) -> Result<u
         before = reports;
         thread::sleep(args.interval);
     }
+}
+
+/// Asks a room that is not over what it uses.
+fn ask_usage(room: &Room) -> Result<Option<Session>, SessionError> {
+    if room.has_ended() {
+        return Ok(None);
+    }
+    let session = room.connect()?;
+    session.ask_usage()?;
+    Ok(Some(session))
 }
 
 /// What a room that has ended used; nothing of one that is still being asked for its first report.
@@ -347,6 +393,16 @@ mod tests {
         let (_root, home) = home_with(&record);
         let error = last_report(&home.find("job").unwrap()).unwrap_err();
         assert!(error.to_string().contains("job has ended"), "{error}");
+    }
+
+    #[test]
+    fn what_failed_with_one_room_is_said_after_all_were_tried() {
+        let words = ["a", "b", "c"].map(str::to_owned);
+        let failed = |why: &str| Err(anyhow::anyhow!("{why}"));
+        assert_eq!(conclude(&words, vec![Ok(()), Ok(()), Ok(())]).unwrap(), 0);
+        let error = conclude(&words, vec![failed("it has ended"), Ok(()), failed("gone")]).unwrap_err();
+        assert_eq!(error.to_string(), "It went wrong with 2 of 3 rooms. a: it has ended; c: gone");
+        assert_eq!(conclude(&words[..1], vec![failed("gone")]).unwrap_err().to_string(), "gone");
     }
 
     #[test]

@@ -26,7 +26,12 @@ const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// `carrel run`.
 pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
-    let terminal = terminal_for(args.tty, args.interactive)?;
+    let terminal = match args.detach {
+        // Nobody looks at it, and nobody types.
+        true => args.tty.then_some(terminal::FALLBACK),
+        false => terminal_for(args.tty, args.interactive)?,
+    };
+    report::check_file(&args.usage)?;
     let own = |name: &str| std::env::var(name).ok();
     let environment = environment::collect(&args.process.env_file, &args.process.env, &own)?;
     let name: Option<RoomName> = args.name.as_deref().map(str::parse).transpose()?;
@@ -120,8 +125,12 @@ pub(crate) fn exec(args: &ExecArgs, configuration: &Configuration) -> Result<u8>
     report::ended(&ended.outcome)
 }
 
-/// The size of the user's terminal, if one is wanted. It must be there if its keys are.
+/// The size of the user's terminal, if one is wanted. It must be there if its keys are; and standard input must be something to read.
 fn terminal_for(wanted: bool, interactive: bool) -> Result<Option<TerminalSize>> {
+    ensure!(
+        !interactive || !terminal::stdin_is_directory(),
+        "The input is a directory, which can't be read: give a file or a pipe, or leave out -i."
+    );
     ensure!(
         !wanted || !interactive || terminal::stdin_is_terminal(),
         "The input is not a terminal: leave out -t, or run carrel in one."

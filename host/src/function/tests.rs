@@ -173,3 +173,10 @@ proptest! {
 fn two_ids_differ() {
     assert_ne!(request_id().unwrap(), request_id().unwrap());
 }
+
+#[test]
+fn a_trace_has_the_form_that_its_readers_parse() {
+    let trace = trace(0x5bef_4de7 * 1_000_000_000 + 1, [0xad; 12], [0x9a, 0, 0, 0, 0, 0, 0, 1]);
+    assert_eq!(trace, "Root=1-5bef4de7-adadadadadadadadadadadad;Parent=9a00000000000001;Sampled=0");
+    assert_ne!(trace_id(0).unwrap(), trace_id(0).unwrap());
+}

@@ -246,6 +246,7 @@ impl Room {
             }
             self.meet_deadlines(Instant::now());
         }
+        self.hear_last_words();
         self.finish();
     }
 
@@ -469,7 +470,7 @@ impl Room {
         }
         if due(&mut self.deadlines.sample) {
             self.meter.sample();
-            self.meter.sample_memory();
+            self.meter.sample_living();
             self.deadlines.sample = Some(now + SAMPLE);
         }
     }

@@ -245,7 +245,12 @@ impl Client {
         if matches!(error, ureq::Error::Timeout(_)) {
             return RegistryError::Stalled(Printable::new(host));
         }
-        RegistryError::Unreachable { host: Printable::new(host), source: Box::new(error) }
+        let what = match at.as_ref().and_then(Uri::scheme_str) {
+            // So are loopback addresses spoken to anyway.
+            Some("http") => "its name and the network, and whether it listens there",
+            _ => "its name and the network, and whether it speaks plain HTTP (--insecure)",
+        };
+        RegistryError::Unreachable { host: Printable::new(host), what, source: Box::new(error) }
     }
 }
 

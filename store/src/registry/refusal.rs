@@ -48,12 +48,12 @@ pub enum RegistryError {
         said: Printable,
     },
     /// No connection.
-    #[error(
-        "{host} can't be reached: check its name and the network, and whether it speaks plain HTTP (--insecure)."
-    )]
+    #[error("{host} can't be reached: check {what}.")]
     Unreachable {
         /// Host and port.
         host: Printable,
+        /// What may be wrong, by how it was spoken to.
+        what: &'static str,
         /// Why.
         #[source]
         source: Box<dyn Error + Send + Sync>,

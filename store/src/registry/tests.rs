@@ -246,6 +246,7 @@ fn what_does_not_exist_or_can_not_be_reached_is_told_apart() {
     assert!(sentence(pull(&store, &server.name())).contains("lacks"));
     let said = sentence(pull(&store, "127.0.0.1:1/name:tag"));
     assert!(said.contains("127.0.0.1:1") && said.contains("can't be reached"), "{said}");
+    assert!(!said.contains("--insecure"), "it was spoken to in plain HTTP: {said}");
 }
 
 #[test]

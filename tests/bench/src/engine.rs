@@ -61,9 +61,10 @@ pub(crate) struct Running {
 }
 
 impl Engine {
-    /// The name in tables.
+    /// What it is called where something is said of it.
     pub(crate) fn name(&self) -> &'static str {
         match self {
+            Self::Carrel { arguments, .. } if !arguments.is_empty() => "carrel, unconfined",
             Self::Carrel { .. } => "carrel",
             Self::Firecracker { .. } => "firecracker",
         }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!  case ──> for each round: carrel, firecracker, (carrel unconfined) ──> samples ──> medians, ratio, interval ──> table, JSON
+//!                                 └─ failed: once more ─ failed again: missing, counted by side
 //! ```
 //!
 //! Both sides boot the same kernel, initramfs, command line and machine, and say that they are ready by the same byte on
@@ -19,14 +20,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::{Parser, ValueEnum};
 use serde::Serialize;
 
 use engine::{Engine, Machine, Running};
 use stats::Summary;
 
-/// Command line that both sides get: a serial console that only init writes to.
 /// Counted rounds, if nobody says how many; by how many more while the interval is wide; how many at most.
 const RUNS: u32 = 20;
 const MORE_RUNS: u32 = 10;
@@ -34,8 +34,9 @@ const MOST_RUNS: u32 = 60;
 /// An interval is wide above this part of its ratio.
 const WIDE: f64 = 0.15;
 /// Starts under strace.
-const COUNTED_STARTS: usize = 3;
+const COUNTED_STARTS: u32 = 3;
 
+/// Command line that both sides get: a serial console that only init writes to.
 const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=t panic=-1";
 
 #[derive(Parser)]
@@ -104,8 +105,58 @@ struct Peer {
     summary: Summary,
 }
 
-/// What one start of one side gave: values in the order of its bench's metrics; a missing one is NaN.
+/// One side and what its rounds gave, a sample each: sides are compared round by round.
+struct Series {
+    side: Engine,
+    samples: Vec<Sample>,
+    /// Attempts that failed, and rounds that are missing for it.
+    failed: u32,
+    missing: u32,
+}
+
+impl Series {
+    fn new(side: Engine) -> Self {
+        Self { side, samples: Vec::new(), failed: 0, missing: 0 }
+    }
+
+    /// Takes a round's sample, in a second attempt if the first fails. What is missing then throws away nothing of the others.
+    fn take(&mut self, round: u32, counted: bool, mut sample: impl FnMut(&Engine) -> Result<Sample>) {
+        let mut attempt = || {
+            sample(&self.side).inspect_err(|error| {
+                self.failed += 1;
+                eprintln!("\nround {round} of {} failed: {error:#}", self.side.name());
+            })
+        };
+        let taken = attempt().or_else(|_| attempt());
+        if counted {
+            self.missing += u32::from(taken.is_err());
+            self.samples.push(taken.unwrap_or_default());
+        }
+    }
+
+    fn tell_failures(&self) {
+        if self.failed > 0 {
+            let (name, rounds) = (self.side.name(), self.samples.len());
+            eprintln!(
+                "{name}: {} attempts failed; {} of {rounds} rounds are missing",
+                self.failed, self.missing
+            );
+        }
+    }
+}
+
+/// What one start of one side gave: values in the order of its bench's metrics; a missing one is NaN, or not there.
 type Sample = Vec<f64>;
+
+fn value(sample: &Sample, i: usize) -> f64 {
+    sample.get(i).copied().unwrap_or(f64::NAN)
+}
+
+/// The values of those rounds that have one of both sides.
+fn whole_pairs(ours: &[f64], theirs: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    let pairs = ours.iter().copied().zip(theirs.iter().copied());
+    pairs.filter(|(ours, theirs)| ours.is_finite() && theirs.is_finite()).unzip()
+}
 
 fn main() -> Result<()> {
     let options = Options::parse();
@@ -117,18 +168,16 @@ fn main() -> Result<()> {
     let peer = Engine::Firecracker { binary: stage(&options.firecracker, folder.path(), "firecracker")? };
     let sides = [confined, peer, unconfined];
 
-    let mut samples: [Vec<Sample>; 3] = Default::default();
-    let mut turns: Vec<_> = sides.iter().zip(&mut samples).collect();
+    let mut series = sides.map(Series::new);
+    let mut turns: Vec<&mut Series> = series.iter_mut().collect();
     let mut round = 0;
     let mut rounds = options.warm_ups + options.runs.unwrap_or(RUNS);
     while round < rounds {
-        for (side, samples) in &mut turns {
-            scrub();
-            let sample = sample(options.bench, side, &machine)
-                .with_context(|| format!("round {round} of {} failed", side.name()))?;
-            if round >= options.warm_ups {
-                samples.push(sample);
-            }
+        for series in &mut turns {
+            series.take(round + 1, round >= options.warm_ups, |side| {
+                scrub();
+                sample(options.bench, side, &machine)
+            });
         }
         // Another side begins: what one leaves to be done meets the next.
         turns.rotate_left(1);
@@ -143,13 +192,15 @@ fn main() -> Result<()> {
         progress(round, rounds);
     }
     drop(turns);
-    let [confined, theirs, unconfined] = &samples;
+    series.iter().for_each(Series::tell_failures);
+    let [confined, theirs, unconfined] = series.each_ref().map(|series| &series.samples[..]);
     let peer_version = version(&options.firecracker)?;
     let mut metrics = compare(options.bench, &peer_version, confined, theirs, "");
     metrics.extend(compare(options.bench, &peer_version, unconfined, theirs, "unconfined"));
     if matches!(options.bench, Bench::Tiny | Bench::Boot) {
-        metrics.extend(system_calls(options.bench, &sides, &machine, &peer_version)?);
+        metrics.extend(system_calls(options.bench, &series, &machine, &peer_version));
     }
+    ensure!(!metrics.is_empty(), "no round has a sample of both sides: see what failed above");
     print_table(&metrics);
     if let Some(path) = &options.json {
         write_json(path, &metrics)?;
@@ -164,13 +215,18 @@ fn scrub() {
 }
 
 /// Whether the interval of the aim's own metric says little yet.
-fn is_wide(turns: &[(&Engine, &mut Vec<Sample>)]) -> bool {
+fn is_wide(turns: &[&mut Series]) -> bool {
     let first = |wanted: fn(&Engine) -> bool| -> Vec<f64> {
-        let side = turns.iter().find(|(side, _)| wanted(side));
-        side.into_iter().flat_map(|(_, samples)| samples.iter()).filter_map(|s| s.first().copied()).collect()
+        let series = turns.iter().find(|series| wanted(&series.side));
+        series.into_iter().flat_map(|series| &series.samples).map(|sample| value(sample, 0)).collect()
     };
     let ours = first(|side| matches!(side, Engine::Carrel { arguments, .. } if arguments.is_empty()));
     let theirs = first(|side| matches!(side, Engine::Firecracker { .. }));
+    let (ours, theirs) = whole_pairs(&ours, &theirs);
+    // Without a pair it says nothing at all.
+    if ours.is_empty() {
+        return true;
+    }
     let ratio = stats::ratio(&ours, &theirs);
     ratio.ratio_high - ratio.ratio_low > WIDE * ratio.ratio
 }
@@ -258,10 +314,10 @@ fn vsock_sample(running: &Running) -> Result<Sample> {
 }
 
 /// Host system calls until ready, counted under strace: it would distort the clock, not the count.
-fn system_calls(bench: Bench, sides: &[Engine; 3], machine: &Machine, peer: &str) -> Result<Vec<Metric>> {
+fn system_calls(bench: Bench, series: &[Series; 3], machine: &Machine, peer: &str) -> Vec<Metric> {
     if Command::new("strace").arg("-V").output().is_err() {
         eprintln!("strace is not installed: system calls are not counted");
-        return Ok(Vec::new());
+        return Vec::new();
     }
     let count = |side: &Engine| -> Result<Sample> {
         let file = tempfile::NamedTempFile::new()?;
@@ -274,15 +330,17 @@ fn system_calls(bench: Bench, sides: &[Engine; 3], machine: &Machine, peer: &str
         drop(running);
         Ok(vec![u32::try_from(calls).map_or(f64::NAN, f64::from)])
     };
-    let mut counts = Vec::new();
-    for side in sides {
-        counts.push((0..COUNTED_STARTS).map(|_| count(side)).collect::<Result<Vec<_>>>()?);
-    }
-    let [confined, theirs, unconfined] = counts.as_slice() else { bail!("three sides were counted") };
+    let counts = series.each_ref().map(|series| {
+        let mut counts = Series::new(series.side.clone());
+        (0..COUNTED_STARTS).for_each(|round| counts.take(round + 1, true, count));
+        counts.tell_failures();
+        counts.samples
+    });
+    let [confined, theirs, unconfined] = counts.each_ref().map(Vec::as_slice);
     let names = &[("host system calls", "")];
     let mut metrics = rows(bench, names, peer, confined, theirs, "");
     metrics.extend(rows(bench, names, peer, unconfined, theirs, "unconfined"));
-    Ok(metrics)
+    metrics
 }
 
 fn compare(bench: Bench, peer: &str, ours: &[Sample], theirs: &[Sample], variant: &str) -> Vec<Metric> {
@@ -297,13 +355,11 @@ fn rows(
     theirs: &[Sample],
     variant: &str,
 ) -> Vec<Metric> {
-    let column = |samples: &[Sample], i: usize| -> Vec<f64> {
-        samples.iter().filter_map(|s| s.get(i).copied()).filter(|v| v.is_finite()).collect()
-    };
+    let column = |samples: &[Sample], i| samples.iter().map(|s| value(s, i)).collect::<Vec<_>>();
     let mut metrics = Vec::new();
     for (i, &(name, unit)) in names.iter().enumerate() {
-        let (ours, theirs) = (column(ours, i), column(theirs, i));
-        if ours.is_empty() || theirs.is_empty() {
+        let (ours, theirs) = whole_pairs(&column(ours, i), &column(theirs, i));
+        if ours.is_empty() {
             continue;
         }
         let metric = if variant.is_empty() { name.to_owned() } else { format!("{name}, {variant}") };
@@ -364,4 +420,49 @@ fn write_json(path: &Path, metrics: &[Metric]) -> Result<()> {
         lines.push('\n');
     }
     fs::write(path, lines).with_context(|| format!("{} can't be written", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::bail;
+
+    use super::*;
+
+    fn series() -> Series {
+        Series::new(Engine::Firecracker { binary: "firecracker".into() })
+    }
+
+    #[test]
+    fn a_failed_sample_is_taken_once_more_and_then_missing() {
+        let mut series = series();
+        let mut attempts = 0;
+        let mut flaky = |_: &Engine| {
+            attempts += 1;
+            if attempts == 1 { bail!("a stall") } else { Ok(vec![1.0]) }
+        };
+        series.take(1, true, &mut flaky);
+        assert_eq!((series.failed, series.missing, series.samples.len()), (1, 0, 1));
+        series.take(2, true, |_| bail!("a stall"));
+        series.take(3, true, |_| Ok(vec![3.0]));
+        assert_eq!((series.failed, series.missing), (3, 1));
+        assert_eq!(series.samples, [vec![1.0], vec![], vec![3.0]]);
+        // A warm-up that fails is no missing sample.
+        series.take(4, false, |_| bail!("a stall"));
+        assert_eq!((series.failed, series.missing, series.samples.len()), (5, 1, 3));
+    }
+
+    #[test]
+    fn rounds_are_compared_that_have_a_sample_of_both_sides() {
+        let metrics = rows(
+            Bench::Vsock,
+            &[("a", ""), ("b", "")],
+            "peer",
+            &[vec![1.0, 5.0], vec![], vec![3.0, f64::NAN]],
+            &[vec![2.0, 5.0], vec![9.0, 9.0], vec![6.0, 1.0]],
+            "",
+        );
+        let seen: Vec<_> = metrics.iter().map(|m| (m.runs, m.ratio.ratio)).collect();
+        assert_eq!(seen, [(2, 0.5), (1, 1.0)]);
+        assert!(rows(Bench::Vsock, &[("a", "")], "peer", &[vec![]], &[vec![1.0]], "").is_empty());
+    }
 }

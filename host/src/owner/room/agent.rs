@@ -199,7 +199,7 @@ impl Room {
             tracing::warn!(error = %chain(&error), "the room keeps its boot's share of the CPUs");
         }
         // A room may be over before the first period is.
-        self.meter.sample_memory();
+        self.meter.sample_living();
         debug_assert_eq!(u128::from(REPORT_MS), SAMPLE.as_millis());
         self.ask_usage();
     }
@@ -223,7 +223,7 @@ impl Room {
             process.flush = Some(Instant::now() + self.own.patience.identify());
             if exited.process == WORKLOAD {
                 // Before anybody is told: the VMM has still all that the workload made it take.
-                self.meter.sample_memory();
+                self.meter.sample_living();
             }
             self.tell_exit(exited.process);
         }

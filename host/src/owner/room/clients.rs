@@ -196,7 +196,7 @@ impl Room {
             return;
         }
         self.meter.sample();
-        self.meter.sample_memory();
+        self.meter.sample_living();
         let report = self.report();
         for id in waiters {
             self.tell_client(id, api::Used { report: report.clone() });

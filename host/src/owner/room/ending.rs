@@ -8,18 +8,22 @@
 //! ```
 
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use carrel_protocol::agent::Shutdown;
+use carrel_protocol::agent::{FromAgent, Shutdown};
 use carrel_protocol::vmm::{End, Ended, FromOwner, Stop};
 
 use super::super::api::{self, ToClient};
+use super::super::events::Event;
 use super::{Ownership, Pressure, Process, Room, SIGTERM, WORKLOAD};
 use crate::launch::ChildEnd;
-use crate::outcome::Outcome;
+use crate::outcome::{Outcome, Step};
 use crate::packet::Connection;
 use crate::record::{Phase, Record, Remains};
 use crate::timestamp::now_ms;
+
+/// From the VMM's end to that of its agent's connection, which is read as fast as an agent may speak.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 impl Room {
     /// The workload ended: the room ends when all that it wrote was read.
@@ -64,12 +68,14 @@ impl Room {
     /// Ends the room for this reason, unless it has another one already.
     pub(super) fn give_up(&mut self, outcome: Outcome) {
         tracing::debug!(?outcome, "the room is given up");
+        // An agent that did not say in time that the workload is dead says nothing more.
+        let mute = matches!(outcome, Outcome::Overdue { step: Step::Kill, .. });
         self.record.outcome.get_or_insert(outcome);
         let ran = matches!(self.record.phase, Phase::Running | Phase::Draining);
         self.enter(Phase::Ending, None);
         match self.pressure {
             // What ran is asked for its last report; what never ran has none.
-            None if ran && self.control.is_some() => self.shut_down(),
+            None if ran && !mute && self.control.is_some() => self.shut_down(),
             None | Some(Pressure::Asked) => {
                 self.pressure = Some(Pressure::Asked);
                 self.press();
@@ -97,6 +103,20 @@ impl Room {
             Some(Pressure::Stopped | Pressure::Killed) => {
                 self.pressure = Some(Pressure::Killed);
                 self.child.kill();
+            }
+        }
+    }
+
+    /// The agent's last report comes over another connection than its VMM's end, and may be heard after it. That connection has an end too, now.
+    pub(super) fn hear_last_words(&mut self) {
+        let until = Instant::now() + LAST_WORDS;
+        while self.control.is_some() {
+            match self.events.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(Event::Agent(message @ (FromAgent::Usage(_) | FromAgent::Ending(_)))) => {
+                    self.hear_agent(message);
+                }
+                Ok(Event::AgentClosed(_)) | Err(_) => return,
+                Ok(_) => {}
             }
         }
     }

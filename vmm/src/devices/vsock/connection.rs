@@ -179,7 +179,7 @@ impl Connection {
             return Next::Packet(self.packet(Operation::Shutdown, due | self.told));
         }
         if self.credit_due {
-            return Next::Packet(self.packet(Operation::CreditUpdate, 0));
+            return Next::Packet(self.credit());
         }
         let room = self.guest_room();
         let reads = self.phase == Phase::Open
@@ -208,6 +208,11 @@ impl Connection {
     fn packet(&self, operation: Operation, flags: u32) -> ToGuest {
         let Self { ports, fwd_cnt, .. } = *self;
         ToGuest { ports, operation, flags, length: 0, buf_alloc: BUF_ALLOC, fwd_cnt: fwd_cnt.0 }
+    }
+
+    /// How much room there is, as the next packet: true at any time.
+    pub(super) fn credit(&self) -> ToGuest {
+        self.packet(Operation::CreditUpdate, 0)
     }
 
     /// A data packet of this length, as the next one.

@@ -304,6 +304,14 @@ impl Vsock {
                 connection.sent(&packet, now);
                 ring.push(first.head, HEADER_BYTES)?;
             }
+            // A buffer that ends with its header: data has no room in it, and a read into nothing would look like the socket's end. It is used up
+            // by what a header alone can say.
+            Next::Data(_) if first.writable.len() == HEADER_BYTES => {
+                let packet = connection.credit();
+                packet.write(&first.writable, guest_cid)?;
+                connection.sent(&packet, now);
+                ring.push(first.head, HEADER_BYTES)?;
+            }
             Next::Data(room) => {
                 let chains = gather(first, ring, room)?;
                 match connection.read_into(&data_parts(&chains, room)) {
@@ -452,7 +460,14 @@ fn gather(first: Buffers, ring: &mut Ring, room: u32) -> Result<Vec<Buffers>, Fa
     let mut chains = vec![first];
     while bytes < room && chains.len() < GATHER {
         let Some(next) = ring.pop()? else { break };
-        bytes += next.writable.len().checked_sub(HEADER_BYTES).ok_or(Fault)?;
+        match next.writable.len().checked_sub(HEADER_BYTES).ok_or(Fault)? {
+            // It takes no data: the next turn's.
+            0 => {
+                ring.unpop(1);
+                break;
+            }
+            more => bytes += more,
+        }
         chains.push(next);
     }
     Ok(chains)

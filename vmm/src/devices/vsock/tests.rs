@@ -171,6 +171,33 @@ fn several_buffers_are_filled_by_one_read() {
     assert_eq!(got.concat_data(), sent);
 }
 
+#[test]
+fn a_buffer_without_room_after_its_header_is_not_the_streams_end() {
+    // Alone, before, between and after buffers that take data.
+    for sizes in [&[44][..], &[44, 4096], &[100, 44, 4096], &[100, 44, 44]] {
+        let mut guest = Guest::new();
+        guest.offer(1);
+        guest.send(REQUEST, 0, &[]);
+        assert_eq!(guest.operations(), [RESPONSE]);
+        let mut owner = UnixStream::from(guest.vsock.take_dialled().pop().unwrap().1);
+        for size in sizes {
+            guest.receive.add(&[Part::Writable(*size)]);
+        }
+        let sent: Vec<u8> = (0..3000u32).map(|n| n.to_le_bytes()[0]).collect();
+        owner.write_all(&sent).unwrap();
+        let mut arrived = Vec::new();
+        let mut kinds = Vec::new();
+        for _ in 0..4 {
+            let got = guest.got();
+            kinds.extend(got.iter().map(|packet| packet.operation));
+            arrived.extend(got.concat_data());
+            guest.offer(1);
+        }
+        assert!(arrived == sent, "{sizes:?}: {} of {} bytes", arrived.len(), sent.len());
+        assert!(kinds.iter().all(|kind| [DATA, CREDIT_UPDATE].contains(kind)), "{sizes:?}: {kinds:?}");
+    }
+}
+
 trait Data {
     fn concat_data(&self) -> Vec<u8>;
 }

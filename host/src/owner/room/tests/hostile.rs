@@ -219,11 +219,61 @@ fn a_killed_workload_whose_agent_does_not_bury_it_is_ended_with_its_room() {
     place.session.remote().signal(SIGKILL).unwrap();
     let FromHost::Signal(signal) = guest.hear() else { panic!("no signal") };
     assert_eq!(signal.signal, SIGKILL);
-    // It says nothing; the room asks it to shut down, and then the VMM to stop.
+    // It says nothing; it is not asked for anything more, but the VMM to stop.
     assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+    guest.control.set_nonblocking(true).unwrap();
+    assert!(FromHost::read_from(&mut guest.control).is_err());
     guest.end(End::Stopped);
     let outcome = place.session.wait().unwrap().outcome;
     assert!(matches!(outcome, Outcome::Overdue { step: Step::Kill, .. }), "{outcome:?}");
+}
+
+/// A room's directory whose owner has been stopped: it listens, and does nothing more.
+fn stopped_owner() -> (tempfile::TempDir, OwnedFd) {
+    let directory = tempfile::tempdir().unwrap();
+    let listener = crate::owner::listen(directory.path()).unwrap();
+    (directory, listener)
+}
+
+#[test]
+fn an_owner_that_does_not_answer_is_named_and_not_waited_for() {
+    let (directory, _listener) = stopped_owner();
+    let session = Session::connect(directory.path(), hurried()).unwrap();
+    let begun = Instant::now();
+    session.ask_stop(None).unwrap();
+    let stopped = session.wait_stopped(begun, Duration::from_secs(600)).unwrap_err();
+    let usage = session.usage().unwrap_err();
+    assert!(begun.elapsed() < TIME, "{:?}", begun.elapsed());
+    for error in [stopped, usage] {
+        assert!(error.to_string().contains(&format!("process {}", std::process::id())), "{error}");
+    }
+}
+
+#[test]
+fn an_owner_whose_queue_is_full_is_not_waited_for_either() {
+    let (directory, _listener) = stopped_owner();
+    let mut waiting = Vec::new();
+    let error = loop {
+        match Session::connect(directory.path(), hurried()) {
+            Ok(session) => waiting.push(session),
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, SessionError::Silent), "{error}");
+}
+
+#[test]
+fn a_stop_of_a_room_that_goes_on_is_not_waited_for_without_end() {
+    let (place, mut guest) = begin(RoomSpec { stop_timeout_ms: 600_000, ..spec(true) });
+    let _streams = guest.boot();
+    // The owner answers; the command's patience is shorter than the room's time.
+    let session = Session::connect(&place.path(), Patience::try_from(0.1).unwrap()).unwrap();
+    session.ask_stop(None).unwrap();
+    let error = session.wait_stopped(Instant::now(), Duration::ZERO).unwrap_err();
+    assert!(matches!(error, SessionError::NotEnded { .. }), "{error}");
+    guest.exit(ExitStatus::Code(0));
+    guest.shut_down();
+    place.owner.join().unwrap();
 }
 
 #[test]
