@@ -125,7 +125,7 @@ impl Outcome {
             Self::Stopped { .. } => "The room was ended before its workload began.".into(),
             Self::Refused { failure, message } => {
                 let what = match failure {
-                    Failure::BadPayload => "A layer or zip of the room's payload is damaged or not allowed",
+                    Failure::BadPayload => "The room's payload is damaged or not allowed",
                     Failure::PayloadTooLarge => "The room's payload is too large",
                     Failure::DiskFull => "The room's disk is too small for its payload, give it more with --disk",
                     Failure::CommandNotFound => "The command was not found",
