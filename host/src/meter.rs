@@ -72,7 +72,7 @@ fn from_process(pid: u32, usage: &mut HostUsage) {
         usage.cpu_user_us = user * us;
         usage.cpu_system_us = system * us;
     }
-    // A zombie's can't be read: the last sample before it stands.
+    // Where a zombie's can't be read (it is another user's), the last sample stands.
     io_of_process(pid, usage);
 }
 
@@ -121,8 +121,8 @@ mod tests {
     }
 
     #[test]
-    fn what_a_process_wrote_is_known_after_its_end() {
-        let mut child = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+    fn what_a_process_read_and_wrote_is_known_after_its_end() {
+        let mut child = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
         let mut meter = Meter::new(child.id(), None);
         meter.sample_living();
         let alive = meter.usage().clone();
@@ -131,8 +131,12 @@ mod tests {
         meter.sample();
         child.wait().unwrap();
         let usage = meter.usage();
-        assert!(usage.write_bytes.is_some() && usage.read_bytes.is_some(), "{usage:?}");
-        assert_eq!((usage.read_bytes, usage.write_bytes), (alive.read_bytes, alive.write_bytes));
+        assert!(alive.write_bytes.is_some() && alive.read_bytes.is_some(), "{alive:?}");
+        // Not the same: its programs' pages may have come from the disk in between.
+        assert!(
+            usage.read_bytes >= alive.read_bytes && usage.write_bytes >= alive.write_bytes,
+            "{alive:?} {usage:?}"
+        );
         assert_eq!(usage.write_operations, None, "the kernel doesn't say without a cgroup");
     }
 

@@ -287,11 +287,6 @@ impl Session {
         }
     }
 
-    /// Ends the workload as [`Remote::stop`] does, without waiting.
-    pub fn ask_stop(&self, timeout_ms: Option<u64>) -> Result<(), SessionError> {
-        self.remote().stop(timeout_ms)
-    }
-
     /// Waits until a room has ended that was asked to at this moment, its workload having so long before SIGKILL. An owner that doesn't even
     /// answer is not waited for that long.
     pub fn wait_stopped(&self, asked: Instant, timeout: Duration) -> Result<Ended, SessionError> {

@@ -281,6 +281,36 @@ pub struct FunctionSpec {
 }
 
 #[cfg(test)]
+pub(crate) mod testing {
+    use super::*;
+
+    /// A small room that asks for nothing in particular.
+    pub(crate) fn room() -> RoomSpec {
+        RoomSpec {
+            id: None,
+            name: None,
+            image: "image".into(),
+            machine: Machine {
+                vcpus: VcpuCount::try_from(1).unwrap(),
+                memory_mib: MemoryMib::try_from(128).unwrap(),
+                cpu_millis: 1000,
+                disk_bytes: 1 << 30,
+                kernel: None,
+            },
+            payload: Payload::default(),
+            surroundings: Surroundings::default(),
+            process: ProcessSpec::default(),
+            stop_signal: 15,
+            stop_timeout_ms: 0,
+            timeout_ms: None,
+            detached: false,
+            without: Vec::new(),
+            function: None,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -297,25 +327,8 @@ mod tests {
     #[test]
     fn a_start_that_no_message_can_say_is_found_before_it() {
         let spec = |bytes: usize| RoomSpec {
-            id: None,
-            name: None,
-            image: "image".into(),
-            machine: Machine {
-                vcpus: VcpuCount::try_from(1).unwrap(),
-                memory_mib: MemoryMib::try_from(128).unwrap(),
-                cpu_millis: 1000,
-                disk_bytes: DEFAULT_DISK_BYTES,
-                kernel: None,
-            },
-            payload: Payload::default(),
-            surroundings: Surroundings::default(),
             process: ProcessSpec { arguments: vec!["x".repeat(bytes)], ..ProcessSpec::default() },
-            stop_signal: 15,
-            stop_timeout_ms: 0,
-            timeout_ms: None,
-            detached: false,
-            without: Vec::new(),
-            function: None,
+            ..testing::room()
         };
         spec((1 << 20) - 1000).check_start().unwrap();
         assert!(matches!(spec(1 << 20).check_start(), Err(FrameError::TooLong { limit: 1_048_576, .. })));

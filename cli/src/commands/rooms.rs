@@ -160,7 +160,7 @@ pub(crate) fn stop(args: &StopArgs, configuration: &Configuration) -> Result<u8>
             return Ok(None);
         }
         let Some(session) = unless_gone(room.connect())? else { return Ok(None) };
-        let asked = unless_gone(session.ask_stop(args.time.map(super::run::millis)))?;
+        let asked = unless_gone(session.remote().stop(args.time.map(super::run::millis)))?;
         Ok(asked.map(|()| (session, Instant::now())))
     };
     // All are told before any is waited for.
@@ -200,7 +200,7 @@ fn end_by_force(room: &Room) -> Result<()> {
         let asked = Instant::now();
         unless_gone(session.remote().signal(SIGKILL))?;
         // That one is not answered; this is, and does the same again.
-        unless_gone(session.ask_stop(Some(0)))?;
+        unless_gone(session.remote().stop(Some(0)))?;
         unless_gone(session.wait_stopped(asked, Duration::ZERO))?;
     }
     Ok(())

@@ -109,13 +109,10 @@ fn kill(mark: &ProcessMark) {
 
 #[cfg(test)]
 mod tests {
-    use carrel_protocol::agent::Surroundings;
-    use carrel_protocol::units::{MemoryMib, VcpuCount};
-
     use super::*;
     use crate::home::Assets;
     use crate::patience::Patience;
-    use crate::spec::{Machine, Payload, ProcessSpec, RoomSpec};
+    use crate::spec::{RoomSpec, testing};
 
     /// A room whose owner is dead, as it would lie there with this record.
     fn left(rooms: &Path, id: &str, detached: bool, record: Option<&str>) {
@@ -123,27 +120,7 @@ mod tests {
         fs::create_dir_all(&room).unwrap();
         let nowhere = Path::new("/nowhere").to_owned();
         let order = Order {
-            spec: RoomSpec {
-                id: Some(id.parse().unwrap()),
-                name: None,
-                image: "image".into(),
-                machine: Machine {
-                    vcpus: VcpuCount::try_from(1).unwrap(),
-                    memory_mib: MemoryMib::try_from(128).unwrap(),
-                    cpu_millis: 1000,
-                    disk_bytes: 1 << 30,
-                    kernel: None,
-                },
-                payload: Payload::default(),
-                surroundings: Surroundings::default(),
-                process: ProcessSpec::default(),
-                stop_signal: 15,
-                stop_timeout_ms: 0,
-                timeout_ms: None,
-                detached,
-                without: Vec::new(),
-                function: None,
-            },
+            spec: RoomSpec { id: Some(id.parse().unwrap()), detached, ..testing::room() },
             assets: Assets {
                 kernel: nowhere.clone(),
                 initramfs: nowhere.clone(),

@@ -5,10 +5,8 @@ use std::os::fd::AsFd;
 use std::thread::JoinHandle;
 
 use carrel_protocol::agent::{
-    self, Compression, Exited, Failed, Failure, FromAgent, FromHost, Hello, Prepared, Request, Started,
-    Surroundings, Usage,
+    self, Compression, Exited, Failed, Failure, FromAgent, FromHost, Hello, Prepared, Request, Started, Usage,
 };
-use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::{Dialled, End, FromOwner};
 
 mod execs;
@@ -18,7 +16,7 @@ mod invocations;
 use super::*;
 use crate::launch::testing;
 use crate::session::{Session, Streams as Files};
-use crate::spec::{LayerSpec, Machine, Payload, ProcessSpec};
+use crate::spec::{self, LayerSpec, Payload, ProcessSpec};
 
 const TIME: Duration = Duration::from_secs(20);
 
@@ -26,14 +24,6 @@ fn spec(detached: bool) -> RoomSpec {
     RoomSpec {
         id: Some("0123456789ab".parse().unwrap()),
         name: Some("desk".parse().unwrap()),
-        image: "image".into(),
-        machine: Machine {
-            vcpus: VcpuCount::try_from(1).unwrap(),
-            memory_mib: MemoryMib::try_from(128).unwrap(),
-            cpu_millis: 1000,
-            disk_bytes: 1 << 30,
-            kernel: None,
-        },
         payload: Payload {
             layers: vec![LayerSpec {
                 digest: "sha256:00".into(),
@@ -43,19 +33,15 @@ fn spec(detached: bool) -> RoomSpec {
             }],
             ..Payload::default()
         },
-        surroundings: Surroundings::default(),
         process: ProcessSpec {
             arguments: vec!["cat".into()],
             working_directory: "/".into(),
             interactive: true,
             ..ProcessSpec::default()
         },
-        stop_signal: 15,
         stop_timeout_ms: 300,
-        timeout_ms: None,
         detached,
-        without: Vec::new(),
-        function: None,
+        ..spec::testing::room()
     }
 }
 

@@ -240,7 +240,7 @@ fn an_owner_that_does_not_answer_is_named_and_not_waited_for() {
     let (directory, _listener) = stopped_owner();
     let session = Session::connect(directory.path(), hurried()).unwrap();
     let begun = Instant::now();
-    session.ask_stop(None).unwrap();
+    session.remote().stop(None).unwrap();
     let stopped = session.wait_stopped(begun, Duration::from_secs(600)).unwrap_err();
     let usage = session.usage().unwrap_err();
     assert!(begun.elapsed() < TIME, "{:?}", begun.elapsed());
@@ -268,7 +268,7 @@ fn a_stop_of_a_room_that_goes_on_is_not_waited_for_without_end() {
     let _streams = guest.boot();
     // The owner answers; the command's patience is shorter than the room's time.
     let session = Session::connect(&place.path(), Patience::try_from(0.1).unwrap()).unwrap();
-    session.ask_stop(None).unwrap();
+    session.remote().stop(None).unwrap();
     let error = session.wait_stopped(Instant::now(), Duration::ZERO).unwrap_err();
     assert!(matches!(error, SessionError::NotEnded { .. }), "{error}");
     guest.exit(ExitStatus::Code(0));
