@@ -62,7 +62,7 @@ fn a_configuration_that_lies_about_what_a_layer_unpacks_to() {
     let carrel = Carrel::new();
     let mut layer = Layer::gzip(&Tar::new().file("a", b"honest").bytes());
     layer.diff_id = digest(b"something else");
-    run(&carrel, &with_layer(layer)).complains(125, &["layer"]);
+    run(&carrel, &with_layer(layer)).complains(125, &["damaged", "the image's configuration says"]);
 }
 
 #[test]
