@@ -62,6 +62,9 @@ pub enum Outcome {
         step: Step,
         /// For how long, s.
         seconds: u64,
+        /// What the VMM had used of the CPUs since its start, ms: tells a guest that stands still from one that is slow.
+        #[serde(default)]
+        cpu_ms: u64,
     },
     /// The agent broke the protocol, or is of another version.
     AgentFailed {
@@ -163,7 +166,7 @@ impl Outcome {
                     None => format!("The guest {how} before its workload ended."),
                 }
             }
-            Self::Overdue { step, seconds } => {
+            Self::Overdue { step, seconds: limit, cpu_ms } => {
                 let what = match step {
                     Step::Boot => "The guest did not come up",
                     Step::Prepare => "The payload was not unpacked",
@@ -171,7 +174,10 @@ impl Outcome {
                     Step::Invoke => "The guest's agent did not answer for the function",
                     Step::Kill => "The workload did not end after SIGKILL",
                 };
-                format!("{what} within {seconds} s; on a slow host set CARREL_PATIENCE to a factor above 1.")
+                let cpu = seconds(*cpu_ms);
+                format!(
+                    "{what} within {limit} s, and its VMM had used {cpu} of CPU; on a slow host set CARREL_PATIENCE to a factor above 1."
+                )
             }
             Self::AgentFailed { message } => format!("The guest's agent failed: {message}"),
             Self::OwnerFailed { message } => format!("The room's owner failed: {message}"),
@@ -218,6 +224,17 @@ pub fn clean(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_overdue_says_whether_it_stood_still() {
+        let overdue = Outcome::Overdue { step: Step::Boot, seconds: 60, cpu_ms: 59_100 };
+        let sentence = overdue.sentence().unwrap();
+        assert!(
+            sentence
+                .starts_with("The guest did not come up within 60 s, and its VMM had used 59.1 s of CPU;"),
+            "{sentence}"
+        );
+    }
 
     #[test]
     fn statuses_are_dockers() {

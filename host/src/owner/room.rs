@@ -446,7 +446,10 @@ impl Room {
     fn meet_deadlines(&mut self, now: Instant) {
         let due = |at: &mut Option<Instant>| at.take_if(|at| *at <= now).is_some();
         if let Some((_, step, time)) = self.deadlines.step.take_if(|(at, ..)| *at <= now) {
-            self.give_up(Outcome::Overdue { step, seconds: time.as_secs() });
+            self.meter.sample();
+            let used = self.meter.usage();
+            let cpu_ms = (used.cpu_user_us + used.cpu_system_us) / 1000;
+            self.give_up(Outcome::Overdue { step, seconds: time.as_secs(), cpu_ms });
         }
         if due(&mut self.deadlines.timeout)
             && let Some(after_ms) = self.own.spec.timeout_ms
