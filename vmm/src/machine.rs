@@ -86,9 +86,8 @@ impl BootError {
     /// Under which end of the process this falls.
     pub fn end(&self) -> End {
         match self {
-            Self::Resources(_) | Self::Parameters(_) | Self::Load(_) | Self::Tables(_) => {
-                End::BadConfiguration
-            }
+            Self::Resources(e) => e.end(),
+            Self::Parameters(_) | Self::Load(_) | Self::Tables(_) => End::BadConfiguration,
             Self::Devices(e) => e.end(),
             Self::Kvm { .. } | Self::Cpuid(_) | Self::Registers(_) => End::Kvm,
             Self::Memory(_) | Self::Host { .. } | Self::Seccomp(_) => End::Host,

@@ -151,7 +151,7 @@ fn run_alone(vm: VmFile, arguments: &Arguments) -> u8 {
         Err(e) => {
             eprintln!("carrel-vmm: {}", carrel_protocol::chain(&e));
             match e {
-                standalone::StandaloneError::Resources(_) => End::BadConfiguration.status(),
+                standalone::StandaloneError::Resources(e) => e.end().status(),
                 standalone::StandaloneError::Part { .. }
                 | standalone::StandaloneError::Owner(_)
                 | standalone::StandaloneError::Io(_) => End::Host.status(),

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use carrel_protocol::vmm::{
-    BlockConfig, Descriptor, Kernel, MAX_BLOCKS, SerialConfig, VmConfig, VmFile, VsockConfig,
+    BlockConfig, Descriptor, End, Kernel, MAX_BLOCKS, SerialConfig, VmConfig, VmFile, VsockConfig,
 };
 use thiserror::Error;
 
@@ -49,6 +49,19 @@ pub enum ResourceError {
         /// How many.
         count: usize,
     },
+}
+
+impl ResourceError {
+    /// Under which end of the process this falls: a host without KVM is not the configuration's fault.
+    pub fn end(&self) -> End {
+        match self {
+            Self::Open { what, .. } if *what == KVM => End::Host,
+            Self::Open { .. }
+            | Self::NoDescriptor { .. }
+            | Self::LeftOver { .. }
+            | Self::TooManyBlocks { .. } => End::BadConfiguration,
+        }
+    }
 }
 
 /// Gives each index's descriptor to its field.

@@ -110,11 +110,15 @@ fn kvm_that_fails_ends_with_20() {
 
 #[test]
 fn a_host_that_lacks_something_ends_with_21_and_names_it() {
-    let cgroup = Vmm::start_with(&Guest::new().wait(), |_| {}, &["--cgroup", "/proc/no/cgroup"]).over();
-    assert_eq!(cgroup.code(), i32::from(End::Host.status()), "{cgroup:?}");
+    let kvm = Vmm::start_with(&Guest::new().wait(), |vm| vm["kvm"] = "/dev/no-kvm".into(), &[]).over();
+    assert_eq!(kvm.code(), i32::from(End::Host.status()), "{kvm:?}");
+    assert!(kvm.errors.contains("/dev/no-kvm (kvm) can't be opened"), "{kvm:?}");
     if !has_kvm() {
         return;
     }
+    let cgroup = Vmm::start_with(&Guest::new().wait(), |_| {}, &["--cgroup", "/proc/no/cgroup"]).over();
+    assert_eq!(cgroup.code(), i32::from(End::Host.status()), "{cgroup:?}");
+    assert!(cgroup.errors.contains("a cgroup of its own"), "{cgroup:?}");
     // Address space for the VMM, but not for its guest.
     let folder = tempfile::tempdir().unwrap();
     let mut vm = super::run::machine(folder.path(), &Guest::new().wait());
