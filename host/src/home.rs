@@ -32,7 +32,7 @@ use crate::packet::{Connection, PacketError};
 use crate::patience::Patience;
 use crate::record::{Phase, Record};
 use crate::session::{Ended, Session, SessionError};
-use crate::spec::{LEAST_DISK_BYTES, MOST_BLOBS, Part, RoomId, RoomName, RoomSpec};
+use crate::spec::{LEAST_DISK_BYTES, MOST_BLOBS, Machine, Part, RoomId, RoomName, RoomSpec};
 use crate::timestamp::now_ms;
 
 mod sweep;
@@ -214,19 +214,46 @@ impl Home {
         self.root.join("rooms")
     }
 
+    /// Says what [`Self::create`] would refuse whatever the payload is: asked before an image is fetched, which may take long. A name may still
+    /// be taken meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Missing assets or kernel, too small a disk, a name that another room has.
+    pub fn foresee(&self, name: Option<&RoomName>, machine: &Machine) -> Result<(), HomeError> {
+        self.check_machine(machine)?;
+        let _looking = self.lock_rooms(FlockOperation::LockShared)?;
+        self.check_name(name)
+    }
+
+    fn check_machine(&self, machine: &Machine) -> Result<(), HomeError> {
+        self.assets.check()?;
+        if let Some(kernel) = &machine.kernel {
+            check_file("kernel", kernel)?;
+        }
+        match machine.disk_bytes {
+            bytes if bytes < LEAST_DISK_BYTES => Err(HomeError::DiskTooSmall(bytes)),
+            _ => Ok(()),
+        }
+    }
+
+    /// With the rooms locked.
+    fn check_name(&self, name: Option<&RoomName>) -> Result<(), HomeError> {
+        match name {
+            Some(name) if self.rooms()?.iter().any(|room| room.spec.name.as_ref() == Some(name)) => {
+                Err(HomeError::NameTaken(name.clone()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Makes a room and starts its owner. `blobs` are the payload's, layers then zips, opened for reading by somebody who made sure
     /// that nobody collects them before this returns.
     ///
     /// The session is the workload's own: for an attached room it is run to the end, and the room ends with it; for a detached one
     /// [`Session::wait_started`] tells whether the workload came up.
     pub fn create(&self, mut spec: RoomSpec, blobs: Vec<OwnedFd>) -> Result<(Room, Session), HomeError> {
-        self.assets.check()?;
-        if let Some(kernel) = &spec.machine.kernel {
-            check_file("kernel", kernel)?;
-        }
-        if spec.machine.disk_bytes < LEAST_DISK_BYTES {
-            return Err(HomeError::DiskTooSmall(spec.machine.disk_bytes));
-        }
+        self.check_machine(&spec.machine)?;
         let expected = spec.payload.layers.len() + spec.payload.zips.len();
         if expected > MOST_BLOBS {
             return Err(HomeError::TooManyBlobs(expected));
@@ -255,11 +282,7 @@ impl Home {
     /// Makes the directory of a fresh id, locked.
     fn make_directory(&self, spec: &mut RoomSpec) -> Result<(Room, File), HomeError> {
         let _making = self.lock_rooms(FlockOperation::LockExclusive)?;
-        if let Some(name) = &spec.name
-            && self.rooms()?.iter().any(|room| room.spec.name.as_ref() == Some(name))
-        {
-            return Err(HomeError::NameTaken(name.clone()));
-        }
+        self.check_name(spec.name.as_ref())?;
         loop {
             let id = fresh_id().map_err(HomeError::Owner)?;
             let directory = self.rooms_directory().join(id.as_str());

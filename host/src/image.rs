@@ -36,6 +36,23 @@ pub enum ComposeError {
     Signal(String),
 }
 
+impl Overrides {
+    /// What is wrong whatever the image is: asked before one is fetched, and by [`compose`].
+    ///
+    /// # Errors
+    ///
+    /// A relative working directory.
+    pub fn check(&self) -> Result<(), ComposeError> {
+        // An image's relative directory is below its root, as runc has it; a user's is a slip.
+        match &self.working_directory {
+            Some(slip) if !slip.is_empty() && !slip.starts_with('/') => {
+                Err(ComposeError::RelativeDirectory(slip.clone()))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// The parts of an image's configuration that say what runs (OCI image-spec, config.md).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ImageDefaults {
@@ -72,6 +89,7 @@ pub struct Overrides {
 
 /// The process that results.
 pub fn compose(image: &ImageDefaults, overrides: &Overrides) -> Result<ProcessSpec, ComposeError> {
+    overrides.check()?;
     let program: Vec<String> = match &overrides.entrypoint {
         None => image.entrypoint.clone(),
         Some(none) if none.is_empty() => Vec::new(),
@@ -89,13 +107,7 @@ pub fn compose(image: &ImageDefaults, overrides: &Overrides) -> Result<ProcessSp
     }
     let working_directory = match overrides.working_directory.as_ref().unwrap_or(&image.working_directory) {
         none if none.is_empty() => "/".to_owned(),
-        // An image's relative directory is below its root, as runc has it; a user's is a slip.
-        relative if !relative.starts_with('/') && overrides.working_directory.is_none() => {
-            format!("/{relative}")
-        }
-        relative if !relative.starts_with('/') => {
-            return Err(ComposeError::RelativeDirectory(relative.clone()));
-        }
+        relative if !relative.starts_with('/') => format!("/{relative}"),
         absolute => absolute.clone(),
     };
     let process = ProcessSpec {

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   before(name) ─▶ acquire, add_file ─▶ … the guest that unpacks it refuses it ─▶ withdraw
-//!                                                                                    └─ what was there before stays
+//!                      │                                                             └─ what was there before stays
+//!                      └─ a part of it is wrong ─▶ withdraw_nameless
 //! ```
 //!
 //! The store checks digests and sizes and unpacks nothing, so a layer that lies about what is in it is found out later, by who unpacks it.
@@ -56,14 +57,34 @@ impl Store {
         {
             self.records.remove(&image.name)?;
         }
-        let stay: Vec<Record> = self.records.all()?.into_iter().collect::<Result<_, _>>()?;
-        let needed = self.needed(&stay, &Default::default())?;
         let layers = image.layers.iter().map(|layer| &layer.digest);
         let documents = [&image.digest, &image.config_digest];
         let parts: Vec<&Digest> = layers.chain(documents).chain(others).collect();
+        self.remove_since(before, |digest| parts.contains(&digest))
+    }
+
+    /// Takes out every blob that came `before` or later and that no image needs: what an image that could not be acquired left behind.
+    /// Waits `patience` for other commands to let go of the store.
+    ///
+    /// # Errors
+    ///
+    /// As [`Store::withdraw`].
+    pub fn withdraw_nameless(&self, before: &Before, patience: Duration) -> Result<Vec<Digest>, StoreError> {
+        let _lease = Lease::exclusive(self.root(), patience)?;
+        self.remove_since(before, |_| true)
+    }
+
+    /// The caller has the store to itself.
+    fn remove_since(
+        &self,
+        before: &Before,
+        mut asked: impl FnMut(&Digest) -> bool,
+    ) -> Result<Vec<Digest>, StoreError> {
+        let stay: Vec<Record> = self.records.all()?.into_iter().collect::<Result<_, _>>()?;
+        let needed = self.needed(&stay, &Default::default())?;
         let mut gone = Vec::new();
         for Stored { digest, since, .. } in self.blobs.all()? {
-            if parts.contains(&&digest) && since >= before.at && !needed.contains(&digest) {
+            if asked(&digest) && since >= before.at && !needed.contains(&digest) {
                 self.blobs.remove(&digest)?;
                 gone.push(digest);
             }
@@ -77,7 +98,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::testing::{Sample, acquire, store};
+    use crate::testing::{Sample, acquire, blob_name, store};
 
     const SOON: Duration = Duration::from_millis(50);
 
@@ -100,6 +121,21 @@ mod tests {
         assert_eq!(gone.len(), 4, "manifest, configuration, its own layer and the zip: {gone:?}");
         assert!(gone.contains(&bad.layers[1].digest) && gone.contains(&zip));
         assert_eq!(store.images().unwrap().iter().map(|image| &image.name).collect::<Vec<_>>(), [&good.name]);
+        store.blob(&good.layers[0].digest).unwrap();
+    }
+
+    #[test]
+    fn of_an_image_with_a_wrong_part_nothing_stays() {
+        let (folder, store) = store();
+        let (_, good) = acquired(&store, folder.path(), "good", &[b"shared"]);
+        std::thread::sleep(TICK * 2);
+        let name = Sample::new("amd64", &[b"shared", b"fine", b"wrong"]).write(&folder.path().join("bad"));
+        std::fs::write(folder.path().join("bad").join(blob_name(&Digest::of(b"wrong"))), b"gnorw").unwrap();
+        let before = store.before(&name.parse().unwrap()).unwrap();
+        acquire(&store, &name).unwrap_err();
+        store.withdraw_nameless(&before, SOON).unwrap();
+        let left = store.blobs.all().unwrap().len();
+        assert_eq!(left, 2 + good.layers.len(), "manifest, configuration and layer of the good one");
         store.blob(&good.layers[0].digest).unwrap();
     }
 

@@ -28,7 +28,7 @@ fn a_debian_image_from_a_registry_runs_python_as_a_user_who_writes_files() {
     let mut words = done.text().split_whitespace();
     assert_eq!(words.next(), Some("1000"), "{done:?}");
     assert!(done.text().contains("by python"), "{done:?}");
-    assert!(words.next_back().unwrap().starts_with("6.12."), "our kernel: {done:?}");
+    assert!(words.next_back().unwrap().ends_with("-carrel"), "our kernel, not the host's: {done:?}");
     // From the store alone: the registry is gone.
     drop(registry);
     let again = carrel.run(&["run", "--pull", "never", &name, "cat", "/etc/os-release"]).succeeds();

@@ -69,8 +69,10 @@ fn a_detached_room_is_listed_logged_stopped_and_waited_for() {
 
     let log = carrel.run(&["logs", "desk"]).succeeds();
     assert_eq!((log.text(), log.errors()), ("begun\n", "oops\n"));
-    let stamped = carrel.run(&["logs", "--timestamps", "--tail", "1", "desk"]).succeeds();
-    assert!(stamped.text().is_empty() || stamped.text().starts_with("20"), "{stamped:?}");
+    let stamped = carrel.run(&["logs", "--timestamps", "desk"]).succeeds();
+    for (line, said) in [(stamped.text(), " begun\n"), (stamped.errors(), " oops\n")] {
+        assert!(line.starts_with("20") && line.ends_with(said), "{stamped:?}");
+    }
 
     let waiting = carrel.start(&["wait", "desk"]);
     carrel.run(&["stop", "desk"]).succeeds();
@@ -274,7 +276,7 @@ fn a_killed_vmm_is_noticed_and_its_room_swept_up() {
 const NOTICED: Duration = Duration::from_secs(5);
 
 #[test]
-fn a_killed_vmm_is_noticed_within_a_second() {
+fn a_killed_vmm_is_noticed_by_its_owner_at_once() {
     let carrel = Carrel::new();
     let id = forever(&carrel, "desk");
     let record = carrel.home().join("rooms").join(&id).join("state.json");

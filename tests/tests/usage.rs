@@ -80,6 +80,29 @@ fn memory_agrees_with_an_allocation_of_64_mib() {
 }
 
 #[test]
+fn what_a_room_was_denied_is_counted() {
+    let carrel = Carrel::new();
+    let file = carrel.scratch().join("usage.json");
+    let used = |image: String, options: &[&str], command: &[&str], status: i32| {
+        let report = ["run", "--usage-file", file.to_str().unwrap()];
+        carrel.run(&[&report, options, &[&image], command].concat()).ends_with(status);
+        let report: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        valid(&report);
+        report
+    };
+    // Half a CPU for a spin of a second or two: the other half of the time it was held back.
+    let spin = "n=0; while [ $n -lt 20000 ]; do n=$((n + 1)); done";
+    let report = used(fixtures::busybox(), &["--cpus", "0.5"], &["sh", "-c", spin], 0);
+    let cpu = number(&report, "/guest/cpu/user_us") + number(&report, "/guest/cpu/system_us");
+    let held_back = number(&report, "/guest/cpu/throttled_us");
+    assert!(held_back > cpu / 4.0, "{held_back} µs of {cpu}: {report:#}");
+    let hungry = "x = [bytearray(b'x') * (1 << 20) for _ in range(200)]";
+    let report = used(fixtures::image("debian"), &["-m", "64m"], &["python3", "-c", hungry], 137);
+    assert!(number(&report, "/guest/memory/oom_kills") >= 1.0, "{report:#}");
+    assert!(number(&report, "/guest/memory/byte_seconds") > 0.0, "{report:#}");
+}
+
+#[test]
 fn memory_that_a_guest_frees_goes_back_to_the_host() {
     let carrel = Carrel::new();
     let script =

@@ -46,7 +46,7 @@ pub(crate) struct InvokeArgs {
     #[arg(long, value_name = "JSON|@FILE|-", default_value = "{}", allow_hyphen_values = true)]
     pub(crate) event: String,
     /// The function's memory, from 128m to 10240m; its CPU share follows it
-    #[arg(short, long, value_name = "SIZE", default_value = "128m", value_parser = size::memory)]
+    #[arg(short, long, value_name = "SIZE", default_value = "128m", value_parser = size::function_memory)]
     pub(crate) memory: MemoryMib,
     /// How long it may take, up to 15 minutes
     #[arg(long, value_name = "TIME", default_value = "3s", value_parser = span::positive)]

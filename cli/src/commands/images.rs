@@ -32,7 +32,8 @@ pub(crate) fn pull(args: &PullArgs, configuration: &Configuration) -> Result<u8>
             without: without(args.unconfined.as_ref()),
             patience: configuration.patience,
         };
-        let pulled = payload::acquire(&store, &wanted)?;
+        let (acquired, _lease) = payload::Acquired::find(&store, &wanted)?;
+        let pulled = acquired.image;
         if args.quiet {
             failure::print(format_args!("{}\n", pulled.digest))?;
         } else {

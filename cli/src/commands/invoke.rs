@@ -42,8 +42,8 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
     let event = event(&args.event)?;
     let image = image(args, configuration)?;
     let home = place::home(configuration)?;
+    home.assets().check()?;
     let store = place::store(configuration)?;
-    let lease = store.lease()?;
     let wanted = payload::Wanted {
         image: &image,
         pull: Pull::Missing,
@@ -52,7 +52,7 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
         without: without(args.unconfined.as_ref()),
         patience: configuration.patience,
     };
-    let mut acquired = payload::Acquired::find(&store, &wanted)?;
+    let (mut acquired, lease) = payload::Acquired::find(&store, &wanted)?;
     let (layers, mut blobs) = payload::layers(&store, &acquired.image)?;
     let mut parts = Parts {
         defaults: payload::defaults(&acquired.image),

@@ -11,7 +11,9 @@ use carrel_host::image::ImageDefaults;
 use carrel_host::spec::{LayerSpec, Part};
 use carrel_protocol::agent::{self, Failure};
 use carrel_store::progress::Bars;
-use carrel_store::{Before, Compression, Digest, Image, Policy, PullOptions, Source, Store};
+use carrel_store::{
+    Before, Compression, Digest, Image, Lease, Policy, PullOptions, Source, Store, StoreError,
+};
 
 use crate::arguments::run::Pull;
 
@@ -32,7 +34,7 @@ pub(crate) struct Wanted<'a> {
     pub(crate) patience: Patience,
 }
 
-/// How long other commands are waited for before what a guest refused is left to `carrel prune`.
+/// How long other commands are waited for before what was refused is left to `carrel prune`.
 const SOON: Duration = Duration::from_secs(2);
 
 /// What a room is made of, and what of it is to go if its guest refuses it.
@@ -46,10 +48,21 @@ pub(crate) struct Acquired {
 }
 
 impl Acquired {
-    /// Finds an image, fetching it if need be. The caller holds a lease.
-    pub(crate) fn find(store: &Store, wanted: &Wanted<'_>) -> Result<Self> {
+    /// Finds an image, fetching it if need be. While the lease lives, its blobs stay in the store.
+    pub(crate) fn find(store: &Store, wanted: &Wanted<'_>) -> Result<(Self, Lease)> {
+        let lease = store.lease()?;
         let before = store.before(&wanted.image.parse()?)?;
-        Ok(Self { image: acquire(store, wanted)?, zip: None, before })
+        match acquire(store, wanted) {
+            Ok(image) => Ok((Self { image, zip: None, before }, lease)),
+            Err(error) => {
+                drop(lease);
+                // What a registry did not finish is gone on with the next time.
+                if !matches!(error.downcast_ref(), Some(StoreError::Registry(_))) {
+                    told(store.withdraw_nameless(&before, SOON));
+                }
+                Err(error)
+            }
+        }
     }
 
     /// The room is over. If its guest found the payload damaged, hostile or too large, what came into the store for this room alone goes
@@ -58,18 +71,21 @@ impl Acquired {
         let Outcome::Refused { failure: Failure::BadPayload | Failure::PayloadTooLarge, .. } = outcome else {
             return;
         };
-        match store.withdraw(&self.image, self.zip.as_slice(), &self.before, SOON) {
-            Ok(gone) => tracing::debug!(blobs = gone.len(), "what the guest refused is no longer kept"),
-            Err(error) => {
-                let error: &dyn std::error::Error = &error;
-                tracing::warn!(error, "what the guest refused is still in the store; see `carrel prune`");
-            }
+        told(store.withdraw(&self.image, self.zip.as_slice(), &self.before, SOON));
+    }
+}
+
+fn told(withdrawn: Result<Vec<Digest>, StoreError>) {
+    match withdrawn {
+        Ok(gone) => tracing::debug!(blobs = gone.len(), "what was refused is no longer kept"),
+        Err(error) => {
+            let error: &dyn std::error::Error = &error;
+            tracing::warn!(error, "what was refused is still in the store; see `carrel prune`");
         }
     }
 }
 
-/// Finds an image, fetching it if need be. The caller holds a lease.
-pub(crate) fn acquire(store: &Store, wanted: &Wanted<'_>) -> Result<Image> {
+fn acquire(store: &Store, wanted: &Wanted<'_>) -> Result<Image> {
     let source: Source = wanted.image.parse()?;
     let mut options = PullOptions {
         policy: match wanted.pull {

@@ -35,19 +35,6 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
     let own = |name: &str| std::env::var(name).ok();
     let environment = environment::collect(&args.process.env_file, &args.process.env, &own)?;
     let name: Option<RoomName> = args.name.as_deref().map(str::parse).transpose()?;
-    let home = place::home(configuration)?;
-    let store = place::store(configuration)?;
-    let lease = store.lease()?;
-    let wanted = payload::Wanted {
-        image: args.image(),
-        pull: args.pull,
-        platform: args.platform.as_deref(),
-        insecure: args.insecure,
-        without: without(args.machine.unconfined.as_ref()),
-        patience: configuration.patience,
-    };
-    let acquired = payload::Acquired::find(&store, &wanted)?;
-    let image = &acquired.image;
     let overrides = Overrides {
         entrypoint: args.process.entrypoint.clone(),
         command: args.command().to_vec(),
@@ -57,13 +44,29 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
         interactive: args.interactive,
         terminal,
     };
+    let machine = machine(&args.machine)?;
+    let home = place::home(configuration)?;
+    // What is wrong with the request is said before anything is fetched.
+    overrides.check()?;
+    home.foresee(name.as_ref(), &machine)?;
+    let store = place::store(configuration)?;
+    let wanted = payload::Wanted {
+        image: args.image(),
+        pull: args.pull,
+        platform: args.platform.as_deref(),
+        insecure: args.insecure,
+        without: without(args.machine.unconfined.as_ref()),
+        patience: configuration.patience,
+    };
+    let (acquired, lease) = payload::Acquired::find(&store, &wanted)?;
+    let image = &acquired.image;
     let process = image::compose(&payload::defaults(image), &overrides)?;
     let (layers, blobs) = payload::layers(&store, image)?;
     let spec = RoomSpec {
         id: None,
         name,
         image: image.name.clone(),
-        machine: machine(&args.machine)?,
+        machine,
         payload: Payload { layers, zips: Vec::new(), unpacked_bytes: None },
         surroundings: surroundings(args, image),
         process,

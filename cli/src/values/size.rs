@@ -44,6 +44,14 @@ pub(crate) fn memory(text: &str) -> Result<MemoryMib> {
     })
 }
 
+/// Reads a function's memory (Lambda, *Configure function memory*).
+pub(crate) fn function_memory(text: &str) -> Result<MemoryMib> {
+    let mib = bytes(text)?.div_ceil(1 << 20);
+    let mib =
+        Some(mib).filter(|mib| (128..=10_240).contains(mib)).and_then(|mib| MemoryMib::try_from(mib).ok());
+    mib.ok_or_else(|| anyhow!("a function's memory is between 128 MiB and 10240 MiB, and a bare number counts bytes: give it as 512m"))
+}
+
 /// Writes a size with a unit that leaves at most four digits: `512 B`, `1.5 KiB`, `23 MiB`.
 pub(crate) fn human(bytes: u64) -> String {
     const UNITS: [(&str, u32); 6] =
