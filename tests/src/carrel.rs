@@ -117,6 +117,18 @@ impl Carrel {
         });
     }
 
+    /// Whether a room that was detached has not ended yet.
+    fn has_detached(&self) -> bool {
+        let said = |room: &Path, file: &str| -> Value {
+            serde_json::from_slice(&std::fs::read(room.join(file)).unwrap_or_default()).unwrap_or_default()
+        };
+        let rooms = std::fs::read_dir(self.home().join("rooms")).into_iter().flatten().flatten();
+        rooms.map(|room| room.path()).any(|room| {
+            said(&room, "room.json")["spec"]["detached"] == true
+                && said(&room, "state.json")["phase"] != "ended"
+        })
+    }
+
     /// Checks, without waiting for the end of the test, that nothing runs or lies about that wasn't there before.
     pub fn expect_nothing_left(&self) {
         let mut left = String::new();
@@ -136,6 +148,10 @@ impl Drop for Carrel {
     fn drop(&mut self) {
         if std::thread::panicking() {
             eprintln!("\n{}", evidence::of_rooms(self.home()));
+        }
+        if !std::thread::panicking() && !self.has_detached() {
+            // Before any command, which would sweep up.
+            self.expect_nothing_left();
         }
         let rooms = self.run(&["ps", "-q"]);
         for room in rooms.text().lines() {
