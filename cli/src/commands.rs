@@ -42,10 +42,18 @@ pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8>
 }
 
 fn completions(args: &CompletionsArgs) -> Result<u8> {
-    let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "carrel", &mut script);
-    failure::print_bytes(&script)?;
+    failure::print_bytes(&completion_script(args.shell))?;
     Ok(0)
+}
+
+/// Of what is shown: nobody types the other commands.
+fn completion_script(shell: clap_complete::Shell) -> Vec<u8> {
+    let all = Cli::command();
+    let shown = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
+    let mut shown = clap::Command::new("carrel").args(all.get_arguments().cloned()).subcommands(shown);
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut shown, "carrel", &mut script);
+    script
 }
 
 fn version(args: &VersionArgs) -> Result<u8> {
@@ -60,4 +68,33 @@ fn version(args: &VersionArgs) -> Result<u8> {
         failure::print(format_args!("carrel {version}\n"))?;
     }
     Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    use clap::ValueEnum;
+    use clap_complete::Shell;
+
+    use super::*;
+
+    #[test]
+    fn every_shell_completes_what_is_shown_and_nothing_else() {
+        for shell in Shell::value_variants() {
+            let script = String::from_utf8(completion_script(*shell)).unwrap();
+            for word in ["invoke", "completions", "--usage-file", "--stop-timeout"] {
+                assert!(script.contains(word.trim_start_matches('-')), "{shell}: no {word}");
+            }
+            assert!(!script.contains("owner"), "{shell} offers the owner");
+        }
+    }
+
+    #[test]
+    fn bash_understands_its_script() {
+        let mut bash = Command::new("bash").arg("-n").stdin(Stdio::piped()).spawn().unwrap();
+        bash.stdin.take().unwrap().write_all(&completion_script(Shell::Bash)).unwrap();
+        assert!(bash.wait().unwrap().success());
+    }
 }

@@ -152,7 +152,9 @@ impl Outcome {
                 "The VMM was killed by its system-call filter (SIGSYS): report this, or see --unconfined.".into()
             }
             Self::VmmKilled { signal, .. } => format!("The VMM was killed by signal {signal}."),
-            Self::GuestPanicked => "The guest's kernel panicked.".into(),
+            Self::GuestPanicked => {
+                "The guest's kernel panicked; `carrel doctor` tells whether guests run well on this host.".into()
+            }
             Self::GuestEnded { end, message } => {
                 let how = match end {
                     End::Shutdown => "powered itself off",

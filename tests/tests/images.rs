@@ -12,6 +12,7 @@ use carrel_tests::pty::Terminal;
 use carrel_tests::registry::{READER, Registry, Request};
 use carrel_tests::{Carrel, Running, fixtures, wait_for};
 use rustix::process::Signal;
+use serde_json::json;
 
 #[test]
 fn a_debian_image_from_a_registry_runs_python_as_a_user_who_writes_files() {
@@ -304,4 +305,18 @@ fn disk_usage(folder: &Path) -> u64 {
             Err(_) => 0,
         })
         .sum()
+}
+
+#[test]
+fn an_images_stop_signal_is_what_stop_sends() {
+    let carrel = Carrel::new();
+    let mut image = Image::new(vec![Layer::plain(Tar::with_shell())]);
+    image.config = json!({ "StopSignal": "SIGUSR1" });
+    let name = image.write(&carrel.scratch().join("image"));
+    let script = "trap 'echo heard; exit 9' USR1; echo up; while :; do busybox sleep 0.1; done";
+    carrel.detach(&["--name", "desk", &name, "sh", "-c", script]);
+    carrel.wait_for_log("desk", "up");
+    carrel.run(&["stop", "desk"]).succeeds();
+    assert_eq!(carrel.run(&["wait", "desk"]).succeeds().text(), "9\n");
+    assert_eq!(carrel.run(&["logs", "desk"]).succeeds().text(), "up\nheard\n");
 }

@@ -232,7 +232,9 @@ impl Answer<'_> {
                 format!("{} before the function answered.", exit_in_words(*status))
             }
             Outcome::ResponseTooLarge { bytes } => {
-                format!("The function's response of {bytes} bytes is too large.")
+                format!(
+                    "The function's response of {bytes} bytes is too large: {RESPONSE_BYTES} are possible; let it return less, or stream it."
+                )
             }
         })
     }
