@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use carrel_protocol::units::MemoryMib;
+use carrel_host::function::FunctionMemory;
 use clap::{ArgGroup, Args};
 
 use super::run::UsageArgs;
@@ -47,7 +47,7 @@ pub(crate) struct InvokeArgs {
     pub(crate) event: String,
     /// The function's memory, from 128m to 10240m; its CPU share follows it
     #[arg(short, long, value_name = "SIZE", default_value = "128m", value_parser = size::function_memory)]
-    pub(crate) memory: MemoryMib,
+    pub(crate) memory: FunctionMemory,
     /// How long it may take, up to 15 minutes
     #[arg(long, value_name = "TIME", default_value = "3s", value_parser = span::positive)]
     pub(crate) timeout: Duration,

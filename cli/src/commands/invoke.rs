@@ -15,9 +15,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use carrel_host::function::answer::{self, Answer, Class, ErrorPayload};
 use carrel_host::function::invocation::{Audience, Call, Called};
-use carrel_host::function::{
-    self, Circumstances, EVENT_BYTES, Engine, Function, FunctionMemory, FunctionTimeout, Parts,
-};
+use carrel_host::function::{self, Circumstances, EVENT_BYTES, Engine, Function, FunctionTimeout, Parts};
 use carrel_host::session::Streams;
 use carrel_host::timestamp::now_ns;
 use carrel_store::{Digest, Store};
@@ -102,7 +100,7 @@ fn function(args: &InvokeArgs) -> Result<Function> {
             None => Engine::Managed(args.runtime.clone()),
         },
         handler: args.handler.clone(),
-        memory: FunctionMemory::try_from(u64::from(args.memory.get()))?,
+        memory: args.memory,
         timeout: FunctionTimeout::try_from(args.timeout)?,
         environment: environment::collect(&args.env_file, &args.env, &own)?,
     })

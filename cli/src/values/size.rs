@@ -1,6 +1,7 @@
 //! Sizes: read as Docker reads them, written in IEC units.
 
 use anyhow::{Result, anyhow};
+use carrel_host::function::FunctionMemory;
 use carrel_protocol::units::MemoryMib;
 
 /// Reads `512m`, `1g`, `1.5GiB`, `1073741824`: binary multiples, bare numbers are bytes.
@@ -44,12 +45,10 @@ pub(crate) fn memory(text: &str) -> Result<MemoryMib> {
     })
 }
 
-/// Reads a function's memory (Lambda, *Configure function memory*).
-pub(crate) fn function_memory(text: &str) -> Result<MemoryMib> {
-    let mib = bytes(text)?.div_ceil(1 << 20);
-    let mib =
-        Some(mib).filter(|mib| (128..=10_240).contains(mib)).and_then(|mib| MemoryMib::try_from(mib).ok());
-    mib.ok_or_else(|| anyhow!("a function's memory is between 128 MiB and 10240 MiB, and a bare number counts bytes: give it as 512m"))
+/// Reads a function's memory; what is no whole MiB is rounded up.
+pub(crate) fn function_memory(text: &str) -> Result<FunctionMemory> {
+    FunctionMemory::try_from(bytes(text)?.div_ceil(1 << 20))
+        .map_err(|error| anyhow!("{error}, and a bare number counts bytes: give it as 512m"))
 }
 
 /// Writes a size with a unit that leaves at most four digits: `512 B`, `1.5 KiB`, `23 MiB`.
@@ -73,6 +72,15 @@ pub(crate) fn human(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_functions_memory_has_its_own_bounds() {
+        assert_eq!(function_memory("128m").unwrap().get(), 128);
+        assert_eq!(function_memory("10g").unwrap().get(), 10_240);
+        for wrong in ["127m", "10241m", "128"] {
+            assert!(function_memory(wrong).unwrap_err().to_string().contains("between 128 and 10240 MB"));
+        }
+    }
 
     #[test]
     fn sizes_are_binary_and_bare_numbers_are_bytes() {
