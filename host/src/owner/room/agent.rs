@@ -38,10 +38,11 @@ impl Room {
             (FromAgent::Exited(exited), _) => self.exited(&exited),
             (FromAgent::Failed(failed), _) => self.failed(&failed),
             (FromAgent::Usage(mut usage), _) => {
+                // A report that leaves the container out answers nobody.
                 if let Some(usage) = usage.containers.remove(&CONTAINER.0) {
                     self.guest_usage = Some(usage);
+                    self.answer_usage();
                 }
-                self.answer_usage();
             }
             (FromAgent::Invoked(invoked), _) => {
                 // An event that was never fetched has a runtime that was gone before.
