@@ -17,9 +17,17 @@
 //!    │ ── Started / Failed ──────────────▶  │
 //!    │ ◀── Exec, Signal, Resize, Invoke ────│  any number, any order
 //!    │ ── Exited, Invoked, Usage ────────▶  │
+//!    │ ◀────────────────────────── Freeze ──│  workloads stop; the next loss of this connection is a clone's birth
+//!    │ ── Frozen / Failed ───────────────▶  │
+//!    ╎   (snapshot; every clone begins here)╎
+//!    │ ── Hello (again, a clone's) ──────▶  │
+//!    │ ◀─────────────── Welcome / Refused ──│  who the clone is; entropy, time and names are in place before anything else runs
+//!    │ ── Awake ─────────────────────────▶  │  and what was frozen runs again; Start and the rest follow as above
 //!    │ ◀──────────────────────── Shutdown ──│
 //!    │ ── Usage (the last), Ending ──────▶  │  then the guest restarts, which ends its VMM
 //! ```
+//!
+//! The host need not wait between Welcome and what follows it: messages are carried out in order.
 //!
 //! A request that fails is answered by [`Failed`] naming it; the connection goes on. Anything that is not a
 //! well-formed message of the agreed version ends the connection, and with it the room.
@@ -32,7 +40,7 @@ use serde::{Deserialize, Serialize};
 use crate::usage::GuestUsage;
 
 /// Version of this wire form.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// The vsock address of the host (virtio §5.10.4).
 pub const HOST_CID: u32 = 2;
 /// The vsock address that every guest has: each VMM serves one guest, so it need not be unique.
@@ -58,6 +66,7 @@ crate::messages! {
         8 Invoke 64 * KIB;
         9 ReportUsage KIB;
         10 Shutdown KIB;
+        11 Freeze KIB;
     }
 }
 
@@ -72,6 +81,8 @@ crate::messages! {
         6 Usage 16 * KIB;
         7 Invoked 16 * KIB;
         8 Ending 4 * KIB;
+        9 Frozen KIB;
+        10 Awake 4 * KIB;
     }
 }
 
@@ -87,6 +98,8 @@ pub struct Hello {
     pub kernel: String,
     /// CLOCK_MONOTONIC when the agent's `main` began, µs: what the guest's kernel took to boot.
     pub booted_us: u64,
+    /// The agent was frozen and finds itself in a clone: it knows what its template's host told it, and waits for its own identity.
+    pub clone: bool,
 }
 
 /// The handshake succeeded: who this room is.
@@ -97,6 +110,27 @@ pub struct Welcome {
     pub version: u32,
     /// The room's name and everything that no two rooms may share.
     pub identity: Identity,
+}
+
+/// Stop all workloads and come to rest for a snapshot. From [`Frozen`] on the agent does nothing of its own accord, and takes the loss of the control connection for
+/// a clone's birth: it dials again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Freeze {}
+
+/// Nothing but the agent runs in this guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Frozen {}
+
+/// A clone is itself: its generator was reseeded, its clock set, its names changed, and only then were its workloads thawed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Awake {
+    /// CLOCK_REALTIME less the host's as [`Identity::realtime_ns`] told it, before it was set, ns; what the clone slept.
+    pub behind_ns: i64,
+    /// From the loss of the template's connection to this, µs of CLOCK_MONOTONIC.
+    pub took_us: u64,
 }
 
 /// What makes a room itself. Told again after a clone.
@@ -530,6 +564,8 @@ pub enum Request {
     Process(ProcessId),
     /// [`Invoke`].
     Invoke(String),
+    /// [`Freeze`].
+    Freeze,
 }
 
 /// Kinds of failure.

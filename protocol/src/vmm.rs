@@ -2,11 +2,13 @@
 //!
 //! ```text
 //!  owner                                        carrel-vmm
-//!    │ ── Configure + descriptors ──────────────▶ │  set-up filter: maps, KVM_CREATE_*
+//!    │ ── Configure or Restore + descriptors ───▶ │  set-up filter: maps, KVM_CREATE_*
 //!    │ ◀──────────────────── Booted / Broken ──── │  run filter from here on
 //!    │ ◀──────────────── Dialled + descriptor ─── │  the guest dialled a port: one end of a socketpair
 //!    │ ── SetBalloon, Pause, Resume, Stop … ────▶ │
 //!    │ ◀──────────────── Done / Refused ───────── │  one answer a request, in order
+//!    │ ── Snapshot + descriptors (paused) ──────▶ │
+//!    │ ◀──────────────── Snapshotted / Refused ── │
 //!    │ ◀──────────── Metrics, DeviceStopped ───── │
 //!    │ ◀───────────────────────────── Ended ───── │  then the process ends with [`End::status`]
 //! ```
@@ -23,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use crate::units::{MemoryMib, VcpuCount};
 
 /// Version of this wire form.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Descriptors that one packet carries at most (Linux's SCM_MAX_FD is 253).
 pub const MAX_DESCRIPTORS: usize = 32;
 /// Bytes in one packet at most, header included: above every kind's cap.
@@ -42,6 +44,8 @@ crate::messages! {
         4 Resume KIB;
         5 ReadMetrics KIB;
         6 Stop KIB;
+        7 Restore 64 * KIB;
+        8 Snapshot KIB;
     }
 }
 
@@ -56,6 +60,7 @@ crate::messages! {
         6 Metrics 8 * KIB;
         7 DeviceStopped 4 * KIB;
         8 Ended 4 * KIB;
+        9 Snapshotted KIB;
     }
 }
 
@@ -103,6 +108,97 @@ pub struct VmConfig<R> {
     pub serial: Option<SerialConfig<R>>,
     /// A listening `SOCK_SEQPACKET` socket on which new owners are accepted.
     pub control: Option<R>,
+    /// Note which pages the guest writes, so that a [`SnapshotKind::Differential`] can be made. Costs the guest huge pages and a fault for each
+    /// page's first write after each snapshot.
+    #[serde(default)]
+    pub track_dirty: bool,
+}
+
+/// The first packet, for a machine that goes on from a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Restore {
+    /// [`VERSION`] of the owner's build. The VMM refuses any but its own.
+    pub version: u32,
+    /// What the machine gets in place of what it had.
+    pub vm: RestoreConfig<Descriptor>,
+}
+
+/// A microVM that goes on from a snapshot. Its shape (vCPUs, memory, which devices, sizes, limits on connections) is the snapshot's; here are
+/// the resources, new ones for each clone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoreConfig<R> {
+    /// `/dev/kvm`.
+    pub kvm: R,
+    /// The state file, read once, its checksum checked.
+    pub state: R,
+    /// The memory file, mapped copy-on-write: it is not written to, and must not be truncated while any clone lives.
+    pub memory: R,
+    /// The vsock device's listening socket, as [`VsockConfig::socket`].
+    pub vsock: Option<R>,
+    /// A disk for each that the snapshot has, in its order.
+    #[serde(default = "Vec::new")]
+    pub blocks: Vec<RestoredBlock<R>>,
+    /// Where the serial port's output goes, if the snapshot has one. Without it output is dropped.
+    pub serial: Option<SerialConfig<R>>,
+    /// As [`VmConfig::control`].
+    pub control: Option<R>,
+    /// As [`VmConfig::track_dirty`].
+    #[serde(default)]
+    pub track_dirty: bool,
+}
+
+/// A disk of a restored machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RestoredBlock<R> {
+    /// [`BlockConfig::id`]; the snapshot's.
+    pub id: String,
+    /// The disk as it was when the snapshot was made, whole (see [`Snapshot`]); never written.
+    pub base: Option<R>,
+    /// Where writes go from now on. With a base it is empty at first; without one it holds the whole disk.
+    pub overlay: Option<R>,
+    /// Reads and writes together.
+    pub limit: Option<IoLimit>,
+}
+
+/// Save a paused machine. Before the answer each disk's overlay is completed from its base, so that it holds the whole disk: whoever keeps the snapshot
+/// keeps a copy of the overlays with it, made before the machine goes on, or lets the machine end.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Snapshot {
+    /// `/dev/kvm`, which the run filters' VMM holds no more.
+    pub kvm: Descriptor,
+    /// An empty file for the state, opened for writing.
+    pub state: Descriptor,
+    /// The memory file, opened for writing: as long as the guest's memory and a hole all through for a full snapshot, an
+    /// earlier snapshot's (or a copy) for a differential one.
+    pub memory: Descriptor,
+    /// Which pages are written.
+    pub kind: SnapshotKind,
+}
+
+/// Which pages a snapshot writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SnapshotKind {
+    /// All that are not zeros.
+    Full,
+    /// Those written since the machine began or was last snapshotted ([`VmConfig::track_dirty`]).
+    Differential,
+}
+
+/// The snapshot is written; making it durable is its owner's business.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Snapshotted {
+    /// Bytes of the state file.
+    pub state_bytes: u64,
+    /// Bytes written to the memory file.
+    pub memory_bytes: u64,
+    /// From the request to this, µs.
+    pub took_us: u64,
 }
 
 fn yes() -> bool {
