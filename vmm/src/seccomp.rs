@@ -110,7 +110,6 @@ const SAVE_VCPU: [u64; 12] = [
 ];
 /// What the event thread asks for a snapshot.
 const SAVE_MACHINE: &[u64] = &[
-    SET_GSI_ROUTING,
     CHECK_EXTENSION,
     read_write::<kvm::kvm_msr_list>(0x02), // KVM_GET_MSR_INDEX_LIST
     read_write::<kvm::kvm_cpuid2>(0x05),   // KVM_GET_SUPPORTED_CPUID

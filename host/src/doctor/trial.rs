@@ -138,6 +138,7 @@ fn probe_config(
         balloon: None,
         serial: Some(SerialConfig { output: Descriptor(2), limit_bytes: SERIAL_BYTES }),
         control: None,
+        track_dirty: false,
     };
     Ok((config, [kvm.into(), image.into(), output.into()]))
 }
