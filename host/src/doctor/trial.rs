@@ -270,6 +270,7 @@ impl Watch<'_> {
             | FromVmm::Done(_)
             | FromVmm::Refused(_)
             | FromVmm::Metrics(_)
+            | FromVmm::Snapshotted(_)
             | FromVmm::DeviceStopped(_) => None,
         })
     }
