@@ -31,7 +31,8 @@ struct Page([u8; BLOCK]);
 /// What a page holds in its nth version.
 fn content(salt: u64, index: usize, version: u32) -> Page {
     let mut page = Page([0; BLOCK]);
-    let mut word = salt ^ (u64::try_from(index).unwrap_or(0) << 32 | u64::from(version)) ^ 0x9e37_79b9_7f4a_7c15;
+    let mut word =
+        salt ^ (u64::try_from(index).unwrap_or(0) << 32 | u64::from(version)) ^ 0x9e37_79b9_7f4a_7c15;
     for bytes in page.0.as_chunks_mut::<8>().0 {
         word ^= word << 13;
         word ^= word >> 7;
@@ -67,7 +68,8 @@ impl Versions {
 
 fn main() -> io::Result<()> {
     mount(Some("dev"), "/dev", Some("devtmpfs"), MsFlags::empty(), None::<&str>)?;
-    let disk = OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_DIRECT).open("/dev/vda")?;
+    let disk =
+        OpenOptions::new().read(true).write(true).custom_flags(nix::libc::O_DIRECT).open("/dev/vda")?;
     let (mut pages, mut blocks) = (Versions::new(1, PAGES), Versions::new(2, BLOCKS));
     let mut memory: Vec<Page> = (0..PAGES).map(|index| content(1, index, 0)).collect();
     for index in 0..BLOCKS {

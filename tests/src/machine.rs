@@ -142,7 +142,13 @@ impl Machine {
     pub fn save(&self, to: &Path, kind: SnapshotKind) -> Snapshotted {
         fs::create_dir_all(to).unwrap();
         let open = |name: &str| {
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(to.join(name)).unwrap()
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(to.join(name))
+                .unwrap()
         };
         let (state, memory) = (open("state"), open("memory"));
         state.set_len(0).unwrap();

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -128,6 +129,15 @@ impl Vmm {
             panic!("it ended before it had said {count} bytes: {errors}");
         }
         bytes
+    }
+
+    /// How many bytes it has said that nobody has heard.
+    pub(crate) fn unheard(&self) -> usize {
+        let mut count: libc::c_int = 0;
+        let output = self.child.stdout.as_ref().unwrap().as_raw_fd();
+        // SAFETY: `count` is valid for the write.
+        assert_eq!(unsafe { libc::ioctl(output, libc::FIONREAD, &raw mut count) }, 0);
+        usize::try_from(count).unwrap()
     }
 
     /// Where its files are.

@@ -4,6 +4,8 @@ use std::fs::{self, File, OpenOptions};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use carrel_protocol::vmm::{
     Descriptor, Done, FromOwner, FromVmm, Pause, Resume, Snapshot, SnapshotKind, Snapshotted, Stop,
@@ -38,20 +40,21 @@ fn counting(vcpus: u8, change: impl Fn(&mut Value)) -> Counting {
         },
         &[],
     );
-    let mut counting = Counting { owner: connect(&vmm), vmm, heard: Vec::new() };
+    let mut counting = Counting { owner: connect(&vmm.folder().join("control")), vmm, heard: Vec::new() };
     counting.hear(5);
     counting
 }
 
-/// The control socket is there before the guest's first word, but not before the launcher's first.
-fn connect(vmm: &Vmm) -> Connection {
-    let path = vmm.folder().join("control");
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
-    while !path.exists() {
-        assert!(std::time::Instant::now() < deadline, "no control socket");
-        std::thread::sleep(std::time::Duration::from_millis(5));
+/// Becomes its owner as soon as there is a control socket that somebody listens on.
+fn connect(control: &Path) -> Connection {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match take_over(control) {
+            Ok(owner) => return owner,
+            Err(e) => assert!(Instant::now() < deadline, "no control socket: {e}"),
+        }
+        sleep(Duration::from_millis(2));
     }
-    take_over(&path)
 }
 
 impl Counting {
@@ -60,8 +63,10 @@ impl Counting {
         self.heard.extend(bytes);
     }
 
-    fn pause(&self) {
+    /// Pauses it, and hears what it has said: what is heard after a resume is said after it.
+    fn pause(&mut self) {
         assert_eq!(ask(&self.owner, Pause {}), Done {}.into());
+        self.hear(self.vmm.unheard());
     }
 
     fn resume(&self) {
@@ -206,7 +211,7 @@ fn a_clone_can_be_saved_and_cloned_again() {
     if !has_kvm() {
         return;
     }
-    let original = counting(1, |_| {});
+    let mut original = counting(1, |_| {});
     original.pause();
     let mut saved = Saved::new();
     original.save(&saved, SnapshotKind::Full);
@@ -216,10 +221,7 @@ fn a_clone_can_be_saved_and_cloned_again() {
         let folder = tempfile::tempdir().unwrap();
         vm["control"] = folder.path().join("control").to_str().unwrap().into();
         let vmm = Vmm::restore(&vm);
-        while !folder.path().join("control").exists() {
-            std::thread::sleep(std::time::Duration::from_millis(2));
-        }
-        let owner = take_over(&folder.path().join("control"));
+        let owner = connect(&folder.path().join("control"));
         let mut clone = Counting { vmm, owner, heard: Vec::new() };
         clone.hear(7);
         clone.pause();
@@ -270,7 +272,7 @@ fn a_damaged_snapshot_never_runs() {
     if !has_kvm() {
         return;
     }
-    let original = counting(1, |_| {});
+    let mut original = counting(1, |_| {});
     original.pause();
     let saved = Saved::new();
     original.save(&saved, SnapshotKind::Full);
@@ -311,7 +313,7 @@ fn what_is_handed_over_must_fit_the_snapshot() {
     if !has_kvm() {
         return;
     }
-    let original = counting(1, |_| {});
+    let mut original = counting(1, |_| {});
     original.pause();
     let saved = Saved::new();
     original.save(&saved, SnapshotKind::Full);
