@@ -186,13 +186,7 @@ impl MachineState {
     /// It would be larger than any that is read.
     pub fn encode(&self) -> Result<Vec<u8>, SnapshotError> {
         let body = postcard::to_allocvec(self).map_err(SnapshotError::Body)?;
-        let length = u32::try_from(body.len()).map_err(|_| SnapshotError::Length)?;
-        let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
-        bytes.extend(MAGIC);
-        bytes.extend(VERSION.to_le_bytes());
-        bytes.extend(length.to_le_bytes());
-        bytes.extend(checksum(&body).to_le_bytes());
-        bytes.extend(body);
+        let bytes = sealed(&body);
         match u64::try_from(bytes.len()) {
             Ok(length) if length <= MAX_BYTES => Ok(bytes),
             Ok(_) | Err(_) => Err(SnapshotError::Length),
@@ -211,7 +205,23 @@ impl MachineState {
     }
 }
 
+/// A body behind its header.
+pub fn sealed(body: &[u8]) -> Vec<u8> {
+    // One that is too long for its header is too long for any reader.
+    let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
+    bytes.extend(MAGIC);
+    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(length.to_le_bytes());
+    bytes.extend(checksum(body).to_le_bytes());
+    bytes.extend(body);
+    bytes
+}
+
 fn checksum(body: &[u8]) -> u64 {
     const CRC: Crc<u64> = Crc::<u64>::new(&CRC_64_XZ);
     CRC.checksum(body)
 }
+
+#[cfg(test)]
+mod tests;

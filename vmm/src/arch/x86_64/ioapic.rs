@@ -225,10 +225,17 @@ impl IoApic {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// A chip with a pin in use.
+    pub(crate) fn sample() -> Registers {
+        let mut chip = Registers::new(6);
+        set(&mut chip, REDIRECTION + 10, 0x31);
+        chip
+    }
 
     fn set(chip: &mut Registers, select: u8, value: u32) -> bool {
         chip.write(SELECT, select.into());

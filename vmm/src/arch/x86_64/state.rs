@@ -296,8 +296,17 @@ pub fn announce_pause(vcpu: &VcpuFd) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// A vCPU with something of everything in it.
+    pub(crate) fn sample() -> VcpuState {
+        VcpuState {
+            tsc_khz: 2_000_000,
+            msrs: vec![kvm_msr_entry { index: MSR_IA32_TSC, data: 5, ..Default::default() }],
+            ..vcpu(vec![leaf(1, 0, 5)])
+        }
+    }
 
     fn leaf(function: u32, index: u32, ecx: u32) -> kvm_cpuid_entry2 {
         kvm_cpuid_entry2 { function, index, ecx, ..Default::default() }
