@@ -85,8 +85,7 @@ async fn joined(host: &Host) -> (Pumps, [UnixStream; 3], [File; 3]) {
 fn bytes_go_both_ways_unchanged_and_apart() {
     on_one_thread(async {
         let host = Host::new();
-        let (mut pumps, [mut stdin, stdout, stderr], [mut input, mut output, mut errors]) =
-            joined(&host).await;
+        let (pumps, [mut stdin, stdout, stderr], [mut input, mut output, mut errors]) = joined(&host).await;
         let sent = noise(3 << 20);
         let (to_process, to_errors) = (sent.clone(), noise(700_000));
         let expected_errors = to_errors.clone();
@@ -124,7 +123,7 @@ fn what_the_request_leaves_out_is_nothing() {
         let host = Host::new();
         let stdio = Stdio { stdout: stream(1), ..Stdio::default() };
         let connections = Connections::dial(&host.dialler(), &stdio).await.unwrap();
-        let (mut pumps, ends) = connections.through_pipes().unwrap();
+        let (pumps, ends) = connections.through_pipes().unwrap();
         assert!(matches!(ends, [None, Some(_), None]));
         drop(ends);
         pumps.finish().await;
@@ -186,7 +185,7 @@ fn a_host_that_closes_the_output_makes_the_processes_writes_fail() {
 fn output_written_before_the_end_arrives_though_others_hold_the_pipe() {
     on_one_thread(async {
         let host = Host::new();
-        let (mut pumps, [_stdin, mut stdout, _stderr], [_input, mut output, errors]) = joined(&host).await;
+        let (pumps, [_stdin, mut stdout, _stderr], [_input, mut output, errors]) = joined(&host).await;
         output.write_all(b"last words").unwrap();
         // A grandchild in the background keeps both open.
         let began = std::time::Instant::now();
@@ -207,7 +206,7 @@ fn output_written_before_the_end_arrives_though_others_hold_the_pipe() {
 fn finishing_waits_for_no_input() {
     on_one_thread(async {
         let host = Host::new();
-        let (mut pumps, [stdin, _stdout, _stderr], ends) = joined(&host).await;
+        let (pumps, [stdin, _stdout, _stderr], ends) = joined(&host).await;
         drop(ends);
         // The host never ends its stdin.
         pumps.finish().await;
@@ -230,7 +229,7 @@ fn a_terminal_stands_between_and_has_the_size_that_it_is_given() {
         let stdio = Stdio { stdin: stream(0), stdout: stream(1), ..Stdio::default() };
         let connections = Connections::dial(&host.dialler(), &stdio).await.unwrap();
         let (mut stdin, mut stdout) = (host.accept(0), host.accept(1));
-        let mut pumps = connections.through_terminal(master).unwrap();
+        let pumps = connections.through_terminal(master).unwrap();
 
         pumps.resize(TerminalSize { rows: 33, columns: 111 });
         let size = rustix::termios::tcgetwinsize(&terminal).unwrap();
