@@ -97,11 +97,6 @@ impl Function {
         let _ = timeout(LAST_ANSWER, self.exchange.idle()).await;
     }
 
-    /// Whether the runtime has an event, or is offered one.
-    pub(crate) fn is_busy(&self) -> bool {
-        self.exchange.is_busy()
-    }
-
     /// Waits until the runtime asks for its first event: it is loaded. `false` if it never will.
     pub(crate) async fn ready(&self) -> bool {
         self.exchange.ready().await

@@ -22,6 +22,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use carrel_protocol::agent::{CLONE_SOCKET, Cloned, Entropy, FromAgent, ProcessId, Ready};
+use rustix::net::{SendFlags, Shutdown, send, shutdown};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{AbortHandle, spawn_local};
@@ -124,11 +125,14 @@ impl Call {
     /// Tells one who it is. Who doesn't read what was said before isn't spoken to any more.
     fn tell(&self, number: u64) {
         let Some(program) = self.listening.borrow().get(&number).cloned() else { return };
-        let line = self.line();
-        if !line.is_ok_and(|line| program.try_write(&line).is_ok_and(|written| written == line.len())) {
+        // Not the runtime's own way of writing, which looks at what it knew when it last looked.
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        let told =
+            self.line().is_ok_and(|line| send(&program, &line, flags).is_ok_and(|sent| sent == line.len()));
+        if !told {
             self.listening.borrow_mut().remove(&number);
             // Ends its task, too.
-            let _ = rustix::net::shutdown(&program, rustix::net::Shutdown::Both);
+            let _ = shutdown(&program, Shutdown::Both);
         }
     }
 

@@ -253,11 +253,6 @@ impl Exchange {
         (!std::mem::replace(&mut state.init_told, true)).then(|| state.init.or(so_far)).flatten()
     }
 
-    /// Whether there is an invocation.
-    pub(super) fn is_busy(&self) -> bool {
-        self.state.borrow().busy
-    }
-
     /// Waits until the runtime asks for its first event; `false` if it has failed or ended before.
     pub(super) async fn ready(&self) -> bool {
         self.until(|state| match state.phase {

@@ -258,3 +258,176 @@ fn a_terminal_stands_between_and_has_the_size_that_it_is_given() {
         pumps.resize(TerminalSize { rows: 1, columns: 1 });
     });
 }
+
+/// All that comes until the end.
+async fn rest(mut from: UnixStream) -> Vec<u8> {
+    aside(move || {
+        let mut all = Vec::new();
+        from.read_to_end(&mut all).unwrap();
+        all
+    })
+    .await
+}
+
+/// New connections for all three streams, as after a freezing.
+async fn again(host: &Host, pumps: &Pumps, stdio: &Stdio) -> Vec<UnixStream> {
+    let connections = Connections::dial(&host.dialler(), stdio).await.unwrap();
+    let wanted = [&stdio.stdin, &stdio.stdout, &stdio.stderr];
+    let hosts = (0..3).filter(|port| wanted[*port].is_some()).map(|port| host.accept(port)).collect();
+    pumps.join(connections);
+    hosts
+}
+
+#[test]
+fn output_around_a_parting_is_said_once_and_whole() {
+    on_one_thread(async {
+        let host = Host::new();
+        let (pumps, [_stdin, stdout, stderr], [_input, mut output, errors]) = joined(&host).await;
+        let before = noise(200_000);
+        output.write_all(&before).unwrap();
+        let (told, errors_told) = (spawn_local(rest(stdout)), spawn_local(rest(stderr)));
+        pumps.still().await;
+        pumps.part();
+        // The template's connections ended with what was said before.
+        assert!(told.await.unwrap() == before);
+        assert!(errors_told.await.unwrap().is_empty());
+        assert!(pumps.is_parted());
+        // What is said before anybody asks waits in the pipe.
+        output.write_all(b"in the clone").unwrap();
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        let mut hosts = again(&host, &pumps, &all()).await;
+        assert!(!pumps.is_parted());
+        output.write_all(b", and later").unwrap();
+        drop((output, errors));
+        pumps.finish().await;
+        assert!(rest(hosts.pop().unwrap()).await.is_empty());
+        assert_eq!(rest(hosts.pop().unwrap()).await, b"in the clone, and later");
+    });
+}
+
+#[test]
+fn input_that_the_process_had_not_read_is_read_after_the_parting_and_before_any_other() {
+    on_one_thread(async {
+        let host = Host::new();
+        let (pumps, [mut stdin, _stdout, _stderr], [input, _output, _errors]) = joined(&host).await;
+        // Fills the pipe, and a part of a chunk on the agent's side.
+        let sent = noise(CHUNK + CHUNK / 2);
+        let to_send = sent.clone();
+        aside(move || {
+            stdin.write_all(&to_send).unwrap();
+            stdin
+        })
+        .await;
+        // The connection may end, and what was written is taken all the same.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        pumps.still().await;
+        pumps.part();
+        let mut hosts = again(&host, &pumps, &all()).await;
+        hosts[0].write_all(b"more").unwrap();
+        hosts[0].shutdown(std::net::Shutdown::Write).unwrap();
+        let read = aside(move || {
+            let mut read = Vec::new();
+            let mut input = input;
+            input.read_to_end(&mut read).unwrap();
+            read
+        })
+        .await;
+        let (first, more) = read.split_at(sent.len());
+        assert!(first == sent && more == b"more", "{}", read.len());
+    });
+}
+
+#[test]
+fn a_stopping_that_was_given_up_changes_nothing() {
+    on_one_thread(async {
+        let host = Host::new();
+        let (pumps, [mut stdin, stdout, stderr], [mut input, mut output, mut errors]) = joined(&host).await;
+        // More than socket and pipe hold: it can't be sent while nobody reads.
+        let long = noise(2 << 20);
+        let (to_write, writer) = (long.clone(), output.try_clone().unwrap());
+        let written = spawn_local(aside(move || (&writer).write_all(&to_write).unwrap()));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        errors.write_all(b"one").unwrap();
+        assert!(tokio::time::timeout(Duration::from_millis(50), pumps.still()).await.is_err());
+        pumps.go_on();
+        // Another try that succeeds for all, and is given up as well.
+        let said = spawn_local(rest(stdout));
+        written.await.unwrap();
+        pumps.still().await;
+        pumps.go_on();
+        errors.write_all(b", two").unwrap();
+        output.write_all(b"end").unwrap();
+        stdin.write_all(b"typed").unwrap();
+        aside(move || input.read_exact(&mut [0; 5]).unwrap()).await;
+        drop((output, errors));
+        pumps.finish().await;
+        let said = said.await.unwrap();
+        assert!(said.strip_suffix(b"end").unwrap() == long);
+        assert_eq!(rest(stderr).await, b"one, two");
+    });
+}
+
+#[test]
+fn a_process_that_ends_before_its_streams_are_asked_for_has_said_what_it_said() {
+    on_one_thread(async {
+        let host = Host::new();
+        let (pumps, _hosts, [input, mut output, errors]) = joined(&host).await;
+        pumps.still().await;
+        pumps.part();
+        output.write_all(b"last words").unwrap();
+        drop((input, output, errors));
+        let pumps = Rc::new(pumps);
+        let ending = Rc::clone(&pumps);
+        let finished = spawn_local(async move { ending.finish().await });
+        tokio::time::sleep(GRACE + Duration::from_millis(50)).await;
+        assert!(!finished.is_finished(), "nobody has been told yet");
+        let mut hosts = again(&host, &pumps, &all()).await;
+        finished.await.unwrap();
+        assert_eq!(rest(hosts.remove(1)).await, b"last words");
+    });
+}
+
+#[test]
+fn what_is_not_asked_for_again_goes_nowhere_and_input_ends() {
+    on_one_thread(async {
+        let host = Host::new();
+        let (pumps, _hosts, [mut input, mut output, mut errors]) = joined(&host).await;
+        pumps.still().await;
+        pumps.part();
+        // Twice frozen, never asked for.
+        pumps.still().await;
+        pumps.part();
+        let asked = Stdio { stderr: stream(2), ..Stdio::default() };
+        let mut hosts = again(&host, &pumps, &asked).await;
+        let long = noise(1 << 20);
+        aside(move || {
+            assert_eq!(input.read(&mut [0]).unwrap(), 0);
+            output.write_all(&long).unwrap();
+        })
+        .await;
+        errors.write_all(b"heard").unwrap();
+        drop(errors);
+        pumps.finish().await;
+        assert_eq!(rest(hosts.remove(0)).await, b"heard");
+    });
+}
+
+#[test]
+fn streams_that_are_over_or_never_were_are_ended_at_once() {
+    on_one_thread(async {
+        let host = Host::new();
+        let stdio = Stdio { stdout: stream(1), ..Stdio::default() };
+        let connections = Connections::dial(&host.dialler(), &stdio).await.unwrap();
+        let first = host.accept(1);
+        let (pumps, [_, output, _]) = connections.through_pipes().unwrap();
+        // The process closes its output; later it is frozen.
+        drop(output);
+        assert!(rest(first).await.is_empty());
+        pumps.still().await;
+        pumps.part();
+        let hosts = again(&host, &pumps, &all()).await;
+        for host in hosts {
+            assert!(rest(host).await.is_empty());
+        }
+    });
+}
