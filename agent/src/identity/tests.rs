@@ -17,7 +17,7 @@ pub(crate) type Calls = Rc<RefCell<Vec<String>>>;
 pub(crate) struct Invented {
     pub(crate) calls: Calls,
     /// Looked at with each call.
-    pub(crate) watched: Option<PathBuf>,
+    watched: Option<PathBuf>,
     state: RefCell<State>,
     /// Whether RNDRESEEDCRNG does anything, and whether the generator goes on by itself.
     works: bool,
@@ -34,6 +34,11 @@ impl Invented {
     pub(crate) fn new() -> Self {
         let state = State { pool: b"template".into(), key: b"template".into(), realtime_ns: 5_000 };
         Self { calls: Calls::default(), watched: None, state: state.into(), works: true }
+    }
+
+    /// Writes the file's content beside each call.
+    pub(crate) fn watching(path: PathBuf) -> Self {
+        Self { watched: Some(path), ..Self::new() }
     }
 
     fn call(&self, what: &str) {
