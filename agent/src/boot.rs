@@ -11,6 +11,7 @@ use std::fs;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::Path;
+use std::rc::Rc;
 use std::time::Duration;
 
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change, mount_move};
@@ -19,6 +20,7 @@ use rustix::system::RebootCommand;
 use thiserror::Error;
 
 use crate::control::Control;
+use crate::identity::Kernel;
 use crate::room::{Host, Room};
 use crate::socket::Dialler;
 use crate::{container::cgroup, disk, fork};
@@ -92,8 +94,8 @@ fn live(booted_us: u64) -> Result<(), Box<dyn std::error::Error>> {
     let tasks = tokio::task::LocalSet::new();
     tasks.block_on(&runtime, async {
         let dialler = Dialler::Vsock;
-        let mut control = dial_control(&dialler).await?;
-        control.hello(booted_us).await?;
+        let mut control = Control::dial(&dialler).await?;
+        control.hello(booted_us, false).await?;
         // While the host reads that.
         let disk = disk::mount_at(Path::new("/dev/vda"), Path::new("/room"));
         let disk = match disk {
@@ -104,30 +106,22 @@ fn live(booted_us: u64) -> Result<(), Box<dyn std::error::Error>> {
             }
         };
         let identity = control.welcome().await?;
-        crate::identity::adopt(&identity)?;
+        let guest = Rc::new(Kernel);
+        crate::identity::adopt(&*guest, &identity)?;
         let host = Host {
             dialler,
+            booted_us,
             containers: "/room/containers".into(),
+            hooks: "/run/clone".into(),
             cgroups: cgroup::Tree::new(Path::new("/sys/fs/cgroup"))?,
+            guest,
+            id: identity.id,
             hostname: identity.hostname,
             disk: Some(disk),
         };
         Room::live(host, control).await;
         Ok(())
     })
-}
-
-/// The VMM listens before it starts the guest, but its owner may accept late: some attempts over a second.
-async fn dial_control(dialler: &Dialler) -> io::Result<Control> {
-    let mut attempts = 0;
-    loop {
-        match dialler.dial(carrel_protocol::agent::CONTROL_PORT).await {
-            Ok(socket) => return Ok(Control::new(socket)),
-            Err(_) if attempts < 20 => tokio::time::sleep(Duration::from_millis(50)).await,
-            Err(error) => return Err(error),
-        }
-        attempts += 1;
-    }
 }
 
 fn mount_all() -> Result<(), BootError> {

@@ -1,12 +1,15 @@
 //! The control connection: the handshake, then messages both ways.
 
 use std::io;
+use std::time::Duration;
 
-use carrel_protocol::agent::{Ending, EndingReason, FromAgent, FromHost, Hello, Identity, VERSION, Welcome};
+use carrel_protocol::agent::{
+    CONTROL_PORT, Ending, EndingReason, FromAgent, FromHost, Hello, Identity, VERSION, Welcome,
+};
 use carrel_protocol::{Decoder, FrameError, Message};
 use thiserror::Error;
 
-use crate::socket::Socket;
+use crate::socket::{Dialler, Socket};
 
 /// Why the connection is of no use any more.
 #[derive(Debug, Error)]
@@ -36,6 +39,31 @@ pub(crate) enum ControlError {
     Frame(#[from] FrameError),
 }
 
+impl ControlError {
+    /// Whether the connection is gone, rather than misused.
+    pub(crate) fn is_loss(&self) -> bool {
+        match self {
+            Self::Closed | Self::Frame(FrameError::Io(_)) => true,
+            Self::Refused { .. } | Self::Version { .. } | Self::NoWelcome | Self::Frame(_) => false,
+        }
+    }
+}
+
+/// Who a welcome says that this room is.
+///
+/// # Errors
+///
+/// The host speaks another version.
+pub(crate) fn identity(welcome: Welcome) -> Result<Identity, ControlError> {
+    match welcome {
+        Welcome { version: VERSION, identity } => Ok(identity),
+        Welcome { version, .. } => Err(ControlError::Version { theirs: version }),
+    }
+}
+
+/// How long the host may take to accept.
+const PATIENCE: Duration = Duration::from_secs(1);
+
 /// The connection.
 #[derive(Debug)]
 pub(crate) struct Control {
@@ -47,6 +75,25 @@ pub(crate) struct Control {
 }
 
 impl Control {
+    /// Dials the host. The VMM listens before it starts the guest, but its owner may accept late: some attempts over a second.
+    ///
+    /// # Errors
+    ///
+    /// What connect(2) says at last.
+    pub(crate) async fn dial(dialler: &Dialler) -> io::Result<Self> {
+        let mut pause = Duration::from_millis(1);
+        let mut waited = Duration::ZERO;
+        loop {
+            match dialler.dial(CONTROL_PORT).await {
+                Ok(socket) => return Ok(Self::new(socket)),
+                Err(_) if waited < PATIENCE => tokio::time::sleep(pause).await,
+                Err(error) => return Err(error),
+            }
+            waited += pause;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+    }
+
     pub(crate) fn new(socket: Socket) -> Self {
         Self { socket, decoder: Decoder::default(), buffer: vec![0; 16 << 10].into(), pending: 0..0 }
     }
@@ -56,10 +103,10 @@ impl Control {
     /// # Errors
     ///
     /// The connection failed.
-    pub(crate) async fn hello(&self, booted_us: u64) -> Result<(), ControlError> {
+    pub(crate) async fn hello(&self, booted_us: u64, clone: bool) -> Result<(), ControlError> {
         let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
         let agent = env!("CARGO_PKG_VERSION").to_owned();
-        self.send(&Hello { version: VERSION, agent, kernel, booted_us }.into()).await
+        self.send(&Hello { version: VERSION, agent, kernel, booted_us, clone }.into()).await
     }
 
     /// The host's first words: who this room is.
@@ -69,8 +116,7 @@ impl Control {
     /// Anything but a welcome of our version.
     pub(crate) async fn welcome(&mut self) -> Result<Identity, ControlError> {
         match self.receive().await? {
-            FromHost::Welcome(Welcome { version: VERSION, identity }) => Ok(identity),
-            FromHost::Welcome(Welcome { version, .. }) => Err(ControlError::Version { theirs: version }),
+            FromHost::Welcome(welcome) => identity(welcome),
             FromHost::Refused(refused) => Err(ControlError::Refused { reason: refused.reason }),
             FromHost::Prepare(_)
             | FromHost::Start(_)
@@ -79,6 +125,8 @@ impl Control {
             | FromHost::Resize(_)
             | FromHost::Invoke(_)
             | FromHost::ReportUsage(_)
+            | FromHost::Freeze(_)
+            | FromHost::Attach(_)
             | FromHost::Shutdown(_) => Err(ControlError::NoWelcome),
         }
     }
@@ -129,6 +177,6 @@ impl Control {
             while self.socket.read(&mut rest).await? > 0 {}
             Ok(())
         };
-        tokio::time::timeout(std::time::Duration::from_millis(500), drained).await.unwrap_or(Ok(()))
+        tokio::time::timeout(Duration::from_millis(500), drained).await.unwrap_or(Ok(()))
     }
 }

@@ -97,6 +97,16 @@ impl Function {
         let _ = timeout(LAST_ANSWER, self.exchange.idle()).await;
     }
 
+    /// Waits until the runtime asks for its first event: it is loaded. `false` if it never will.
+    pub(crate) async fn ready(&self) -> bool {
+        self.exchange.ready().await
+    }
+
+    /// The room is a clone. The runtime's request for an event goes on: its connection is loopback's, which clones keep.
+    pub(crate) fn cloned(&self) {
+        self.exchange.cloned(Instant::now());
+    }
+
     /// Has the runtime handle one event, to whatever end.
     ///
     /// # Errors

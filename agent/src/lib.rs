@@ -20,6 +20,7 @@ mod control;
 mod disk;
 mod fork;
 mod function;
+mod hook;
 mod identity;
 mod refusal;
 mod room;

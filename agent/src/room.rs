@@ -2,39 +2,44 @@
 //!
 //! ```text
 //!  container:  (nothing) ─Prepare─▶ Preparing ─▶ Prepared ─Start─▶ Running ─▶ Ended
-//!                                      │ fails                       ▲ Exec, Signal, Resize, Invoke
+//!                                      │ fails                       ▲ Exec, Signal, Resize, Invoke, Attach
 //!                                      ▼
 //!                                  (nothing)
 //! ```
+//!
+//! Between requests the room can be frozen and cloned: see [`sleep`].
+
+mod requests;
+mod sleep;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use carrel_protocol::agent::{
-    ContainerId, Ending, EndingReason, Exec, ExitStatus, Exited, Failed, Failure, FromAgent, FromHost,
-    Invoke, Prepare, ProcessId, Request, Start, Started, Usage,
+    ContainerId, Ending, EndingReason, Failed, FromAgent, FromHost, Frozen, ProcessId, ReportUsage, Request,
+    Usage,
 };
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
 use tokio::time::MissedTickBehavior;
 
-use crate::container::StartError;
 use crate::container::cgroup::{self, Cgroup};
-use crate::container::launch::{Launch, Live};
-use crate::container::root::SetIds;
-use crate::control::{Control, ControlError};
+use crate::container::launch::Live;
+use crate::control::Control;
 use crate::disk::Disk;
-use crate::fork::Child;
 use crate::function::Function;
+use crate::hook::Hook;
+use crate::identity::Guest;
 use crate::refusal::Refusal;
 use crate::socket::Dialler;
 use crate::unpack;
 use crate::usage::{Meter, SAMPLE};
+use sleep::{RoomError, Woken};
 
 /// How long killed containers may take to be gone before the room ends without them.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -43,9 +48,16 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 #[derive(Debug)]
 pub(crate) struct Host {
     pub(crate) dialler: Dialler,
+    /// CLOCK_MONOTONIC when the agent began, µs.
+    pub(crate) booted_us: u64,
     /// Below it, one directory a container.
     pub(crate) containers: PathBuf,
+    /// Below it, one directory with a clone socket for each container that has one.
+    pub(crate) hooks: PathBuf,
     pub(crate) cgroups: cgroup::Tree,
+    pub(crate) guest: Rc<dyn Guest>,
+    /// The room's id.
+    pub(crate) id: String,
     /// Of containers that name none.
     pub(crate) hostname: String,
     pub(crate) disk: Option<Disk>,
@@ -61,7 +73,38 @@ pub(crate) struct Room {
     processes: RefCell<BTreeMap<ProcessId, Rc<Live>>>,
     /// All that ever were asked for.
     known: RefCell<BTreeSet<ProcessId>>,
+    /// What can't be frozen.
+    at_work: RefCell<Vec<Work>>,
+    /// Who this room is, in a clone another than at boot.
+    named: RefCell<Named>,
     outbox: mpsc::UnboundedSender<FromAgent>,
+}
+
+/// A room's names.
+#[derive(Clone, Debug)]
+struct Named {
+    id: String,
+    hostname: String,
+}
+
+/// What is at work for a request, and must be over before the room can be frozen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    Preparing,
+    Starting,
+    Executing,
+    Invoking,
+    Attaching,
+}
+
+/// Work, until this is dropped. It is there before the request's task first runs.
+#[derive(Debug)]
+struct AtWork(Rc<Room>, Work);
+
+/// What follows a time awake.
+enum Turn {
+    Sleep,
+    End,
 }
 
 #[derive(Clone, Debug)]
@@ -78,37 +121,52 @@ enum State {
 pub(crate) struct Container {
     /// A pidfd of its init.
     init: Option<OwnedFd>,
-    hostname: String,
+    hostname: RefCell<String>,
+    /// The hostname is the room's.
+    takes_rooms_name: bool,
     pub(crate) cgroup: Cgroup,
     pub(crate) meter: RefCell<Meter>,
     function: Option<Rc<Function>>,
+    hook: Option<Rc<Hook>>,
 }
 
 impl Room {
-    /// Serves the host until it asks for the end, or is gone. Returns when nothing runs any more.
-    pub(crate) async fn live(mut host: Host, mut control: Control) {
-        let (outbox, mut outgoing) = mpsc::unbounded_channel();
-        let room = Rc::new(Self {
+    /// A room with nothing in it, and what it has to say.
+    fn new(mut host: Host) -> (Rc<Self>, mpsc::UnboundedReceiver<FromAgent>) {
+        let (outbox, outgoing) = mpsc::unbounded_channel();
+        let named = Named { id: host.id.clone(), hostname: host.hostname.clone() };
+        let room = Self {
             disk: host.disk.take().into(),
             host,
             containers: RefCell::default(),
             processes: RefCell::default(),
             known: RefCell::default(),
+            at_work: RefCell::default(),
+            named: named.into(),
             outbox,
-        });
-        let ended = room.serve(&mut control, &mut outgoing).await;
-        room.kill_all().await;
+        };
+        (Rc::new(room), outgoing)
+    }
+
+    /// Serves the host until it asks for the end, or is gone. Returns when nothing runs any more.
+    pub(crate) async fn live(host: Host, control: Control) {
+        let (room, outgoing) = Self::new(host);
+        room.live_on(control, outgoing).await;
+    }
+
+    async fn live_on(
+        self: &Rc<Self>,
+        mut control: Control,
+        mut outgoing: mpsc::UnboundedReceiver<FromAgent>,
+    ) {
+        let ended = self.serve(&mut control, &mut outgoing).await;
+        self.kill_all().await;
         if ended.is_ok() {
-            // Dirty pages become I/O that is counted.
-            if let Ok(files) =
-                rustix::fs::open(&room.host.containers, rustix::fs::OFlags::RDONLY, rustix::fs::Mode::empty())
-            {
-                let _ = rustix::fs::syncfs(files);
-            }
+            self.write_back();
             while let Ok(message) = outgoing.try_recv() {
                 let _ = control.send(&message).await;
             }
-            let _ = control.send(&room.usage(true).into()).await;
+            let _ = control.send(&self.usage(true).into()).await;
             let _ = control.send(&Ending { reason: EndingReason::Asked }.into()).await;
         } else if let Err(error) = ended {
             control.broken(&carrel_protocol::chain(&error)).await;
@@ -116,27 +174,58 @@ impl Room {
         let _ = control.close().await;
     }
 
+    /// Dirty pages become I/O: at the end so that it is counted, in a template so that its clones needn't do it.
+    fn write_back(&self) {
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC;
+        if let Ok(files) = rustix::fs::open(&self.host.containers, flags, rustix::fs::Mode::empty()) {
+            let _ = rustix::fs::syncfs(files);
+        }
+    }
+
     async fn serve(
         self: &Rc<Self>,
         control: &mut Control,
         outgoing: &mut mpsc::UnboundedReceiver<FromAgent>,
-    ) -> Result<(), ControlError> {
+    ) -> Result<(), RoomError> {
+        loop {
+            match self.serve_awake(control, outgoing).await? {
+                Turn::Sleep => {}
+                Turn::End => return Ok(()),
+            }
+            match self.sleep(control).await? {
+                Woken::Awake => {}
+                Woken::ShutDown => return Ok(()),
+            }
+        }
+    }
+
+    /// Until the host asks for the end, or the room is frozen. Whatever runs by itself, samples and reports, is over then.
+    async fn serve_awake(
+        self: &Rc<Self>,
+        control: &mut Control,
+        outgoing: &mut mpsc::UnboundedReceiver<FromAgent>,
+    ) -> Result<Turn, RoomError> {
         let mut sample = tokio::time::interval(SAMPLE);
         sample.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut report: Option<tokio::time::Interval> = None;
         loop {
             tokio::select! {
                 message = control.receive() => match message? {
-                    FromHost::Shutdown(_) => return Ok(()),
+                    FromHost::Shutdown(_) => return Ok(Turn::End),
                     FromHost::ReportUsage(request) => {
                         control.send(&self.usage(false).into()).await?;
-                        report = request.every_ms.map(|every| {
-                            let every = Duration::from_millis(u64::from(every.max(100)));
-                            let mut report = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
-                            report.set_missed_tick_behavior(MissedTickBehavior::Delay);
-                            report
-                        });
+                        report = period(&request);
                     }
+                    FromHost::Freeze(_) => match self.freeze().await {
+                        Ok(()) => {
+                            while let Ok(message) = outgoing.try_recv() {
+                                control.send(&message).await?;
+                            }
+                            control.send(&Frozen {}.into()).await?;
+                            return Ok(Turn::Sleep);
+                        }
+                        Err(refusal) => self.fail(Request::Freeze, refusal),
+                    },
                     other @ (FromHost::Welcome(_)
                     | FromHost::Refused(_)
                     | FromHost::Prepare(_)
@@ -144,6 +233,7 @@ impl Room {
                     | FromHost::Exec(_)
                     | FromHost::Signal(_)
                     | FromHost::Resize(_)
+                    | FromHost::Attach(_)
                     | FromHost::Invoke(_)) => self.carry_out(other),
                 },
                 Some(message) = outgoing.recv() => control.send(&message).await?,
@@ -156,17 +246,24 @@ impl Room {
     fn carry_out(self: &Rc<Self>, message: FromHost) {
         match message {
             FromHost::Prepare(request) => {
-                let about = Request::Prepare(request.container);
-                self.answer(about, Rc::clone(self).prepare(request));
+                let work = self.begin(Work::Preparing);
+                self.answer(Request::Prepare(request.container), Rc::clone(self).prepare(request, work));
             }
             FromHost::Start(request) => {
-                self.answer(Request::Process(request.process.id), Rc::clone(self).start(request));
+                let work = self.begin(Work::Starting);
+                self.answer(Request::Process(request.process.id), Rc::clone(self).start(request, work));
             }
             FromHost::Exec(request) => {
-                self.answer(Request::Process(request.process.id), Rc::clone(self).exec(request));
+                let work = self.begin(Work::Executing);
+                self.answer(Request::Process(request.process.id), Rc::clone(self).exec(request, work));
             }
             FromHost::Invoke(request) => {
-                self.answer(Request::Invoke(request.id.clone()), Rc::clone(self).invoke(request));
+                let work = self.begin(Work::Invoking);
+                self.answer(Request::Invoke(request.id.clone()), Rc::clone(self).invoke(request, work));
+            }
+            FromHost::Attach(request) => {
+                let work = self.begin(Work::Attaching);
+                self.answer(Request::Attach(request.process), Rc::clone(self).attach(request, work));
             }
             FromHost::Signal(request) => {
                 if let Some(live) = self.processes.borrow().get(&request.process) {
@@ -178,24 +275,34 @@ impl Room {
                     live.resize(request.size);
                 }
             }
-            // Served by the loop itself; a second welcome has no meaning yet.
+            // Served by the loop itself; a welcome has no meaning for who isn't frozen.
             FromHost::ReportUsage(_)
             | FromHost::Shutdown(_)
+            | FromHost::Freeze(_)
             | FromHost::Welcome(_)
             | FromHost::Refused(_) => {}
         }
+    }
+
+    fn begin(self: &Rc<Self>, work: Work) -> AtWork {
+        self.at_work.borrow_mut().push(work);
+        AtWork(Rc::clone(self), work)
     }
 
     /// Runs a request as a task; its refusal is the answer.
     fn answer(self: &Rc<Self>, request: Request, work: impl Future<Output = Result<(), Refusal>> + 'static) {
         let room = Rc::clone(self);
         spawn_local(async move {
-            if let Err(Refusal { failure, message }) = work.await {
-                // The message's own cap is 8 KiB, in JSON.
-                let message = message.chars().take(1000).collect();
-                room.tell(Failed { request, failure, message });
+            if let Err(refusal) = work.await {
+                room.fail(request, refusal);
             }
         });
+    }
+
+    fn fail(&self, request: Request, Refusal { failure, message }: Refusal) {
+        // The message's own cap is 8 KiB, in JSON.
+        let message = message.chars().take(1000).collect();
+        self.tell(Failed { request, failure, message });
     }
 
     fn tell(&self, message: impl Into<FromAgent>) {
@@ -207,164 +314,8 @@ impl Room {
         self.host.containers.join(id.0.to_string())
     }
 
-    async fn prepare(self: Rc<Self>, request: Prepare) -> Result<(), Refusal> {
-        let id = request.container;
-        if self.containers.borrow().contains_key(&id) {
-            return Err(Refusal::new(Failure::BadRequest, format!("container {} is prepared already", id.0)));
-        }
-        self.containers.borrow_mut().insert(id, State::Preparing);
-        let began = Instant::now();
-        let prepared = async {
-            if let Some(disk) = self.disk.lock().await.as_mut() {
-                let grown = disk.grown().await;
-                grown.map_err(|error| Refusal::new(Failure::System, carrel_protocol::chain(&error)))?;
-            }
-            unpack::in_a_child(&self.host.dialler, &self.folder(id), &request, began).await
-        };
-        match prepared.await {
-            Ok(prepared) => {
-                self.containers.borrow_mut().insert(id, State::Prepared);
-                self.tell(prepared);
-                Ok(())
-            }
-            Err(refusal) => {
-                self.containers.borrow_mut().remove(&id);
-                Err(refusal)
-            }
-        }
-    }
-
-    async fn start(self: Rc<Self>, request: Start) -> Result<(), Refusal> {
-        let id = request.container;
-        let state = self.containers.borrow().get(&id).cloned();
-        if !matches!(state, Some(State::Prepared)) {
-            let message = format!("container {} can't be started: it is {}", id.0, in_words(state.as_ref()));
-            return Err(Refusal::new(Failure::BadRequest, message));
-        }
-        self.claim(request.process.id)?;
-        self.containers.borrow_mut().insert(id, State::Starting);
-        let started = self.start_prepared(&request).await;
-        if started.is_err() {
-            // What it is made of is still there, but its cgroup has been used.
-            self.containers.borrow_mut().remove(&id);
-        }
-        started
-    }
-
-    async fn start_prepared(self: &Rc<Self>, request: &Start) -> Result<(), Refusal> {
-        let id = request.container;
-        let surroundings = &request.surroundings;
-        let cgroup = self.host.cgroups.make(id, surroundings);
-        let cgroup = cgroup.map_err(StartError::step("making the container's cgroup"))?;
-        let hostname = surroundings.hostname.clone().unwrap_or_else(|| self.host.hostname.clone());
-        let function = match &request.function {
-            Some(spec) => {
-                let function = Function::serve(spec.clone(), cgroup.clone()).await;
-                Some(function.map_err(StartError::step("listening for the Runtime API"))?)
-            }
-            None => None,
-        };
-        let extra = function.as_ref().map(|function| function.environment()).unwrap_or_default();
-        let launch = Launch {
-            dialler: &self.host.dialler,
-            cgroup: &cgroup,
-            process: &request.process,
-            hostname: &hostname,
-            extra: &extra,
-        };
-        let mut meter = Meter::new(cgroup.clone());
-        meter.begin(Instant::now());
-        if let Some(function) = &function {
-            function.begin();
-        }
-        // On Lambda nobody is root, whatever the image brings.
-        let set_ids = if function.is_some() { SetIds::Ignored } else { SetIds::Honoured };
-        let rootfs = self.folder(id).join(unpack::ROOTFS);
-        let (init, live) = launch.first(&rootfs, surroundings, set_ids).await?;
-        let container = Rc::new(Container {
-            init: init.pidfd().try_clone_to_owned().ok(),
-            hostname,
-            cgroup,
-            meter: meter.into(),
-            function,
-        });
-        self.containers.borrow_mut().insert(id, State::Running(Rc::clone(&container)));
-        let (status, out_of_memory) = self.accompany(request.process.id, &container, init, live).await;
-        container.meter.borrow_mut().end(Instant::now());
-        self.containers.borrow_mut().insert(id, State::Ended(Rc::clone(&container)));
-        if let Some(function) = &container.function {
-            function.exited(status, out_of_memory).await;
-        }
-        self.tell(Exited { process: request.process.id, status, out_of_memory });
-        Ok(())
-    }
-
-    async fn exec(self: Rc<Self>, request: Exec) -> Result<(), Refusal> {
-        let state = self.containers.borrow().get(&request.container).cloned();
-        let Some(State::Running(container)) = state else {
-            let message = format!(
-                "nothing can be executed in container {}: it is {}",
-                request.container.0,
-                in_words(state.as_ref())
-            );
-            return Err(Refusal::new(Failure::BadRequest, message));
-        };
-        self.claim(request.process.id)?;
-        let gone = || Refusal::new(Failure::System, "the container's init is gone");
-        let init = container.init.as_ref().ok_or_else(gone)?;
-        let launch = Launch {
-            dialler: &self.host.dialler,
-            cgroup: &container.cgroup,
-            process: &request.process,
-            hostname: &container.hostname,
-            extra: &[],
-        };
-        let (keeper, live) = launch.further(init.as_fd()).await?;
-        let (status, out_of_memory) = self.accompany(request.process.id, &container, keeper, live).await;
-        self.tell(Exited { process: request.process.id, status, out_of_memory });
-        Ok(())
-    }
-
-    /// From Started to the end.
-    async fn accompany(
-        &self,
-        id: ProcessId,
-        container: &Container,
-        supervisor: Child,
-        live: Live,
-    ) -> (ExitStatus, bool) {
-        let before = container.meter.borrow().out_of_memory_kills();
-        let live = Rc::new(live);
-        self.processes.borrow_mut().insert(id, Rc::clone(&live));
-        self.tell(Started { process: id });
-        let status = live.end(supervisor).await;
-        self.processes.borrow_mut().remove(&id);
-        (status, container.meter.borrow().out_of_memory_kills() > before)
-    }
-
-    /// A process's number is used once.
-    fn claim(&self, id: ProcessId) -> Result<(), Refusal> {
-        if self.known.borrow_mut().insert(id) {
-            Ok(())
-        } else {
-            Err(Refusal::new(Failure::BadRequest, format!("process {} exists already", id.0)))
-        }
-    }
-
-    async fn invoke(self: Rc<Self>, request: Invoke) -> Result<(), Refusal> {
-        let container = self.containers.borrow().values().find_map(|state| match state {
-            State::Running(container) | State::Ended(container) => {
-                container.function.is_some().then(|| Rc::clone(container))
-            }
-            State::Preparing | State::Prepared | State::Starting => None,
-        });
-        let function = container.as_ref().and_then(|container| container.function.as_ref());
-        let function = function.ok_or_else(|| {
-            Refusal::new(Failure::BadRequest, "this room runs no function, so nothing can be invoked")
-        })?;
-        let invoked = function.invoke(&self.host.dialler, request).await?;
-        self.tell(invoked);
-        Ok(())
+    fn rootfs(&self, id: ContainerId) -> PathBuf {
+        self.folder(id).join(unpack::ROOTFS)
     }
 
     /// Containers that have been started.
@@ -395,6 +346,10 @@ impl Room {
         for (_, container) in self.started() {
             container.cgroup.kill();
         }
+        // What nobody asked for any more after a freezing isn't waited for.
+        for live in self.processes.borrow().values() {
+            live.forsake();
+        }
         let gone = async {
             while !self.processes.borrow().is_empty() {
                 tokio::time::sleep(Duration::from_millis(2)).await;
@@ -406,6 +361,14 @@ impl Room {
     }
 }
 
+/// As asked for, beginning with the period's end.
+fn period(request: &ReportUsage) -> Option<tokio::time::Interval> {
+    let every = Duration::from_millis(u64::from(request.every_ms?.max(100)));
+    let mut report = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
+    report.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    Some(report)
+}
+
 async fn tick(interval: Option<&mut tokio::time::Interval>) {
     match interval {
         Some(interval) => {
@@ -415,13 +378,14 @@ async fn tick(interval: Option<&mut tokio::time::Interval>) {
     }
 }
 
-fn in_words(state: Option<&State>) -> &'static str {
-    match state {
-        None => "not prepared",
-        Some(State::Preparing) => "being prepared",
-        Some(State::Prepared) => "not started",
-        Some(State::Starting) => "being started",
-        Some(State::Running(_)) => "running already",
-        Some(State::Ended(_)) => "over",
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        let mut at_work = self.0.at_work.borrow_mut();
+        if let Some(at) = at_work.iter().position(|work| *work == self.1) {
+            at_work.swap_remove(at);
+        }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -138,25 +138,49 @@ impl Socket {
         }
     }
 
+    /// Reads what there is; `None` if there is nothing.
+    pub(crate) fn read_now(&self, into: &mut [u8]) -> io::Result<Option<usize>> {
+        at_once(|| rustix::io::read(&self.0, &mut *into))
+    }
+
+    /// Writes what can be taken now; `None` if nothing can.
+    pub(crate) fn write_now(&self, from: &[u8]) -> io::Result<Option<usize>> {
+        at_once(|| rustix::io::write(&self.0, from))
+    }
+
+    /// Writes some of it, as soon as any can be taken. Safe to cancel: then nothing was written.
+    pub(crate) async fn write_some(&self, from: &[u8]) -> io::Result<usize> {
+        if let Some(written) = self.write_now(from)? {
+            return Ok(written);
+        }
+        loop {
+            let mut guard = self.0.writable().await?;
+            match self.write_now(from)? {
+                Some(written) => return Ok(written),
+                None => guard.clear_ready(),
+            }
+        }
+    }
+
     /// Writes all of it.
     pub(crate) async fn write(&self, mut from: &[u8]) -> io::Result<()> {
         while !from.is_empty() {
-            match rustix::io::write(&self.0, from) {
-                Ok(written) => from = from.get(written..).unwrap_or_default(),
-                Err(rustix::io::Errno::AGAIN) => {
-                    let mut guard = self.0.writable().await?;
-                    match rustix::io::write(&self.0, from) {
-                        Ok(written) => from = from.get(written..).unwrap_or_default(),
-                        Err(rustix::io::Errno::AGAIN) => guard.clear_ready(),
-                        Err(rustix::io::Errno::INTR) => {}
-                        Err(error) => return Err(error.into()),
-                    }
-                }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(error) => return Err(error.into()),
-            }
+            let written = self.write_some(from).await?;
+            from = from.get(written..).unwrap_or_default();
         }
         Ok(())
+    }
+}
+
+/// A system call that doesn't block, again if a signal came; `None` if it would have.
+fn at_once(mut call: impl FnMut() -> rustix::io::Result<usize>) -> io::Result<Option<usize>> {
+    loop {
+        match call() {
+            Ok(moved) => return Ok(Some(moved)),
+            Err(rustix::io::Errno::AGAIN) => return Ok(None),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 

@@ -7,7 +7,17 @@
 //!  host ◀═ stdout ══ output ◀── pipe ◀── process        end of file ⇒ half-close
 //!                                                        the host closes it ⇒ EPIPE
 //! ```
+//!
+//! Connections don't outlive a snapshot, pipes do. So each stream can be parted from its connection, the process being frozen, and
+//! joined with another one later. What is in the pipe then waits there; what was taken from the connection and didn't fit waits here.
+//!
+//! ```text
+//!  joined ─Still─▶ still: an output's pipe is empty, all of it sent ─Part─▶ parted ─Join─▶ joined
+//!    ▲                                 │ GoOn
+//!    └─────────────────────────────────┘
+//! ```
 
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
@@ -15,7 +25,7 @@ use std::time::Duration;
 
 use carrel_protocol::agent::{Stdio, TerminalSize};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, spawn_local};
 
 use crate::container::supervise;
@@ -27,16 +37,38 @@ const CHUNK: usize = 256 << 10;
 const GRACE: Duration = Duration::from_millis(250);
 
 /// The connections of a process's streams.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Connections([Option<Socket>; 3]);
 
 /// A process's streams at work.
 #[derive(Debug)]
 pub(crate) struct Pumps {
-    input: Option<JoinHandle<()>>,
-    outputs: Vec<JoinHandle<()>>,
+    /// Standard input, output and error, those that there are.
+    pumps: [Option<Pump>; 3],
     ended: watch::Sender<bool>,
     terminal: Option<Rc<Socket>>,
+    /// Connections were parted from, and no others joined yet.
+    parted: Cell<bool>,
+}
+
+/// One stream's task.
+#[derive(Debug)]
+struct Pump {
+    task: RefCell<Option<JoinHandle<()>>>,
+    orders: mpsc::UnboundedSender<Order>,
+}
+
+/// What a stream's task is told.
+#[derive(Debug)]
+enum Order {
+    /// Move nothing any more, once what was written so far has been sent; say so.
+    Still(oneshot::Sender<()>),
+    /// As before `Still`.
+    GoOn,
+    /// Close the connection.
+    Part,
+    /// Go on with another connection; without one with nothing.
+    Join(Option<Socket>),
 }
 
 impl Connections {
@@ -66,15 +98,14 @@ impl Connections {
         let mut ends = [None, None, None];
         if let Some(host) = stdin {
             let (reader, writer) = pipe()?;
+            pumps.add_input(host, Rc::new(Socket::new(writer)?));
             ends[0] = Some(reader);
-            pumps.input = Some(spawn_local(input(host, Rc::new(Socket::new(writer)?))));
         }
-        for (end, host) in ends.iter_mut().skip(1).zip([stdout, stderr]) {
-            if let Some(host) = host {
+        for (number, host) in [(1, stdout), (2, stderr)] {
+            if let (Some(host), Some(end)) = (host, ends.get_mut(number)) {
                 let (reader, writer) = pipe()?;
+                pumps.add_output(number, host, Rc::new(Socket::new(reader)?));
                 *end = Some(writer);
-                let reader = Rc::new(Socket::new(reader)?);
-                pumps.outputs.push(spawn_local(output(reader, host, pumps.ended.subscribe())));
             }
         }
         Ok((pumps, ends))
@@ -89,15 +120,33 @@ impl Connections {
         let Self([stdin, stdout, _]) = self;
         let master = Rc::new(Socket::new(master)?);
         let mut pumps = Pumps::new(Some(Rc::clone(&master)));
-        pumps.input = stdin.map(|host| spawn_local(input(host, Rc::clone(&master))));
-        pumps.outputs.extend(stdout.map(|host| spawn_local(output(master, host, pumps.ended.subscribe()))));
+        if let Some(host) = stdin {
+            pumps.add_input(host, Rc::clone(&master));
+        }
+        if let Some(host) = stdout {
+            pumps.add_output(1, host, master);
+        }
         Ok(pumps)
     }
 }
 
 impl Pumps {
     fn new(terminal: Option<Rc<Socket>>) -> Self {
-        Self { input: None, outputs: Vec::new(), ended: watch::channel(false).0, terminal }
+        Self { pumps: [None, None, None], ended: watch::channel(false).0, terminal, parted: false.into() }
+    }
+
+    fn add_input(&mut self, host: Socket, process: Rc<Socket>) {
+        let (orders, told) = mpsc::unbounded_channel();
+        let task = RefCell::new(Some(spawn_local(input(host, process, told))));
+        self.pumps[0] = Some(Pump { task, orders });
+    }
+
+    fn add_output(&mut self, number: usize, host: Socket, process: Rc<Socket>) {
+        let (orders, told) = mpsc::unbounded_channel();
+        let task = spawn_local(output(process, host, told, self.ended.subscribe()));
+        if let Some(pump) = self.pumps.get_mut(number) {
+            *pump = Some(Pump { task: Some(task).into(), orders });
+        }
     }
 
     /// Sets the terminal's size. Without a terminal nothing happens.
@@ -108,14 +157,66 @@ impl Pumps {
         }
     }
 
+    pub(crate) fn has_terminal(&self) -> bool {
+        self.terminal.is_some()
+    }
+
+    /// The process is frozen: returns once all that it wrote has been sent, and nothing moves any more. Dropped before, or followed by
+    /// [`Pumps::go_on`], it changes nothing.
+    pub(crate) async fn still(&self) {
+        for pump in self.pumps.iter().flatten() {
+            let (done, stopped) = oneshot::channel();
+            // A stream that is over moves nothing; its end of the channel is gone.
+            if pump.orders.send(Order::Still(done)).is_ok() {
+                let _ = stopped.await;
+            }
+        }
+    }
+
+    /// After [`Pumps::still`]: as before.
+    pub(crate) fn go_on(&self) {
+        self.order(|| Order::GoOn);
+    }
+
+    /// After [`Pumps::still`]: closes the connections.
+    pub(crate) fn part(&self) {
+        self.order(|| Order::Part);
+        self.parted.set(true);
+    }
+
+    fn order(&self, order: impl Fn() -> Order) {
+        for pump in self.pumps.iter().flatten() {
+            let _ = pump.orders.send(order());
+        }
+    }
+
+    /// Whether it waits for [`Pumps::join`].
+    pub(crate) fn is_parted(&self) -> bool {
+        self.parted.get()
+    }
+
+    /// After [`Pumps::part`]: goes on with these connections. One for a stream that there isn't, or that is over, is closed.
+    pub(crate) fn join(&self, connections: Connections) {
+        self.parted.set(false);
+        for (pump, connection) in self.pumps.iter().zip(connections.0) {
+            if let Some(pump) = pump {
+                let _ = pump.orders.send(Order::Join(connection));
+            }
+        }
+    }
+
     /// The process is gone: stops its input, waits until all of its output has been sent.
-    pub(crate) async fn finish(&mut self) {
-        if let Some(input) = self.input.take() {
+    pub(crate) async fn finish(&self) {
+        let [input, outputs @ ..] = &self.pumps;
+        if let Some(input) = input.as_ref().and_then(|input| input.task.take()) {
             input.abort();
         }
         self.ended.send_replace(true);
-        for output in self.outputs.drain(..) {
-            let _ = output.await;
+        for output in outputs.iter().flatten() {
+            let task = output.task.take();
+            if let Some(task) = task {
+                let _ = task.await;
+            }
         }
     }
 }
@@ -127,44 +228,145 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((reader, writer))
 }
 
-async fn input(host: Socket, process: Rc<Socket>) {
-    let mut chunk = vec![0; CHUNK];
+/// Waits for the connection after the one that there was; `None` when there will be none. `GoOn` without a connection has nothing to go on with.
+async fn joined(orders: &mut mpsc::UnboundedReceiver<Order>) -> Option<Option<Socket>> {
     loop {
-        match host.read(&mut chunk).await {
-            Ok(0) | Err(_) => return,
-            Ok(read) => {
-                if process.write(chunk.get(..read).unwrap_or_default()).await.is_err() {
-                    // It doesn't read any more: neither do we.
+        match orders.recv().await? {
+            Order::Join(host) => return Some(host),
+            // Frozen again before anybody asked for the streams.
+            Order::Still(done) => drop(done.send(())),
+            Order::GoOn | Order::Part => {}
+        }
+    }
+}
+
+/// After `Still`: whether to go on as before. Otherwise the connection is to be parted from.
+async fn goes_on(orders: &mut mpsc::UnboundedReceiver<Order>) -> bool {
+    loop {
+        match orders.recv().await {
+            Some(Order::GoOn) => return true,
+            Some(Order::Part) | None => return false,
+            Some(Order::Still(done)) => drop(done.send(())),
+            // Of a stream that has a connection: closed.
+            Some(Order::Join(_)) => {}
+        }
+    }
+}
+
+/// What moved last.
+enum Moved {
+    /// From the host, or its end.
+    In(io::Result<usize>),
+    /// To the process.
+    Out(io::Result<usize>),
+    Told(Order),
+}
+
+async fn input(host: Socket, process: Rc<Socket>, mut orders: mpsc::UnboundedReceiver<Order>) {
+    let mut host = Some(host);
+    let mut chunk = vec![0; CHUNK];
+    // What of the chunk the process hasn't got yet.
+    let mut left = 0..0;
+    loop {
+        let moving = async {
+            match chunk.get(left.clone()) {
+                Some(rest @ [_, ..]) => Moved::Out(process.write_some(rest).await),
+                Some([]) | None => Moved::In(receive(host.as_ref(), &mut chunk).await),
+            }
+        };
+        let moved = tokio::select! {
+            biased;
+            Some(order) = orders.recv() => Moved::Told(order),
+            moved = moving => moved,
+        };
+        match moved {
+            Moved::In(Ok(read @ 1..)) => left = 0..read,
+            Moved::In(Ok(_) | Err(_)) => return,
+            Moved::Out(Ok(written)) => left.start += written,
+            Moved::Out(Err(_)) => {
+                // It doesn't read any more: neither do we.
+                if let Some(host) = &host {
                     host.refuse();
-                    return;
+                }
+                return;
+            }
+            Moved::Told(Order::Still(done)) => {
+                if done.send(()).is_ok() && !goes_on(&mut orders).await {
+                    drop(host.take());
+                    let Some(joined) = joined(&mut orders).await else { return };
+                    host = joined;
                 }
             }
+            // Of a freezing that was given up.
+            Moved::Told(Order::GoOn | Order::Part | Order::Join(_)) => {}
         }
         tokio::task::consume_budget().await;
     }
 }
 
-async fn output(process: Rc<Socket>, host: Socket, mut ended: watch::Receiver<bool>) {
+/// Without a connection there is nothing more.
+async fn receive(host: Option<&Socket>, into: &mut [u8]) -> io::Result<usize> {
+    match host {
+        Some(host) => host.read(into).await,
+        None => Ok(0),
+    }
+}
+
+async fn output(
+    process: Rc<Socket>,
+    host: Socket,
+    mut orders: mpsc::UnboundedReceiver<Order>,
+    mut ended: watch::Receiver<bool>,
+) {
+    let mut host = Some(host);
     let mut chunk = vec![0; CHUNK];
+    let mut stop: Option<oneshot::Sender<()>> = None;
     loop {
         let over = *ended.borrow_and_update();
-        let read = if over {
-            tokio::time::timeout(GRACE, process.read(&mut chunk)).await.unwrap_or(Ok(0))
+        let read = if stop.is_some() {
+            process.read_now(&mut chunk)
+        } else if over {
+            tokio::time::timeout(GRACE, process.read(&mut chunk)).await.unwrap_or(Ok(0)).map(Some)
         } else {
             tokio::select! {
                 biased;
-                read = process.read(&mut chunk) => read,
+                Some(order) = orders.recv() => {
+                    if let Order::Still(done) = order {
+                        stop = Some(done);
+                    }
+                    continue;
+                }
+                read = process.read(&mut chunk) => read.map(Some),
                 _ = ended.changed() => continue,
             }
         };
-        // A terminal that nobody has open any more gives EIO.
-        let Ok(read @ 1..) = read else { break };
-        if host.write(chunk.get(..read).unwrap_or_default()).await.is_err() {
+        let read = match read {
+            Ok(Some(read @ 1..)) => read,
+            // A terminal that nobody has open any more gives EIO.
+            Ok(Some(_)) | Err(_) => break,
+            Ok(None) => {
+                // Nobody waits for it any more: it was given up.
+                if stop.take().is_none_or(|done| done.send(()).is_err()) || goes_on(&mut orders).await {
+                    continue;
+                }
+                if let Some(host) = host.take() {
+                    host.finish();
+                }
+                let Some(joined) = joined(&mut orders).await else { return };
+                host = joined;
+                continue;
+            }
+        };
+        if let Some(host) = &host
+            && host.write(chunk.get(..read).unwrap_or_default()).await.is_err()
+        {
             break;
         }
         tokio::task::consume_budget().await;
     }
-    host.finish();
+    if let Some(host) = host {
+        host.finish();
+    }
 }
 
 #[cfg(test)]

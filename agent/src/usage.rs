@@ -20,11 +20,20 @@ pub(crate) struct Meter {
     /// Byte-microseconds so far, and when that was.
     integral: u128,
     sampled: Option<(Instant, u64)>,
+    /// What had been used when this room came to be.
+    inherited: GuestUsage,
 }
 
 impl Meter {
     pub(crate) fn new(cgroup: Cgroup) -> Self {
-        Self { cgroup, began: None, ended: None, integral: 0, sampled: None }
+        Self {
+            cgroup,
+            began: None,
+            ended: None,
+            integral: 0,
+            sampled: None,
+            inherited: GuestUsage::default(),
+        }
     }
 
     /// The workload begins.
@@ -53,6 +62,16 @@ impl Meter {
         self.sampled = Some((now, current));
     }
 
+    /// The room is a clone: what was used until now was the template's. Peaks stay, for they can't be divided.
+    pub(crate) fn inherit(&mut self, now: Instant) {
+        self.inherited = self.counted();
+        self.integral = 0;
+        self.sampled = None;
+        self.began = self.began.map(|_| now);
+        self.ended = self.ended.map(|_| now);
+        self.sample(now);
+    }
+
     /// Processes that the kernel killed in it for want of memory.
     pub(crate) fn out_of_memory_kills(&self) -> u64 {
         keyed(&self.cgroup.read("memory.events")).get("oom_kill").copied().unwrap_or_default()
@@ -68,11 +87,19 @@ impl Meter {
         self.sample(now);
         let until = self.ended.unwrap_or(now);
         let wall = self.began.map(|began| until.saturating_duration_since(began)).unwrap_or_default();
+        let mut usage = since(self.counted(), &self.inherited);
+        usage.wall_us = whole(wall.as_micros());
+        usage.memory.byte_seconds = whole(self.integral / 1_000_000);
+        usage
+    }
+
+    /// What the kernel counts.
+    fn counted(&self) -> GuestUsage {
         let cpu = self.cgroup.read("cpu.stat");
         let cpu = keyed(&cpu);
         let one = |name: &str| cpu.get(name).copied().unwrap_or_default();
         GuestUsage {
-            wall_us: whole(wall.as_micros()),
+            wall_us: 0,
             cpu: Cpu {
                 user_us: one("user_usec"),
                 system_us: one("system_usec"),
@@ -81,7 +108,7 @@ impl Meter {
             memory: Memory {
                 current_bytes: number(&self.cgroup.read("memory.current")),
                 peak_bytes: self.memory_peak(),
-                byte_seconds: whole(self.integral / 1_000_000),
+                byte_seconds: 0,
                 oom_kills: self.out_of_memory_kills(),
             },
             io: io(&self.cgroup.read("io.stat")),
@@ -91,6 +118,31 @@ impl Meter {
                 peak: number(&self.cgroup.read("pids.peak")),
             },
         }
+    }
+}
+
+/// Counters less what they were; what is no counter as it is.
+fn since(now: GuestUsage, then: &GuestUsage) -> GuestUsage {
+    let less = u64::saturating_sub;
+    GuestUsage {
+        wall_us: now.wall_us,
+        cpu: Cpu {
+            user_us: less(now.cpu.user_us, then.cpu.user_us),
+            system_us: less(now.cpu.system_us, then.cpu.system_us),
+            throttled_us: less(now.cpu.throttled_us, then.cpu.throttled_us),
+        },
+        memory: Memory { oom_kills: less(now.memory.oom_kills, then.memory.oom_kills), ..now.memory },
+        io: Io {
+            read_bytes: less(now.io.read_bytes, then.io.read_bytes),
+            write_bytes: less(now.io.write_bytes, then.io.write_bytes),
+            read_operations: less(now.io.read_operations, then.io.read_operations),
+            write_operations: less(now.io.write_operations, then.io.write_operations),
+        },
+        network: Network {
+            received_bytes: less(now.network.received_bytes, then.network.received_bytes),
+            sent_bytes: less(now.network.sent_bytes, then.network.sent_bytes),
+        },
+        processes: now.processes,
     }
 }
 
@@ -204,6 +256,35 @@ mod tests {
         assert_eq!(usage.io, Io { read_bytes: 1, write_bytes: 2, read_operations: 3, write_operations: 4 });
         assert_eq!(usage.processes, Processes { current: 2, peak: 9 });
         assert_eq!((usage.wall_us, meter.out_of_memory_kills(), meter.memory_peak()), (0, 1, 8192));
+    }
+
+    #[test]
+    fn a_clone_is_not_billed_for_its_template() {
+        let (folder, mut meter) = metered(&[
+            ("cpu.stat", "user_usec 20\nsystem_usec 10\nthrottled_usec 5\n"),
+            ("memory.current", "1000000\n"),
+            ("memory.peak", "8192\n"),
+            ("memory.events", "oom_kill 2\n"),
+            ("io.stat", "254:0 rbytes=1 wbytes=2 rios=3 wios=4\n"),
+        ]);
+        let start = Instant::now();
+        meter.begin(start);
+        meter.inherit(after(start, 9_000));
+        let write = |name: &str, content: &str| std::fs::write(folder.path().join(name), content).unwrap();
+        write("cpu.stat", "user_usec 27\nsystem_usec 10\nthrottled_usec 6\n");
+        write("memory.events", "oom_kill 3\n");
+        write("io.stat", "254:0 rbytes=11 wbytes=2 rios=4 wios=4\n");
+        let usage = meter.read(after(start, 11_000));
+        assert_eq!(usage.cpu, Cpu { user_us: 7, system_us: 0, throttled_us: 1 });
+        assert_eq!(usage.io, Io { read_bytes: 10, write_bytes: 0, read_operations: 1, write_operations: 0 });
+        // Two seconds at 1 MB.
+        assert_eq!((usage.wall_us, usage.memory.byte_seconds), (2_000_000, 2_000_000));
+        assert_eq!((usage.memory.peak_bytes, usage.memory.oom_kills), (8192, 1));
+        // A clone of the clone begins again; one whose workload was over uses nothing.
+        meter.end(after(start, 12_000));
+        meter.inherit(after(start, 20_000));
+        let usage = meter.read(after(start, 25_000));
+        assert_eq!((usage.wall_us, usage.cpu.user_us, usage.memory.byte_seconds), (0, 0, 0));
     }
 
     #[test]

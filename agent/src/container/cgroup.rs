@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use carrel_protocol::agent::{ContainerId, Surroundings};
 use rustix::fs::{Mode, OFlags};
@@ -18,6 +19,8 @@ const PERIOD_US: u64 = 100_000;
 /// Cgroups that a workload may make below its own. With `nsdelegate` (see `boot`) limits can't be written at the root of a cgroup
 /// namespace, but from a namespace whose root lies deeper they could, through a mount made before.
 const BELOW: u32 = 0;
+/// How often freezing is looked at. It takes less than that as a rule, and happens once in a template's life.
+const FREEZING: Duration = Duration::from_millis(1);
 /// What is counted and limited.
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "io", "pids"];
 
@@ -54,6 +57,12 @@ impl Tree {
         }
         devices::confine(open(&containers)?.as_fd())?;
         Ok(Self { containers })
+    }
+
+    /// Below any directory.
+    #[cfg(test)]
+    pub(crate) fn at(containers: &Path) -> Self {
+        Self { containers: containers.to_owned() }
     }
 
     /// Makes a container's cgroup with its limits.
@@ -108,6 +117,39 @@ impl Cgroup {
     /// The kernel takes no such quota.
     pub(crate) fn set_cpu(&self, quota: &str) -> io::Result<()> {
         fs::write(self.path.join("cpu.max"), quota)
+    }
+
+    /// Stops all in it, and waits until they have stopped (cgroup-v2.rst, *cgroup.freeze*). SIGKILL works all the same.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses, or something in it sleeps where it can't be stopped for as long as `limit`: it is thawed again.
+    pub(crate) async fn freeze(&self, limit: Duration) -> io::Result<()> {
+        fs::write(self.path.join("cgroup.freeze"), "1")?;
+        let stopped = async {
+            while !self.is_frozen() {
+                tokio::time::sleep(FREEZING).await;
+            }
+        };
+        if tokio::time::timeout(limit, stopped).await.is_ok() {
+            return Ok(());
+        }
+        self.thaw()?;
+        Err(io::Error::new(io::ErrorKind::TimedOut, "a process sleeps in the kernel and can't be stopped"))
+    }
+
+    /// Lets all in it run on.
+    ///
+    /// # Errors
+    ///
+    /// The kernel refuses.
+    pub(crate) fn thaw(&self) -> io::Result<()> {
+        fs::write(self.path.join("cgroup.freeze"), "0")
+    }
+
+    /// Whether all in it have stopped.
+    pub(crate) fn is_frozen(&self) -> bool {
+        self.read("cgroup.events").lines().any(|line| line == "frozen 1")
     }
 
     /// SIGKILL to all in it. An empty one is no error.
@@ -179,6 +221,78 @@ mod tests {
     fn a_hierarchy_that_is_no_cgroup2_is_an_error() {
         let folder = TempDir::new().unwrap();
         assert_eq!(Tree::new(folder.path()).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    fn run(work: impl Future<Output = ()>) {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(work);
+    }
+
+    #[test]
+    fn freezing_waits_for_the_kernel_to_say_so() {
+        let (folder, group) = made(&Surroundings::default());
+        let events = folder.path().join("3/cgroup.events");
+        fs::write(&events, "populated 1\nfrozen 0\n").unwrap();
+        run(async {
+            let frozen = group.freeze(Duration::from_secs(20));
+            let kernel = async {
+                tokio::time::sleep(Duration::from_millis(30)).await;
+                assert_eq!(group.read("cgroup.freeze"), "1");
+                fs::write(&events, "populated 1\nfrozen 1\n").unwrap();
+            };
+            let began = std::time::Instant::now();
+            let (frozen, ()) = tokio::join!(frozen, kernel);
+            frozen.unwrap();
+            assert!(began.elapsed() >= Duration::from_millis(30));
+        });
+        group.thaw().unwrap();
+        assert_eq!(group.read("cgroup.freeze"), "0");
+    }
+
+    #[test]
+    fn what_cannot_be_frozen_runs_on() {
+        let (folder, group) = made(&Surroundings::default());
+        fs::write(folder.path().join("3/cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
+        run(async {
+            let error = group.freeze(Duration::from_millis(20)).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        });
+        assert_eq!(group.read("cgroup.freeze"), "0");
+    }
+
+    /// Where this machine has a cgroup2 that its root may write to; the guest has, always.
+    #[test]
+    fn a_frozen_process_does_nothing_until_it_is_thawed() {
+        let mounts = fs::read_to_string("/proc/mounts").unwrap();
+        let mounted = mounts.lines().find_map(|line| {
+            let words: Vec<&str> = line.split(' ').collect();
+            (words.get(2) == Some(&"cgroup2")).then(|| words.get(1).map(PathBuf::from)).flatten()
+        });
+        let path = mounted.map(|at| at.join(format!("carrel-agent-test-{}", std::process::id())));
+        let Some(path) = path.filter(|path| fs::create_dir(path).is_ok()) else {
+            return println!("no cgroup2 to be had here");
+        };
+        let group = Cgroup::at(&path);
+        let folder = TempDir::new().unwrap();
+        let count = folder.path().join("count");
+        let script = format!("while :; do echo x >>{}; done", count.display());
+        let mut busy = std::process::Command::new("/bin/sh").args(["-c", &script]).spawn().unwrap();
+        fs::write(path.join("cgroup.procs"), busy.id().to_string()).unwrap();
+        let size = || fs::metadata(&count).map_or(0, |count| count.len());
+        run(async {
+            // An empty one is frozen as soon as it is asked to; this one has the process in it.
+            group.freeze(Duration::from_secs(20)).await.unwrap();
+            let then = size();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            assert!(group.is_frozen() && size() == then);
+            group.thaw().unwrap();
+            while size() == then {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            group.freeze(Duration::from_secs(20)).await.unwrap();
+            group.kill();
+        });
+        busy.wait().unwrap();
+        fs::remove_dir(&path).unwrap();
     }
 
     #[test]

@@ -1,15 +1,13 @@
 //! The agent's side of a process: its streams dialled, its supervisor forked, its start and its end awaited.
 
-use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 
-use carrel_protocol::agent::{ExitStatus, Failure, Process, Surroundings, TerminalSize};
+use carrel_protocol::agent::{ExitStatus, Failure, Process, TerminalSize};
 
 use super::cgroup::Cgroup;
 use super::report::{self, Report, Reports};
-use super::root::SetIds;
+use super::root::Root;
 use super::supervise::{self, Job};
 use super::{StartError, seccomp};
 use crate::fork::{self, Child, Separate};
@@ -39,7 +37,7 @@ pub(crate) struct Launch<'a> {
 #[derive(Debug)]
 pub(crate) struct Live {
     reports: Reports,
-    pumps: RefCell<Option<Pumps>>,
+    pumps: Option<Pumps>,
 }
 
 impl Launch<'_> {
@@ -48,14 +46,9 @@ impl Launch<'_> {
     /// # Errors
     ///
     /// Why it doesn't run.
-    pub(crate) async fn first(
-        &self,
-        rootfs: &Path,
-        surroundings: &Surroundings,
-        set_ids: SetIds,
-    ) -> Result<(Child, Live), Refusal> {
+    pub(crate) async fn first(&self, root: &Root<'_>) -> Result<(Child, Live), Refusal> {
         let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
-        self.run(namespaces, |job| supervise::init(job, rootfs, surroundings, set_ids)).await
+        self.run(namespaces, |job| supervise::init(job, root)).await
     }
 
     /// Starts one more process in the container of `init` (a pidfd).
@@ -83,7 +76,7 @@ impl Launch<'_> {
         loop {
             match reports.next().await {
                 Some((Report::Started, _)) => {
-                    return Ok((child, Live { reports, pumps: RefCell::new(pumps) }));
+                    return Ok((child, Live { reports, pumps }));
                 }
                 Some((Report::Terminal, Some(master))) => {
                     pumps = match connections.take().map(|all| all.through_terminal(master)) {
@@ -133,6 +126,12 @@ impl Launch<'_> {
 }
 
 impl Live {
+    /// A process that a test is the supervisor of.
+    #[cfg(test)]
+    pub(crate) fn of(reports: Reports, pumps: Pumps) -> Self {
+        Self { reports, pumps: Some(pumps) }
+    }
+
     /// Sends a signal; a process that has ended doesn't mind.
     pub(crate) fn signal(&self, signal: u8) {
         self.reports.signal(signal);
@@ -140,9 +139,21 @@ impl Live {
 
     /// Sets the terminal's size.
     pub(crate) fn resize(&self, size: TerminalSize) {
-        if let Some(pumps) = &*self.pumps.borrow() {
+        if let Some(pumps) = &self.pumps {
             pumps.resize(size);
         }
+    }
+
+    /// Nobody will ask for its streams any more: what it says is for nobody.
+    pub(crate) fn forsake(&self) {
+        if let Some(pumps) = self.pumps.as_ref().filter(|pumps| pumps.is_parted()) {
+            pumps.join(Connections::default());
+        }
+    }
+
+    /// Its streams, if it got as far as having some.
+    pub(crate) fn pumps(&self) -> Option<&Pumps> {
+        self.pumps.as_ref()
     }
 
     /// Waits for the end of the process, of its supervisor, and of its output.
@@ -156,8 +167,7 @@ impl Live {
         };
         // An init's own end comes after that of everything in its container.
         let own = supervisor.wait().await;
-        let pumps = self.pumps.borrow_mut().take();
-        if let Some(mut pumps) = pumps {
+        if let Some(pumps) = &self.pumps {
             pumps.finish().await;
         }
         told.or(own.ok()).unwrap_or(ExitStatus::Signal(9))

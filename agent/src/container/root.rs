@@ -6,12 +6,14 @@
 use std::ffi::CStr;
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use carrel_protocol::agent::Surroundings;
+use carrel_protocol::agent::{CLONE_SOCKET, Surroundings};
+use rustix::fs::CWD;
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_bind, mount_bind_recursive, mount_change,
-    mount_remount, unmount,
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind,
+    mount_bind_recursive, mount_change, mount_remount, move_mount, open_tree, unmount,
 };
 
 use super::{StartError, devices, tmpfs};
@@ -70,17 +72,25 @@ pub(crate) enum SetIds {
     Ignored,
 }
 
-/// Puts the calling process into the container's root at `rootfs`.
+/// A container's root, as it is to be.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Root<'a> {
+    /// Where its files are.
+    pub(crate) rootfs: &'a Path,
+    pub(crate) surroundings: &'a Surroundings,
+    pub(crate) set_ids: SetIds,
+    pub(crate) hostname: &'a str,
+    /// The directory with the socket that is [`CLONE_SOCKET`] inside.
+    pub(crate) clone_socket: Option<&'a Path>,
+}
+
+/// Puts the calling process into the container's root.
 ///
 /// # Errors
 ///
 /// Which step failed, in words.
-pub(crate) fn enter(
-    rootfs: &Path,
-    surroundings: &Surroundings,
-    set_ids: SetIds,
-    hostname: &str,
-) -> Result<(), StartError> {
+pub(crate) fn enter(root: &Root<'_>) -> Result<(), StartError> {
+    let Root { rootfs, surroundings, set_ids, hostname, clone_socket } = *root;
     let options = surroundings
         .tmpfs
         .iter()
@@ -96,6 +106,11 @@ pub(crate) fn enter(
         SetIds::Honoured => MountFlags::BIND,
         SetIds::Ignored => MountFlags::BIND | MountFlags::NOSUID,
     };
+    // Taken along, since the agent's own root is out of reach from there.
+    let clone_socket = clone_socket
+        .map(|at| open_tree(CWD, at, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC))
+        .transpose()
+        .map_err(StartError::step("taking the clone socket along"))?;
     pivot(rootfs, flags).map_err(StartError::step("changing to the container's root"))?;
     for row in &MOUNTS {
         directory(Path::new(row.at))?;
@@ -123,6 +138,11 @@ pub(crate) fn enter(
         }
         made?;
         place(&path, options).map_err(StartError::step(step))?;
+    }
+    if let Some(folder) = &clone_socket {
+        let at = Path::new(CLONE_SOCKET).parent().unwrap_or(Path::new("/"));
+        directory(at)?;
+        show(folder, at).map_err(StartError::step("mounting the clone socket"))?;
     }
     if surroundings.read_only_root {
         mount_remount("/", flags | MountFlags::RDONLY, c"")
@@ -170,10 +190,7 @@ fn directory(path: &Path) -> Result<(), StartError> {
 fn names(hostname: &str) -> Result<(), StartError> {
     rustix::system::sethostname(hostname.as_bytes()).map_err(StartError::step("setting the hostname"))?;
     directory(Path::new("/etc"))?;
-    let hosts = format!(
-        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n127.0.1.1\t{hostname}\n"
-    );
-    for (path, content) in [("/etc/hostname", format!("{hostname}\n")), ("/etc/hosts", hosts)] {
+    for (path, content) in name_files(hostname) {
         // Not through a link, and not into a file that has other names.
         let removed = match fs::remove_file(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
@@ -183,6 +200,43 @@ fn names(hostname: &str) -> Result<(), StartError> {
         written.map_err(StartError::at(Path::new(path), "a file"))?;
     }
     Ok(())
+}
+
+/// The files that tell a hostname.
+fn name_files(hostname: &str) -> [(&'static str, String); 2] {
+    let hosts = format!(
+        "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n127.0.1.1\t{hostname}\n"
+    );
+    [("/etc/hostname", format!("{hostname}\n")), ("/etc/hosts", hosts)]
+}
+
+/// Gives a running container another hostname: that of the UTS namespace that the calling process is in, and in the files below `rootfs`, which
+/// becomes its root. Seen from there even a read-only root can be written. A file that the workload has made its own is left alone.
+///
+/// # Errors
+///
+/// sethostname(2)'s and chroot(2)'s, and of the files.
+pub(crate) fn rename(rootfs: &Path, from: &str, to: &str) -> io::Result<()> {
+    rustix::system::sethostname(to.as_bytes())?;
+    rustix::process::chroot(rootfs)?;
+    std::env::set_current_dir("/")?;
+    for ((path, before), (_, after)) in name_files(from).into_iter().zip(name_files(to)) {
+        if untouched(path, &before)? {
+            fs::remove_file(path)?;
+            fs::write(path, after)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether a regular file, and no link to one, has just this content.
+fn untouched(path: &str, content: &str) -> io::Result<bool> {
+    let length = u64::try_from(content.len()).unwrap_or(u64::MAX);
+    match fs::symlink_metadata(path) {
+        Ok(file) => Ok(file.is_file() && file.len() == length && fs::read(path)? == content.as_bytes()),
+        // Not where it was.
+        Err(_) => Ok(false),
+    }
 }
 
 /// Kernel settings that belong to a namespace of the container's, or, for `net.`, of the room's.
@@ -209,6 +263,12 @@ fn place(path: &Path, options: Option<tmpfs::Options>) -> io::Result<()> {
         Some(options) => Ok(mount("tmpfs", path, "tmpfs", options.flags, options.text.as_c_str())?),
         None => Ok(mount_bind(path, path)?),
     }
+}
+
+/// Mounts a directory that was taken along. Who may not write to it may still connect to a socket in it.
+fn show(taken: &OwnedFd, at: &Path) -> io::Result<()> {
+    move_mount(taken, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    Ok(mount_remount(at, MountFlags::BIND | MountFlags::RDONLY | QUIET, c"")?)
 }
 
 fn cover() -> io::Result<()> {

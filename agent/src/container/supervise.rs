@@ -9,9 +9,8 @@
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::path::Path;
 
-use carrel_protocol::agent::{ExitStatus, Process, Surroundings, TerminalSize};
+use carrel_protocol::agent::{ExitStatus, Process, TerminalSize};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{DumpableBehavior, Pid, Signal, set_dumpable_behavior};
@@ -22,7 +21,7 @@ use seccompiler::BpfProgram;
 use super::StartError;
 use super::program::{Program, Streams};
 use super::report::{Report, Reporter};
-use super::root::{self, SetIds};
+use super::root::{self, Root};
 use crate::fork::{self, Separate};
 
 /// What a supervisor starts and whom it tells.
@@ -38,10 +37,10 @@ pub(crate) struct Job<'a> {
 }
 
 /// A container's init: makes the surroundings, then supervises. Returns the status with which the process ends.
-pub(crate) fn init(job: Job<'_>, rootfs: &Path, surroundings: &Surroundings, set_ids: SetIds) -> u8 {
-    live(job, None, |job| {
+pub(crate) fn init(job: Job<'_>, root: &Root<'_>) -> u8 {
+    live(job, None, |_| {
         unshare_cgroup()?;
-        root::enter(rootfs, surroundings, set_ids, job.hostname)
+        root::enter(root)
     })
 }
 

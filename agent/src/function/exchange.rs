@@ -253,6 +253,24 @@ impl Exchange {
         (!std::mem::replace(&mut state.init_told, true)).then(|| state.init.or(so_far)).flatten()
     }
 
+    /// Waits until the runtime asks for its first event; `false` if it has failed or ended before.
+    pub(super) async fn ready(&self) -> bool {
+        self.until(|state| match state.phase {
+            Phase::Started => state.exited.is_some().then_some(false),
+            Phase::InitError => Some(false),
+            Phase::Ready | Phase::Running(_) | Phase::Responding(_) | Phase::ResponseSent(_) => Some(true),
+        })
+        .await
+    }
+
+    /// The room is a clone: an INIT that is over was the template's, and one that goes on begins now.
+    pub(super) fn cloned(&self, now: Instant) {
+        self.change(|state| {
+            state.init_told |= state.init.is_some();
+            state.begun = state.begun.map(|_| now);
+        });
+    }
+
     // The runtime's side.
 
     /// `invocation/next`: waits for an event. The first one ends INIT.

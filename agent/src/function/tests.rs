@@ -523,3 +523,55 @@ fn a_client_that_stops_waiting_takes_no_event_along() {
         host.await.unwrap().0.unwrap();
     });
 }
+
+#[test]
+fn a_request_for_an_event_outlasts_the_cloning_and_init_was_the_templates() {
+    test(|mut bench| async move {
+        let function = Rc::clone(&bench.function);
+        let ready = spawn_local(async move { function.ready().await });
+        tokio::task::yield_now().await;
+        assert!(!ready.is_finished(), "the runtime is still loading");
+        let mut client = bench.connect().await;
+        let next =
+            b"GET /2018-06-01/runtime/invocation/next HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+        client.write_all(next).await.unwrap();
+        assert!(ready.await.unwrap());
+        bench.function.cloned();
+        // Nothing was answered meanwhile.
+        assert!(tokio::time::timeout(Duration::from_millis(50), client.readable()).await.is_err());
+        let host = bench.invoke("of the clone", 5000);
+        assert_eq!(read(&mut client).await.body, "of the clone");
+        bench.respond("1").await;
+        let invoked = host.await.unwrap().0.unwrap();
+        assert_eq!(invoked.init_us, None);
+    });
+}
+
+#[test]
+fn an_init_that_a_clone_goes_on_with_has_all_of_its_time() {
+    test(|mut bench| async move {
+        // INIT may take 300 ms; the template used up most of that.
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        bench.function.cloned();
+        let host = bench.invoke("{}", 5000);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(bench.next().await.status, 200);
+        bench.respond("1").await;
+        let invoked = host.await.unwrap().0.unwrap();
+        assert!(matches!(invoked.outcome, Outcome::Response { .. }));
+        let init = invoked.init_us.unwrap();
+        assert!((100_000..300_000).contains(&init), "{init}");
+    });
+}
+
+#[test]
+fn a_runtime_that_ends_or_fails_is_never_ready() {
+    test(|bench| async move {
+        bench.post("init/error", "", "{}").await;
+        assert!(!bench.function.ready().await);
+    });
+    test(|bench| async move {
+        bench.function.exited(ExitStatus::Code(1), false).await;
+        assert!(!bench.function.ready().await);
+    });
+}

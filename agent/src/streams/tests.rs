@@ -85,8 +85,7 @@ async fn joined(host: &Host) -> (Pumps, [UnixStream; 3], [File; 3]) {
 fn bytes_go_both_ways_unchanged_and_apart() {
     on_one_thread(async {
         let host = Host::new();
-        let (mut pumps, [mut stdin, stdout, stderr], [mut input, mut output, mut errors]) =
-            joined(&host).await;
+        let (pumps, [mut stdin, stdout, stderr], [mut input, mut output, mut errors]) = joined(&host).await;
         let sent = noise(3 << 20);
         let (to_process, to_errors) = (sent.clone(), noise(700_000));
         let expected_errors = to_errors.clone();
@@ -124,7 +123,7 @@ fn what_the_request_leaves_out_is_nothing() {
         let host = Host::new();
         let stdio = Stdio { stdout: stream(1), ..Stdio::default() };
         let connections = Connections::dial(&host.dialler(), &stdio).await.unwrap();
-        let (mut pumps, ends) = connections.through_pipes().unwrap();
+        let (pumps, ends) = connections.through_pipes().unwrap();
         assert!(matches!(ends, [None, Some(_), None]));
         drop(ends);
         pumps.finish().await;
@@ -186,7 +185,7 @@ fn a_host_that_closes_the_output_makes_the_processes_writes_fail() {
 fn output_written_before_the_end_arrives_though_others_hold_the_pipe() {
     on_one_thread(async {
         let host = Host::new();
-        let (mut pumps, [_stdin, mut stdout, _stderr], [_input, mut output, errors]) = joined(&host).await;
+        let (pumps, [_stdin, mut stdout, _stderr], [_input, mut output, errors]) = joined(&host).await;
         output.write_all(b"last words").unwrap();
         // A grandchild in the background keeps both open.
         let began = std::time::Instant::now();
@@ -207,7 +206,7 @@ fn output_written_before_the_end_arrives_though_others_hold_the_pipe() {
 fn finishing_waits_for_no_input() {
     on_one_thread(async {
         let host = Host::new();
-        let (mut pumps, [stdin, _stdout, _stderr], ends) = joined(&host).await;
+        let (pumps, [stdin, _stdout, _stderr], ends) = joined(&host).await;
         drop(ends);
         // The host never ends its stdin.
         pumps.finish().await;
@@ -230,7 +229,7 @@ fn a_terminal_stands_between_and_has_the_size_that_it_is_given() {
         let stdio = Stdio { stdin: stream(0), stdout: stream(1), ..Stdio::default() };
         let connections = Connections::dial(&host.dialler(), &stdio).await.unwrap();
         let (mut stdin, mut stdout) = (host.accept(0), host.accept(1));
-        let mut pumps = connections.through_terminal(master).unwrap();
+        let pumps = connections.through_terminal(master).unwrap();
 
         pumps.resize(TerminalSize { rows: 33, columns: 111 });
         let size = rustix::termios::tcgetwinsize(&terminal).unwrap();
@@ -257,5 +256,178 @@ fn a_terminal_stands_between_and_has_the_size_that_it_is_given() {
         assert_eq!(all, b"typed\r\nshown\r\n");
         // It is gone, which is no trouble.
         pumps.resize(TerminalSize { rows: 1, columns: 1 });
+    });
+}
+
+/// All that comes until the end.
+async fn rest(mut from: UnixStream) -> Vec<u8> {
+    aside(move || {
+        let mut all = Vec::new();
+        from.read_to_end(&mut all).unwrap();
+        all
+    })
+    .await
+}
+
+/// New connections for all three streams, as after a freezing.
+async fn again(host: &Host, pumps: &Pumps, stdio: &Stdio) -> Vec<UnixStream> {
+    let connections = Connections::dial(&host.dialler(), stdio).await.unwrap();
+    let wanted = [&stdio.stdin, &stdio.stdout, &stdio.stderr];
+    let hosts = (0..3).filter(|port| wanted[*port].is_some()).map(|port| host.accept(port)).collect();
+    pumps.join(connections);
+    hosts
+}
+
+#[test]
+fn output_around_a_parting_is_said_once_and_whole() {
+    on_one_thread(async {
+        let host = Host::new();
+        let (pumps, [_stdin, stdout, stderr], [_input, mut output, errors]) = joined(&host).await;
+        let before = noise(200_000);
+        output.write_all(&before).unwrap();
+        let (told, errors_told) = (spawn_local(rest(stdout)), spawn_local(rest(stderr)));
+        pumps.still().await;
+        pumps.part();
+        // The template's connections ended with what was said before.
+        assert!(told.await.unwrap() == before);
+        assert!(errors_told.await.unwrap().is_empty());
+        assert!(pumps.is_parted());
+        // What is said before anybody asks waits in the pipe.
+        output.write_all(b"in the clone").unwrap();
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        let mut hosts = again(&host, &pumps, &all()).await;
+        assert!(!pumps.is_parted());
+        output.write_all(b", and later").unwrap();
+        drop((output, errors));
+        pumps.finish().await;
+        assert!(rest(hosts.pop().unwrap()).await.is_empty());
+        assert_eq!(rest(hosts.pop().unwrap()).await, b"in the clone, and later");
+    });
+}
+
+#[test]
+fn input_that_the_process_had_not_read_is_read_after_the_parting_and_before_any_other() {
+    on_one_thread(async {
+        let host = Host::new();
+        let (pumps, [mut stdin, _stdout, _stderr], [input, _output, _errors]) = joined(&host).await;
+        // Fills the pipe, and a part of a chunk on the agent's side.
+        let sent = noise(CHUNK + CHUNK / 2);
+        let to_send = sent.clone();
+        aside(move || {
+            stdin.write_all(&to_send).unwrap();
+            stdin
+        })
+        .await;
+        // The connection may end, and what was written is taken all the same.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        pumps.still().await;
+        pumps.part();
+        let mut hosts = again(&host, &pumps, &all()).await;
+        hosts[0].write_all(b"more").unwrap();
+        hosts[0].shutdown(std::net::Shutdown::Write).unwrap();
+        let read = aside(move || {
+            let mut read = Vec::new();
+            let mut input = input;
+            input.read_to_end(&mut read).unwrap();
+            read
+        })
+        .await;
+        let (first, more) = read.split_at(sent.len());
+        assert!(first == sent && more == b"more", "{}", read.len());
+    });
+}
+
+#[test]
+fn a_stopping_that_was_given_up_changes_nothing() {
+    on_one_thread(async {
+        let host = Host::new();
+        let (pumps, [mut stdin, stdout, stderr], [mut input, mut output, mut errors]) = joined(&host).await;
+        // More than socket and pipe hold: it can't be sent while nobody reads.
+        let long = noise(2 << 20);
+        let (to_write, writer) = (long.clone(), output.try_clone().unwrap());
+        let written = spawn_local(aside(move || (&writer).write_all(&to_write).unwrap()));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        errors.write_all(b"one").unwrap();
+        assert!(tokio::time::timeout(Duration::from_millis(50), pumps.still()).await.is_err());
+        pumps.go_on();
+        // Another try that succeeds for all, and is given up as well.
+        let said = spawn_local(rest(stdout));
+        written.await.unwrap();
+        pumps.still().await;
+        pumps.go_on();
+        errors.write_all(b", two").unwrap();
+        output.write_all(b"end").unwrap();
+        stdin.write_all(b"typed").unwrap();
+        aside(move || input.read_exact(&mut [0; 5]).unwrap()).await;
+        drop((output, errors));
+        pumps.finish().await;
+        let said = said.await.unwrap();
+        assert!(said.strip_suffix(b"end").unwrap() == long);
+        assert_eq!(rest(stderr).await, b"one, two");
+    });
+}
+
+#[test]
+fn a_process_that_ends_before_its_streams_are_asked_for_has_said_what_it_said() {
+    on_one_thread(async {
+        let host = Host::new();
+        let (pumps, _hosts, [input, mut output, errors]) = joined(&host).await;
+        pumps.still().await;
+        pumps.part();
+        output.write_all(b"last words").unwrap();
+        drop((input, output, errors));
+        let pumps = Rc::new(pumps);
+        let ending = Rc::clone(&pumps);
+        let finished = spawn_local(async move { ending.finish().await });
+        tokio::time::sleep(GRACE + Duration::from_millis(50)).await;
+        assert!(!finished.is_finished(), "nobody has been told yet");
+        let mut hosts = again(&host, &pumps, &all()).await;
+        finished.await.unwrap();
+        assert_eq!(rest(hosts.remove(1)).await, b"last words");
+    });
+}
+
+#[test]
+fn what_is_not_asked_for_again_goes_nowhere_and_input_ends() {
+    on_one_thread(async {
+        let host = Host::new();
+        let (pumps, _hosts, [mut input, mut output, mut errors]) = joined(&host).await;
+        pumps.still().await;
+        pumps.part();
+        // Twice frozen, never asked for.
+        pumps.still().await;
+        pumps.part();
+        let asked = Stdio { stderr: stream(2), ..Stdio::default() };
+        let mut hosts = again(&host, &pumps, &asked).await;
+        let long = noise(1 << 20);
+        aside(move || {
+            assert_eq!(input.read(&mut [0]).unwrap(), 0);
+            output.write_all(&long).unwrap();
+        })
+        .await;
+        errors.write_all(b"heard").unwrap();
+        drop(errors);
+        pumps.finish().await;
+        assert_eq!(rest(hosts.remove(0)).await, b"heard");
+    });
+}
+
+#[test]
+fn streams_that_are_over_or_never_were_are_ended_at_once() {
+    on_one_thread(async {
+        let host = Host::new();
+        let stdio = Stdio { stdout: stream(1), ..Stdio::default() };
+        let connections = Connections::dial(&host.dialler(), &stdio).await.unwrap();
+        let first = host.accept(1);
+        let (pumps, [_, output, _]) = connections.through_pipes().unwrap();
+        // The process closes its output; later it is frozen.
+        drop(output);
+        assert!(rest(first).await.is_empty());
+        pumps.still().await;
+        pumps.part();
+        let hosts = again(&host, &pumps, &all()).await;
+        for host in hosts {
+            assert!(rest(host).await.is_empty());
+        }
     });
 }

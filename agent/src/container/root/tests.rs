@@ -58,11 +58,12 @@ fn entered(
     surroundings: Surroundings,
     look: impl FnOnce(Result<(), StartError>) + Send + 'static,
 ) {
-    entered_with(SetIds::Honoured, image, surroundings, look);
+    entered_with(SetIds::Honoured, None, image, surroundings, look);
 }
 
 fn entered_with(
     set_ids: SetIds,
+    clone_socket: Option<PathBuf>,
     image: &TempDir,
     surroundings: Surroundings,
     look: impl FnOnce(Result<(), StartError>) + Send + 'static,
@@ -72,7 +73,13 @@ fn entered_with(
         let own = UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::NEWIPC;
         // SAFETY: no table of descriptors is unshared.
         unsafe { unshare_unsafe(own) }.unwrap();
-        look(enter(&rootfs, &surroundings, set_ids, "reading-room"));
+        look(enter(&Root {
+            rootfs: &rootfs,
+            surroundings: &surroundings,
+            set_ids,
+            hostname: "reading-room",
+            clone_socket: clone_socket.as_deref(),
+        }));
     });
     if let Err(panic) = done.join() {
         std::panic::resume_unwind(panic);
@@ -208,7 +215,7 @@ fn a_root_whose_set_ids_are_ignored_is_so_wherever_its_files_are() {
         let nosuid = |path: &str| {
             rustix::fs::statvfs(path).unwrap().f_flag.contains(rustix::fs::StatVfsMountFlags::NOSUID)
         };
-        entered_with(SetIds::Ignored, &image, surroundings.clone(), move |done| {
+        entered_with(SetIds::Ignored, None, &image, surroundings.clone(), move |done| {
             done.unwrap();
             assert!(["/", "/data", "/tmp", "/dev"].into_iter().all(nosuid));
             assert_eq!(refuses("/file").is_some(), read_only_root);
@@ -281,4 +288,83 @@ fn a_wrong_request_is_refused_before_the_root_is_changed() {
         });
     }
     assert_eq!(fs::read_dir(image.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn the_clone_socket_is_there_for_everybody_and_its_folder_is_nobodys() {
+    use std::io::{Read, Write};
+    let (image, agents) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let name = Path::new(CLONE_SOCKET).file_name().unwrap();
+    let socket = agents.path().join(name);
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
+    let agent = std::thread::spawn(move || {
+        let (mut program, _) = listener.accept().unwrap();
+        let mut said = [0; 6];
+        program.read_exact(&mut said).unwrap();
+        said
+    });
+    let surroundings = Surroundings {
+        read_only_root: true,
+        tmpfs: vec![Tmpfs { path: "/run".into(), options: String::new() }],
+        ..Surroundings::default()
+    };
+    entered_with(SetIds::Honoured, Some(agents.path().to_owned()), &image, surroundings, |done| {
+        done.unwrap();
+        assert_eq!(refuses("/run/carrel/new"), Some(libc::EROFS));
+        fs::write("/run/new", "").unwrap();
+        // A user without any rights.
+        rustix::thread::set_thread_uid(rustix::fs::Uid::from_raw(1234)).unwrap();
+        let mut agent = std::os::unix::net::UnixStream::connect(CLONE_SOCKET).unwrap();
+        agent.write_all(b"ready\n").unwrap();
+    });
+    assert_eq!(&agent.join().unwrap(), b"ready\n");
+}
+
+#[test]
+fn a_running_container_gets_another_name_even_below_a_read_only_root() {
+    for own_hosts in [false, true] {
+        let image = TempDir::new().unwrap();
+        let rootfs = image.path().to_owned();
+        let surroundings = Surroundings { read_only_root: true, ..Surroundings::default() };
+        entered(&image, surroundings, move |done| {
+            done.unwrap();
+            assert_eq!(refuses("/etc/hosts"), Some(libc::EROFS));
+            assert_eq!(rustix::system::uname().nodename().to_bytes(), b"reading-room");
+        });
+        if own_hosts {
+            fs::write(rootfs.join("etc/hosts"), "127.0.0.1 of-its-own\n").unwrap();
+        }
+        let renamed = std::thread::spawn(move || {
+            let own = UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::FS;
+            // SAFETY: no table of descriptors is unshared.
+            unsafe { unshare_unsafe(own) }.unwrap();
+            rename(&rootfs, "reading-room", "second-room").unwrap();
+            assert_eq!(rustix::system::uname().nodename().to_bytes(), b"second-room");
+            assert_eq!(fs::read_to_string("/etc/hostname").unwrap(), "second-room\n");
+            fs::read_to_string("/etc/hosts").unwrap()
+        });
+        let hosts = renamed.join().unwrap();
+        assert_eq!(hosts.contains("of-its-own"), own_hosts, "{hosts}");
+        assert_eq!(hosts.contains("127.0.1.1\tsecond-room\n"), !own_hosts, "{hosts}");
+    }
+}
+
+#[test]
+fn a_name_is_not_written_through_what_a_workload_put_in_its_place() {
+    let (image, outside) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    fs::create_dir(image.path().join("etc")).unwrap();
+    let kept = outside.path().join("kept");
+    fs::write(&kept, "old\n").unwrap();
+    symlink(&kept, image.path().join("etc/hostname")).unwrap();
+    let rootfs = image.path().to_owned();
+    let done = std::thread::spawn(move || {
+        // SAFETY: no table of descriptors is unshared.
+        unsafe { unshare_unsafe(UnshareFlags::NEWUTS | UnshareFlags::FS) }.unwrap();
+        rename(&rootfs, "old", "new").unwrap();
+        assert!(fs::symlink_metadata("/etc/hostname").unwrap().is_symlink());
+        assert!(!Path::new("/etc/hosts").exists());
+    });
+    done.join().unwrap();
+    assert_eq!(fs::read_to_string(kept).unwrap(), "old\n");
 }

@@ -173,7 +173,9 @@ impl Guest {
                 | FromHost::Start(_)
                 | FromHost::Exec(_)
                 | FromHost::Resize(_)
-                | FromHost::Invoke(_)) => panic!("{other:?}"),
+                | FromHost::Invoke(_)
+                | FromHost::Freeze(_)
+                | FromHost::Attach(_)) => panic!("{other:?}"),
             }
         }
         let usage = GuestUsage { wall_us: 77, ..GuestUsage::default() };

@@ -1,0 +1,223 @@
+//! The call over a real socket; the host is the outbox, the kernel an invented one.
+
+use std::future::Future;
+use std::time::Duration;
+
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+
+use super::*;
+use crate::identity::tests::Invented;
+
+struct Bench {
+    hook: Hook,
+    outgoing: mpsc::UnboundedReceiver<FromAgent>,
+    folder: tempfile::TempDir,
+}
+
+struct Program(BufReader<UnixStream>);
+
+impl Bench {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let (outbox, outgoing) = mpsc::unbounded_channel();
+        let guest = Rc::new(Invented::new());
+        let hook =
+            Hook::serve(&folder.path().join("0"), ProcessId(7), "template".into(), guest, outbox).unwrap();
+        Self { hook, outgoing, folder }
+    }
+
+    async fn program(&self) -> Program {
+        Program(BufReader::new(UnixStream::connect(self.folder.path().join("0/clone.sock")).await.unwrap()))
+    }
+
+    async fn told(&mut self) -> FromAgent {
+        self.outgoing.recv().await.unwrap()
+    }
+}
+
+impl Program {
+    async fn say(&mut self, words: &str) {
+        self.0.write_all(words.as_bytes()).await.unwrap();
+    }
+
+    async fn line(&mut self) -> String {
+        let mut line = String::new();
+        // With something unread on the agent's side the end is a reset.
+        if let Err(error) = self.0.read_line(&mut line).await {
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        }
+        line
+    }
+
+    async fn cloned(&mut self) -> Cloned {
+        serde_json::from_str(&self.line().await).unwrap()
+    }
+
+    /// What is there already.
+    fn now(&self) -> Option<Cloned> {
+        let mut line = [0; 1024];
+        let (read, _) =
+            rustix::net::recv(self.0.get_ref(), &mut line, rustix::net::RecvFlags::DONTWAIT).ok()?;
+        serde_json::from_slice(&line[..read]).ok()
+    }
+}
+
+fn test(work: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let limited = async { tokio::time::timeout(Duration::from_secs(30), work).await };
+    tokio::task::LocalSet::new().block_on(&runtime, limited).expect("it hangs");
+}
+
+fn ready() -> FromAgent {
+    Ready { process: ProcessId(7) }.into()
+}
+
+#[test]
+fn who_is_ready_hears_in_the_clone_who_it_is() {
+    test(async {
+        let mut bench = Bench::new();
+        let mut program = bench.program().await;
+        program.say("rea").await;
+        program.say("dy\n").await;
+        assert_eq!(bench.told().await, ready());
+        assert_eq!(program.now(), None);
+        bench.hook.cloned("clone-1");
+        let Cloned { id, realtime_ns, entropy } = program.cloned().await;
+        assert_eq!((id.as_str(), realtime_ns), ("clone-1", 5_000));
+        // A clone of the clone is told on the same connection.
+        bench.hook.cloned("clone-2");
+        let second = program.cloned().await;
+        assert_eq!(second.id, "clone-2");
+        assert_ne!(second.entropy, entropy);
+    });
+}
+
+#[test]
+fn a_line_is_a_json_object_with_the_entropy_in_hexadecimal() {
+    test(async {
+        let bench = Bench::new();
+        let mut program = bench.program().await;
+        program.say("subscribe\n").await;
+        let line = program.line().await;
+        let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+        let fields: Vec<&str> = line.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(fields, ["entropy", "id", "realtime_ns"]);
+        let entropy = line["entropy"].as_str().unwrap();
+        assert!(entropy.len() == 128 && entropy.bytes().all(|digit| digit.is_ascii_hexdigit()));
+    });
+}
+
+#[test]
+fn every_subscriber_is_told_before_it_runs_on_and_each_something_else() {
+    test(async {
+        let bench = Bench::new();
+        let mut programs = [bench.program().await, bench.program().await, bench.program().await];
+        let mut seen = Vec::new();
+        for program in &mut programs {
+            program.say("subscribe\r\n").await;
+            let who = program.cloned().await;
+            assert_eq!(who.id, "template");
+            seen.push(who.entropy);
+        }
+        bench.hook.cloned("clone");
+        // No task of the agent's ran since: it is in the socket already.
+        for program in &programs {
+            let who = program.now().unwrap();
+            assert_eq!(who.id, "clone");
+            seen.push(who.entropy);
+        }
+        for (n, entropy) in seen.iter().enumerate() {
+            assert!(!seen[n + 1..].contains(entropy));
+        }
+    });
+}
+
+#[test]
+fn words_that_were_on_their_way_when_the_room_froze_are_answered_by_the_clone() {
+    test(async {
+        let mut bench = Bench::new();
+        let mut late = bench.program().await;
+        // Written, and not read by the agent.
+        assert_eq!(late.0.get_ref().try_write(b"subscribe\nready\n").unwrap(), 16);
+        bench.hook.cloned("clone");
+        assert_eq!(late.cloned().await.id, "clone");
+        // It asks to be cloned, and has been.
+        assert_eq!(late.cloned().await.id, "clone");
+        assert_eq!(bench.told().await, ready());
+    });
+}
+
+#[test]
+fn the_host_hears_of_a_container_once() {
+    test(async {
+        let mut bench = Bench::new();
+        let (mut one, mut other) = (bench.program().await, bench.program().await);
+        one.say("ready\nready\n").await;
+        other.say("ready\n").await;
+        bench.hook.announce();
+        assert_eq!(bench.told().await, ready());
+        one.say("subscribe\n").await;
+        one.cloned().await;
+        other.say("subscribe\n").await;
+        other.cloned().await;
+        assert!(bench.outgoing.try_recv().is_err());
+    });
+}
+
+#[test]
+fn what_is_no_line_of_the_calls_ends_the_connection_and_nothing_else() {
+    test(async {
+        let mut bench = Bench::new();
+        for wrong in ["hello\n", "\n", "READY\n", &"x".repeat(200), "\u{0}\n"] {
+            let mut program = bench.program().await;
+            program.say(wrong).await;
+            let answer = program.line().await;
+            assert!(answer.is_empty() || answer.contains("say 'ready' or 'subscribe'"), "{wrong}: {answer}");
+            assert_eq!(program.line().await, "");
+        }
+        let mut program = bench.program().await;
+        program.say("ready\n").await;
+        assert_eq!(bench.told().await, ready());
+    });
+}
+
+#[test]
+fn who_does_not_read_or_is_gone_is_not_waited_for() {
+    test(async {
+        let bench = Bench::new();
+        let mut deaf = bench.program().await;
+        deaf.say("subscribe\n").await;
+        let mut gone = bench.program().await;
+        gone.say("subscribe\n").await;
+        let mut good = bench.program().await;
+        good.say("subscribe\n").await;
+        good.cloned().await;
+        drop(gone);
+        for n in 0..3000 {
+            bench.hook.cloned(&format!("clone-{n}"));
+            assert_eq!(good.cloned().await.id, format!("clone-{n}"));
+        }
+        tokio::task::yield_now().await;
+        assert_eq!(bench.hook.call.listening.borrow().len(), 1);
+        // What the deaf one was told before ends with the connection's end.
+        while !deaf.line().await.is_empty() {}
+    });
+}
+
+#[test]
+fn connections_without_number_wait_in_the_kernel() {
+    test(async {
+        let mut bench = Bench::new();
+        let mut silent = Vec::new();
+        for _ in 0..CONNECTIONS {
+            silent.push(bench.program().await);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        let mut waiting = bench.program().await;
+        waiting.say("ready\n").await;
+        let told = tokio::time::timeout(Duration::from_millis(100), bench.told()).await;
+        assert!(told.is_err(), "one connection too many is served");
+        silent.pop();
+        assert_eq!(bench.told().await, ready());
+    });
+}
