@@ -29,6 +29,8 @@ mod record;
 mod refusal;
 mod sparse;
 mod template;
+#[cfg(test)]
+mod tests;
 
 use std::fs::{self, DirBuilder};
 use std::io;

@@ -58,7 +58,8 @@ impl Templates {
         }
     }
 
-    /// All templates, damaged ones too, the last used first. None counts as used by that.
+    /// All templates, damaged ones too, the last used first. None counts as used by that. What can't be opened is left out, with a warning in
+    /// the log.
     ///
     /// # Errors
     ///
@@ -66,7 +67,10 @@ impl Templates {
     pub fn list(&self) -> Result<Vec<Listed>, TemplateError> {
         let mut all = Vec::new();
         for key in self.keys()? {
-            all.extend(self.inspect(&key)?);
+            match self.inspect(&key) {
+                Ok(listed) => all.extend(listed),
+                Err(error) => tracing::warn!(%key, %error, "a template is passed over"),
+            }
         }
         all.sort_by(|a, b| b.used.cmp(&a.used).then_with(|| a.key.cmp(&b.key)));
         Ok(all)

@@ -72,7 +72,7 @@ impl Templates {
     }
 
     /// Removes a template if it still is as it was listed: not used since, not pinned, and damaged if it was.
-    fn take_unused(&self, listed: &Listed) -> Result<bool, TemplateError> {
+    pub(super) fn take_unused(&self, listed: &Listed) -> Result<bool, TemplateError> {
         let path = self.path(&listed.key);
         let Some(folder) = Folder::open(&path).map_err(TemplateError::io("opened", &path))? else {
             return Ok(false);
