@@ -78,6 +78,16 @@ pub enum Acquired {
     Busy,
 }
 
+/// For [`Templates::acquire`]: as long as it takes.
+pub fn as_long_as_it_takes(_waited: Duration) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+/// For [`Templates::acquire`]: not at all.
+pub fn not_at_all(_waited: Duration) -> ControlFlow<()> {
+    ControlFlow::Break(())
+}
+
 impl Templates {
     /// Opens the templates of the store at `root`, and creates their folders (mode 0700) if there are none.
     ///
@@ -120,7 +130,8 @@ impl Templates {
     /// fails or dies hands its place to one of those who wait, and not its failure.
     ///
     /// Before each pause `wait` is asked, with the time waited so far, whether to go on; it can give up at once, after a time, or when it is
-    /// told to, and say to somebody that it waits. It is asked every 2 to 50 ms.
+    /// told to, and say to somebody that it waits. It is asked every 2 to 50 ms. [`as_long_as_it_takes`] and [`not_at_all`] are the ends of
+    /// what it can say.
     ///
     /// # Errors
     ///

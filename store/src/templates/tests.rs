@@ -34,14 +34,10 @@ fn key(of: u32) -> TemplateKey {
     TemplateKey::of(&json!({ "test": of })).unwrap()
 }
 
-fn never(_: Duration) -> ControlFlow<()> {
-    ControlFlow::Break(())
-}
-
 fn maker(templates: &Templates, key: &TemplateKey) -> Maker {
-    match templates.acquire(key, never).unwrap() {
+    match templates.acquire(key, not_at_all).unwrap() {
         Acquired::Make(maker) => maker,
-        other => panic!("{other:?}"),
+        other @ (Acquired::Ready(_) | Acquired::Busy) => panic!("{other:?}"),
     }
 }
 
@@ -140,10 +136,10 @@ fn nobody_sees_a_template_that_is_being_made() {
     let mut making = maker(&bed.templates, &key);
     fill(&mut making);
     assert!(bed.templates.find(&key).unwrap().is_none() && bed.keys().is_empty());
-    assert!(matches!(bed.templates.acquire(&key, never).unwrap(), Acquired::Busy));
+    assert!(matches!(bed.templates.acquire(&key, not_at_all).unwrap(), Acquired::Busy));
     drop(maker(&bed.templates, &super::tests::key(2)));
     making.publish(Point::Initialised, Value::Null).unwrap();
-    assert!(matches!(bed.templates.acquire(&key, never).unwrap(), Acquired::Ready(_)));
+    assert!(matches!(bed.templates.acquire(&key, not_at_all).unwrap(), Acquired::Ready(_)));
 }
 
 #[test]
@@ -166,7 +162,7 @@ fn a_maker_that_gives_up_leaves_nothing_and_its_failure_is_not_inherited() {
         drop(first);
         let mut second = match second.join().unwrap().unwrap() {
             Acquired::Make(maker) => maker,
-            other => panic!("{other:?}"),
+            other @ (Acquired::Ready(_) | Acquired::Busy) => panic!("{other:?}"),
         };
         assert_eq!(bed.made_so_far(&key), 0, "it begins anew");
         fill(&mut second);
