@@ -149,6 +149,7 @@ pub(crate) fn launch(
             false => None,
         },
         control: None,
+        track_dirty: false,
     };
     start(id, &order.spec.without, &order.assets.vmm, limits(machine), vm, &parts.0)
 }

@@ -252,7 +252,13 @@ impl RoomSpec {
             init_timeout_ms: function.init_timeout_ms,
             response_bytes: function.response_bytes,
         });
-        Start { container: CONTAINER, surroundings: self.surroundings.clone(), process, function }
+        Start {
+            container: CONTAINER,
+            surroundings: self.surroundings.clone(),
+            process,
+            function,
+            cloning: false,
+        }
     }
 
     /// Whether that order can be said at all, with whatever streams and terminal.

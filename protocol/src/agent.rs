@@ -17,12 +17,15 @@
 //!    │ ── Started / Failed ──────────────▶  │
 //!    │ ◀── Exec, Signal, Resize, Invoke ────│  any number, any order
 //!    │ ── Exited, Invoked, Usage ────────▶  │
+//!    │ ── Ready ─────────────────────────▶  │  a workload that is to be cloned has come to its point
 //!    │ ◀────────────────────────── Freeze ──│  workloads stop; the next loss of this connection is a clone's birth
 //!    │ ── Frozen / Failed ───────────────▶  │
 //!    ╎   (snapshot; every clone begins here)╎
 //!    │ ── Hello (again, a clone's) ──────▶  │
 //!    │ ◀─────────────── Welcome / Refused ──│  who the clone is; entropy, time and names are in place before anything else runs
 //!    │ ── Awake ─────────────────────────▶  │  and what was frozen runs again; Start and the rest follow as above
+//!    │ ◀────────────────────────── Attach ──│  new streams for a process that was frozen
+//!    │ ── Attached / Failed ─────────────▶  │
 //!    │ ◀──────────────────────── Shutdown ──│
 //!    │ ── Usage (the last), Ending ──────▶  │  then the guest restarts, which ends its VMM
 //! ```
@@ -38,6 +41,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::usage::GuestUsage;
+
+mod cloning;
+
+pub use cloning::{Attach, Attached, Awake, CLONE_SOCKET, Cloned, Freeze, Frozen, Ready};
 
 /// Version of this wire form.
 pub const VERSION: u32 = 2;
@@ -67,6 +74,7 @@ crate::messages! {
         9 ReportUsage KIB;
         10 Shutdown KIB;
         11 Freeze KIB;
+        12 Attach 4 * KIB;
     }
 }
 
@@ -83,6 +91,8 @@ crate::messages! {
         8 Ending 4 * KIB;
         9 Frozen KIB;
         10 Awake 4 * KIB;
+        11 Ready KIB;
+        12 Attached KIB;
     }
 }
 
@@ -110,27 +120,6 @@ pub struct Welcome {
     pub version: u32,
     /// The room's name and everything that no two rooms may share.
     pub identity: Identity,
-}
-
-/// Stop all workloads and come to rest for a snapshot. From [`Frozen`] on the agent does nothing of its own accord, and takes the loss of the control connection for
-/// a clone's birth: it dials again.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Freeze {}
-
-/// Nothing but the agent runs in this guest.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Frozen {}
-
-/// A clone is itself: its generator was reseeded, its clock set, its names changed, and only then were its workloads thawed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Awake {
-    /// CLOCK_REALTIME less the host's as [`Identity::realtime_ns`] told it, before it was set, ns; what the clone slept.
-    pub behind_ns: i64,
-    /// From the loss of the template's connection to this, µs of CLOCK_MONOTONIC.
-    pub took_us: u64,
 }
 
 /// What makes a room itself. Told again after a clone.
@@ -279,6 +268,8 @@ pub struct Start {
     pub process: Process,
     /// For a function: serve it the Lambda Runtime API on guest loopback.
     pub function: Option<Function>,
+    /// The container shall be cloned while it runs: its programs get [`CLONE_SOCKET`], and the host is told when it is [`Ready`].
+    pub cloning: bool,
 }
 
 /// Start one more process in a running container.
@@ -451,7 +442,8 @@ pub struct Invoked {
     pub id: String,
     /// How.
     pub outcome: Outcome,
-    /// From the workload's start to its first request for an event, µs; with the first invocation only.
+    /// From the workload's start to its first request for an event, µs; with the first invocation only, and not in a clone of
+    /// a function that had asked before: its INIT was the template's.
     pub init_us: Option<u64>,
     /// From handing over the event to the outcome, µs.
     pub duration_us: u64,
@@ -566,6 +558,8 @@ pub enum Request {
     Invoke(String),
     /// [`Freeze`].
     Freeze,
+    /// [`Attach`].
+    Attach(ProcessId),
 }
 
 /// Kinds of failure.

@@ -123,6 +123,7 @@ fn what_the_host_tells_the_agent_is_pinned() {
                 },
                 process: process(0),
                 function: Some(Function { init_timeout_ms: 10_000, response_bytes: 6 << 20 }),
+                cloning: true,
             }
             .into(),
         ),
@@ -144,6 +145,8 @@ fn what_the_host_tells_the_agent_is_pinned() {
         ("report-usage", ReportUsage { every_ms: Some(1000) }.into()),
         ("report-usage-once", ReportUsage { every_ms: None }.into()),
         ("shutdown", Shutdown {}.into()),
+        ("freeze", Freeze {}.into()),
+        ("attach", Attach { process: ProcessId(0), stdio: process(0).stdio }.into()),
     ];
     pinned("agent-from-host", agent::VERSION, &messages);
 }
@@ -176,6 +179,18 @@ fn what_the_agent_tells_the_host_is_pinned() {
                 agent: "0.1.0".into(),
                 kernel: "6.12.1".into(),
                 booted_us: 400_000,
+                clone: false,
+            }
+            .into(),
+        ),
+        (
+            "hello-clone",
+            Hello {
+                version: agent::VERSION,
+                agent: "0.1.0".into(),
+                kernel: "6.12.1".into(),
+                booted_us: 400_000,
+                clone: true,
             }
             .into(),
         ),
@@ -196,6 +211,12 @@ fn what_the_agent_tells_the_host_is_pinned() {
         ("failed-not-executable", failed(process.clone(), Failure::CommandNotExecutable).into()),
         ("failed-user", failed(process.clone(), Failure::UnknownUser).into()),
         ("failed-request", failed(process, Failure::BadRequest).into()),
+        ("failed-freeze", failed(Request::Freeze, Failure::BadRequest).into()),
+        ("failed-attach", failed(Request::Attach(ProcessId(0)), Failure::BadRequest).into()),
+        ("frozen", Frozen {}.into()),
+        ("awake", Awake { behind_ns: -2_000_000_001, took_us: 900 }.into()),
+        ("ready", Ready { process: ProcessId(0) }.into()),
+        ("attached", Attached { process: ProcessId(0) }.into()),
         ("failed-system", failed(Request::Invoke("i".into()), Failure::System).into()),
         ("usage", agent::Usage { containers: BTreeMap::from([(0, usage)]), last: true }.into()),
         ("invoked-response", invoked(Outcome::Response { content_type: "application/json".into() }).into()),
@@ -234,7 +255,33 @@ fn vm() -> VmConfig<Descriptor> {
         balloon: Some(BalloonConfig { size_mib: 0, free_page_reporting: true }),
         serial: Some(SerialConfig { output: Descriptor(6), limit_bytes: 65_536 }),
         control: Some(Descriptor(7)),
+        track_dirty: true,
     }
+}
+
+fn restore() -> RestoreConfig<Descriptor> {
+    RestoreConfig {
+        kvm: Descriptor(0),
+        state: Descriptor(1),
+        memory: Descriptor(2),
+        vsock: Some(Descriptor(3)),
+        blocks: vec![
+            RestoredBlock {
+                id: "room".into(),
+                base: Some(Descriptor(4)),
+                overlay: Some(Descriptor(5)),
+                limit: Some(IoLimit { bytes_per_second: Some(1), operations_per_second: None }),
+            },
+            RestoredBlock { id: "scratch".into(), base: None, overlay: None, limit: None },
+        ],
+        serial: Some(SerialConfig { output: Descriptor(6), limit_bytes: 65_536 }),
+        control: Some(Descriptor(7)),
+        track_dirty: false,
+    }
+}
+
+fn snapshot(kind: SnapshotKind) -> vmm::FromOwner {
+    Snapshot { kvm: Descriptor(0), state: Descriptor(1), memory: Descriptor(2), kind }.into()
 }
 
 #[test]
@@ -246,6 +293,9 @@ fn what_the_owner_tells_the_vmm_is_pinned() {
         ("resume", Resume {}.into()),
         ("read-metrics", ReadMetrics {}.into()),
         ("stop", Stop {}.into()),
+        ("restore", Restore { version: vmm::VERSION, vm: restore() }.into()),
+        ("snapshot", snapshot(SnapshotKind::Full)),
+        ("snapshot-differential", snapshot(SnapshotKind::Differential)),
     ];
     pinned("vmm-from-owner", vmm::VERSION, &messages);
 }
@@ -260,6 +310,10 @@ fn what_the_vmm_tells_its_owner_is_pinned() {
         ("done".into(), Done {}.into()),
         ("refused".into(), vmm::Refused { reason: "r".into() }.into()),
         ("metrics".into(), Metrics { exits: 1, ..Metrics::default() }.into()),
+        (
+            "snapshotted".into(),
+            Snapshotted { state_bytes: 9000, memory_bytes: 64 << 20, took_us: 120_000 }.into(),
+        ),
         ("stopped-driver".into(), stopped(DeviceStopReason::DriverFault).into()),
         ("stopped-full".into(), stopped(DeviceStopReason::HostDiskFull).into()),
         ("stopped-io".into(), stopped(DeviceStopReason::HostIo).into()),
@@ -389,7 +443,7 @@ mod hostile {
 
     proptest! {
         #[test]
-        fn any_bytes_are_a_message_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..512), kind in 0u16..12) {
+        fn any_bytes_are_a_message_or_an_error(bytes in prop::collection::vec(any::<u8>(), 0..512), kind in 0u16..16) {
             let _ = agent::FromAgent::decode(&bytes);
             let _ = agent::FromHost::from_body(kind, &bytes);
             let _ = vmm::FromOwner::from_body(kind, &bytes);

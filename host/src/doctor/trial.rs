@@ -138,6 +138,7 @@ fn probe_config(
         balloon: None,
         serial: Some(SerialConfig { output: Descriptor(2), limit_bytes: SERIAL_BYTES }),
         control: None,
+        track_dirty: false,
     };
     Ok((config, [kvm.into(), image.into(), output.into()]))
 }
@@ -269,6 +270,7 @@ impl Watch<'_> {
             | FromVmm::Done(_)
             | FromVmm::Refused(_)
             | FromVmm::Metrics(_)
+            | FromVmm::Snapshotted(_)
             | FromVmm::DeviceStopped(_) => None,
         })
     }

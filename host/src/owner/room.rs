@@ -320,7 +320,7 @@ impl Room {
                 };
                 self.notice(&message);
             }
-            FromVmm::Done(_) | FromVmm::Refused(_) | FromVmm::Metrics(_) => {}
+            FromVmm::Done(_) | FromVmm::Refused(_) | FromVmm::Metrics(_) | FromVmm::Snapshotted(_) => {}
         }
     }
 

@@ -18,7 +18,7 @@ use super::guest::Guest;
 use super::run::{Vmm, has_kvm};
 
 /// Becomes the machine's owner through its control socket.
-fn take_over(path: &Path) -> Connection {
+pub(crate) fn take_over(path: &Path) -> Connection {
     // SAFETY: no pointers are passed.
     let raw = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0) };
     // SAFETY: the descriptor was just made and is owned by nobody else.
@@ -37,7 +37,7 @@ fn take_over(path: &Path) -> Connection {
     Connection::new(socket)
 }
 
-fn ask(owner: &Connection, request: impl Into<FromOwner>) -> FromVmm {
+pub(crate) fn ask(owner: &Connection, request: impl Into<FromOwner>) -> FromVmm {
     owner.send(&request.into(), &[]).unwrap();
     owner.receive_first::<FromVmm>().unwrap().message
 }

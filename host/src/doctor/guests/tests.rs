@@ -93,7 +93,13 @@ fn the_setting_that_forbids_user_namespaces_is_the_one_to_change() {
 #[test]
 fn the_agents_greeting_is_believed_if_it_is_of_this_build() {
     let greeted = |version| {
-        let hello = Hello { version, agent: "0.1.0".into(), kernel: "6.12.1".into(), booted_us: 600_000 };
+        let hello = Hello {
+            version,
+            agent: "0.1.0".into(),
+            kernel: "6.12.1".into(),
+            booted_us: 600_000,
+            clone: false,
+        };
         guest_kernel(&shown(&[], Conclusion::Greeted(Box::new(hello))))
     };
     assert_eq!(greeted(agent::VERSION).status, Status::Ok);

@@ -56,7 +56,16 @@ impl Room {
                     self.agent_said = Some(clean(&message));
                 }
             }
-            (FromAgent::Hello(_) | FromAgent::Prepared(_), phase) => {
+            // None of the latter is asked for yet.
+            (
+                FromAgent::Hello(_)
+                | FromAgent::Prepared(_)
+                | FromAgent::Frozen(_)
+                | FromAgent::Awake(_)
+                | FromAgent::Ready(_)
+                | FromAgent::Attached(_),
+                phase,
+            ) => {
                 self.give_up(Outcome::AgentFailed { message: format!("it spoke out of turn ({phase:?})") });
             }
         }
@@ -257,8 +266,8 @@ impl Room {
                     self.tell_client(self.creator, api::Refused { failure: failed.failure, message });
                 }
             }
-            // A signal or a size for a process that is gone already.
-            Request::Process(_) | Request::Prepare(_) => {
+            // A signal or a size for a process that is gone already; the last two are not asked for yet.
+            Request::Process(_) | Request::Prepare(_) | Request::Freeze | Request::Attach(_) => {
                 tracing::debug!(message, "the agent refused a request")
             }
         }

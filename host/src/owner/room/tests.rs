@@ -125,7 +125,13 @@ impl Guest {
     }
 
     fn hello(&mut self) {
-        self.say(Hello { version: agent::VERSION, agent: "0".into(), kernel: "6".into(), booted_us: 1 });
+        self.say(Hello {
+            version: agent::VERSION,
+            agent: "0".into(),
+            kernel: "6".into(),
+            booted_us: 1,
+            clone: false,
+        });
     }
 
     /// Everything up to the workload's start; returns its streams.
@@ -333,7 +339,7 @@ fn a_signal_before_the_workload_ends_the_room() {
 #[test]
 fn an_agent_of_another_version_is_refused() {
     let (place, mut guest) = begin(spec(false));
-    guest.say(Hello { version: 999, agent: "0".into(), kernel: "6".into(), booted_us: 1 });
+    guest.say(Hello { version: 999, agent: "0".into(), kernel: "6".into(), booted_us: 1, clone: false });
     let FromHost::Refused(refused) = guest.hear() else { panic!("not refused") };
     assert!(refused.reason.contains("999"), "{refused:?}");
     guest.end(End::Stopped);
