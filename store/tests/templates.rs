@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use carrel_store::templates::{
-    Acquired, Maker, Part, Point, TemplateError, TemplatePolicy, as_long_as_it_takes, not_at_all,
+    Acquired, Damage, Maker, Part, Point, TemplateError, TemplatePolicy, as_long_as_it_takes, not_at_all,
 };
 use carrel_store::{Store, Template, TemplateKey, Templates};
 use serde_json::json;
@@ -133,6 +133,7 @@ fn role() {
         "make for ever" => make_for_ever(&root, number),
         "make, use, prune" => make_use_prune(&root, number),
         "fill up" => fill_up(&root),
+        "verity" => verity(&root),
         other => panic!("{other}"),
     }
 }
@@ -362,4 +363,79 @@ fn a_disk_that_is_full_at_any_point_is_said_and_nothing_is_left() {
     let unshare = ["unshare", "--user", "--map-root-user", "--mount"];
     all_succeed(vec![start(&unshare, "fill up", folder.path(), 0)]);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "it was another process's disk");
+}
+
+/// Makes templates on an ext4 with fs-verity, flips a bit on the disk below, and looks who notices.
+fn verity(root: &Path) {
+    const MARK: &[u8; 4096] = &[0xc5; 4096];
+    let (disk, place) = (root.join("disk"), root.join("place"));
+    File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+    fs::create_dir(&place).unwrap();
+    let run = |program: &str, words: &[&str], last: &[&Path]| {
+        Command::new(program).args(words).args(last).stderr(Stdio::null()).status().unwrap().success()
+    };
+    // Loops need the machine's own root.
+    let mount = || run("mount", &["-o", "loop"], &[&disk, &place]);
+    assert!(run("mkfs.ext4", &["-q", "-b", "4096", "-O", "verity"], &[&disk]));
+    let has_verity = Path::new("/sys/fs/ext4/features/verity").exists();
+    if !has_verity || !mount() {
+        eprintln!("no file system with fs-verity can be had here");
+        let template = make_marked(&place, MARK).unwrap();
+        assert!(Part::ALL.iter().all(|part| !template.record().part(*part).verity));
+        return;
+    }
+    let template = make_marked(&place, MARK).unwrap();
+    assert!(Part::ALL.iter().all(|part| template.record().part(*part).verity));
+    assert!(template.verify().is_none());
+    let path = place.join("templates").join(key(1).as_str()).join("memory");
+    assert!(File::options().write(true).open(path).is_err(), "root can write to it");
+    drop(template);
+
+    // Whoever still could write is an error: here a VMM that did not end.
+    let templates = Templates::open(&place).unwrap();
+    let Acquired::Make(mut maker) = templates.acquire(&key(2), not_at_all).unwrap() else {
+        panic!("there is one")
+    };
+    fill(&mut maker).unwrap();
+    let memory = maker.memory(MEMORY).unwrap();
+    let error = maker.publish(Point::Unpacked, json!({})).unwrap_err();
+    assert!(matches!(error, TemplateError::StillWritten(Part::Memory)), "{error}");
+    drop(memory);
+    assert!(templates.find(&key(2)).unwrap().is_none());
+
+    assert!(run("umount", &[], &[&place]));
+    let content = fs::read(&disk).unwrap();
+    let at = content.chunks(4096).position(|block| block == MARK).unwrap() * 4096;
+    File::options().write(true).open(&disk).unwrap().write_all_at(&[0xc4], at as u64 + 1000).unwrap();
+    assert!(mount());
+    let template = templates.find(&key(1)).unwrap().expect("nothing is to be seen at a glance");
+    let mut byte = [0];
+    assert!(template.file(Part::Memory).read_exact_at(&mut byte, 40_960).is_err(), "a clone would run on it");
+    template.file(Part::Memory).read_exact_at(&mut byte, 0).unwrap();
+    let damage = templates.verify(&key(1)).unwrap().unwrap().damage.unwrap();
+    assert!(matches!(damage, Damage::Unreadable("memory", _)), "{damage}");
+    assert!(templates.find(&key(1)).unwrap().is_none());
+    drop(template);
+    eprintln!("fs-verity noticed");
+}
+
+/// A template whose memory has a page of these bytes at 40,960.
+fn make_marked(root: &Path, mark: &[u8]) -> Result<Template, TemplateError> {
+    let Acquired::Make(mut maker) = Templates::open(root)?.acquire(&key(1), not_at_all)? else {
+        panic!("there is one")
+    };
+    fill(&mut maker)?;
+    maker.memory(MEMORY)?.write_all_at(mark, 40_960).unwrap();
+    maker.publish(Point::Unpacked, json!({}))
+}
+
+#[test]
+fn the_file_system_checks_what_is_read_where_it_can_and_the_record_says_whether() {
+    let folder = tempfile::tempdir().unwrap();
+    let own_mounts: &[&str] = if rustix::process::geteuid().is_root() {
+        &["unshare", "--mount"]
+    } else {
+        &["unshare", "--user", "--map-root-user", "--mount"]
+    };
+    all_succeed(vec![start(own_mounts, "verity", folder.path(), 0)]);
 }
