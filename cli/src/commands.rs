@@ -1,5 +1,6 @@
 //! One function a command: what was asked, one call into store or host, what came back.
 
+mod begin;
 mod doctor;
 mod images;
 mod invoke;

@@ -160,6 +160,32 @@ pub(crate) struct Order {
     /// Rooms that an older carrel made have none.
     #[serde(default)]
     pub(crate) patience: Patience,
+    #[serde(default)]
+    pub(crate) task: Task,
+}
+
+/// What an owner does with its room.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Task {
+    /// Boot it, have its payload unpacked, run its workload.
+    #[default]
+    Run,
+    /// Go on from a template, run its workload.
+    Clone,
+    /// Boot it, have its payload unpacked, save it.
+    Template,
+}
+
+/// A template's files, in the order in which an owner gets them.
+#[derive(Debug)]
+pub struct TemplateFiles {
+    /// The VMM's state.
+    pub state: OwnedFd,
+    /// The guest's memory.
+    pub memory: OwnedFd,
+    /// The disk.
+    pub disk: OwnedFd,
 }
 
 /// The directory of all rooms.
@@ -252,15 +278,39 @@ impl Home {
     ///
     /// The session is the workload's own: for an attached room it is run to the end, and the room ends with it; for a detached one
     /// [`Session::wait_started`] tells whether the workload came up.
-    pub fn create(&self, mut spec: RoomSpec, blobs: Vec<OwnedFd>) -> Result<(Room, Session), HomeError> {
+    pub fn create(&self, spec: RoomSpec, blobs: Vec<OwnedFd>) -> Result<(Room, Session), HomeError> {
+        check_blobs(&spec, &blobs)?;
+        self.make(spec, Task::Run, blobs)
+    }
+
+    /// The same for a room that goes on from a template of this payload and machine ([`crate::template::key`]).
+    pub fn create_clone(
+        &self,
+        spec: RoomSpec,
+        template: TemplateFiles,
+    ) -> Result<(Room, Session), HomeError> {
+        self.make(spec, Task::Clone, template.into_order().into())
+    }
+
+    /// Makes a room that has its payload unpacked, is saved into these files (a state file, one as long as its memory, one as long as its disk, all of them
+    /// empty) and ends, with [`Outcome::Saved`] if all went well. Its VMM is gone then, and with it everybody here who could write to them.
+    pub fn create_template(
+        &self,
+        spec: RoomSpec,
+        blobs: Vec<OwnedFd>,
+        template: TemplateFiles,
+    ) -> Result<(Room, Session), HomeError> {
+        check_blobs(&spec, &blobs)?;
+        self.make(spec, Task::Template, template.into_order().into_iter().chain(blobs).collect())
+    }
+
+    fn make(
+        &self,
+        mut spec: RoomSpec,
+        task: Task,
+        supplies: Vec<OwnedFd>,
+    ) -> Result<(Room, Session), HomeError> {
         self.check_machine(&spec.machine)?;
-        let expected = spec.payload.layers.len() + spec.payload.zips.len();
-        if expected > MOST_BLOBS {
-            return Err(HomeError::TooManyBlobs(expected));
-        }
-        if expected != blobs.len() {
-            return Err(HomeError::Blobs { expected, given: blobs.len() });
-        }
         if let Err(FrameError::TooLong { length, limit, .. }) = spec.check_start() {
             return Err(HomeError::TooLong { bytes: length, most: limit });
         }
@@ -268,8 +318,8 @@ impl Home {
             cgroup::make_way();
         }
         let (room, lock) = self.make_directory(&mut spec)?;
-        let order = Order { spec, assets: self.assets.clone(), patience: self.patience };
-        let begun = room.begin(&order, &self.owner, lock, blobs);
+        let order = Order { spec, assets: self.assets.clone(), patience: self.patience, task };
+        let begun = room.begin(&order, &self.owner, lock, supplies);
         match begun {
             Ok(session) => Ok((room, session)),
             Err(error) => {
@@ -350,6 +400,23 @@ impl Home {
     }
 }
 
+impl TemplateFiles {
+    fn into_order(self) -> [OwnedFd; 3] {
+        [self.state, self.memory, self.disk]
+    }
+}
+
+fn check_blobs(spec: &RoomSpec, blobs: &[OwnedFd]) -> Result<(), HomeError> {
+    let expected = spec.payload.layers.len() + spec.payload.zips.len();
+    if expected > MOST_BLOBS {
+        return Err(HomeError::TooManyBlobs(expected));
+    }
+    if expected != blobs.len() {
+        return Err(HomeError::Blobs { expected, given: blobs.len() });
+    }
+    Ok(())
+}
+
 pub(crate) fn fresh_id() -> io::Result<RoomId> {
     let mut bytes = [0; 6];
     random(&mut bytes)?;
@@ -419,10 +486,11 @@ impl Room {
     pub fn wait(&self) -> Result<Ended, SessionError> {
         let ended = |room: &Self| {
             let record = room.record();
-            record
-                .outcome
-                .filter(|_| record.phase == Phase::Ended)
-                .map(|outcome| Ended { outcome, usage: record.usage })
+            record.outcome.filter(|_| record.phase == Phase::Ended).map(|outcome| Ended {
+                outcome,
+                usage: record.usage,
+                timeline: Vec::new(),
+            })
         };
         if let Some(ended) = ended(self) {
             return Ok(ended);
@@ -442,13 +510,13 @@ impl Room {
         }
     }
 
-    /// Writes the order, starts the owner, and hands over lock and blobs.
+    /// Writes the order, starts the owner, and hands over the lock and what it needs.
     fn begin(
         &self,
         order: &Order,
         owner: &Path,
         lock: File,
-        blobs: Vec<OwnedFd>,
+        supplies: Vec<OwnedFd>,
     ) -> Result<Session, HomeError> {
         let path = self.directory.join("room.json");
         Record::new(now_ms())
@@ -468,7 +536,7 @@ impl Room {
             .stderr(says)
             .spawn()
             .map_err(HomeError::Owner)?;
-        let all: Vec<OwnedFd> = std::iter::once(OwnedFd::from(lock)).chain(blobs).collect();
+        let all: Vec<OwnedFd> = std::iter::once(OwnedFd::from(lock)).chain(supplies).collect();
         let mut parts = all.chunks(MAX_DESCRIPTORS).peekable();
         while let Some(part) = parts.next() {
             let borrowed: Vec<_> = part.iter().map(AsFd::as_fd).collect();

@@ -16,14 +16,14 @@ use std::path::{Path, PathBuf};
 
 use carrel_protocol::agent::GUEST_CID;
 use carrel_protocol::vmm::{
-    self, BalloonConfig, BlockConfig, Configure, Descriptor, EntropyConfig, FromOwner, Kernel, SerialConfig,
-    VmConfig, VsockConfig,
+    self, BalloonConfig, BlockConfig, Configure, Descriptor, EntropyConfig, FromOwner, Kernel, Restore,
+    RestoreConfig, RestoredBlock, SerialConfig, VmConfig, VsockConfig,
 };
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
 
 use crate::cgroup::{Cgroup, CgroupError, Limits};
-use crate::home::Order;
+use crate::home::{Order, Task, TemplateFiles};
 use crate::packet::{Connection, PacketError};
 use crate::spec::{Machine, Part, RoomId};
 
@@ -34,6 +34,8 @@ pub(crate) use process::{Child, ChildEnd, OWNER_FD, Plan, owner_socket, spawn, w
 
 /// What the VMM itself takes beside the guest's memory, at most: its own pages, KVM's, and dirty pages of the room's disk.
 const VMM_BYTES: u64 = 96 << 20;
+/// What the guest reads as its disk's serial, and a template's clones know it by.
+const DISK: &str = "room";
 /// Threads of a VMM beside its vCPUs.
 const VMM_THREADS: u64 = 16;
 /// What the VMM's own threads may use beside the guest, in thousandths of one CPU.
@@ -112,20 +114,51 @@ pub(crate) struct Launched {
     pub(crate) connection: Connection,
     pub(crate) child: Child,
     pub(crate) cgroup: Option<Cgroup>,
+    /// Of a template to be: where it is saved.
+    pub(crate) saved: Option<Saved>,
 }
 
-/// Launches a room's VMM. Its directory is where the disk goes, and the console's output if `verbose`.
+/// Where a template is saved, beside its disk.
+#[derive(Debug)]
+pub(crate) struct Saved {
+    pub(crate) state: OwnedFd,
+    pub(crate) memory: OwnedFd,
+}
+
+/// Launches a room's VMM. Its directory is where the disk goes, and the console's output if `verbose`. The template's files are what a clone goes on
+/// from, or what a template to be is saved into.
 pub(crate) fn launch(
     order: &Order,
     id: &RoomId,
     directory: &Path,
     verbose: bool,
+    template: Option<TemplateFiles>,
+) -> Result<Launched, LaunchError> {
+    match (order.task, template) {
+        (Task::Clone, Some(template)) => restore(order, id, directory, template),
+        (Task::Template, Some(TemplateFiles { state, memory, disk })) => {
+            let launched = boot(order, id, directory, verbose, disk)?;
+            Ok(Launched { saved: Some(Saved { state, memory }), ..launched })
+        }
+        (Task::Run | Task::Clone | Task::Template, _) => {
+            let disk = overlay(directory, disk_bytes(&order.spec.machine))?;
+            boot(order, id, directory, verbose, disk)
+        }
+    }
+}
+
+fn boot(
+    order: &Order,
+    id: &RoomId,
+    directory: &Path,
+    verbose: bool,
+    disk: OwnedFd,
 ) -> Result<Launched, LaunchError> {
     let machine = &order.spec.machine;
     let mut parts = Parts::default();
     let kernel = machine.kernel.as_ref().unwrap_or(&order.assets.kernel);
     let vm = VmConfig {
-        kvm: parts.add(open("/dev/kvm".as_ref(), true)?),
+        kvm: parts.add(open_kvm()?),
         vcpus: machine.vcpus,
         memory_mib: machine.memory_mib,
         huge_pages: true,
@@ -133,9 +166,9 @@ pub(crate) fn launch(
         initramfs: Some(parts.add(open(&order.assets.initramfs, false)?)),
         vsock: Some(VsockConfig { guest_cid: GUEST_CID, socket: None, connections: 256 }),
         blocks: vec![BlockConfig {
-            id: "room".into(),
+            id: DISK.into(),
             base: Some(parts.add(open(&order.assets.scratch, false)?)),
-            overlay: Some(parts.add(overlay(directory, disk_bytes(machine))?)),
+            overlay: Some(parts.add(disk)),
             size_bytes: disk_bytes(machine),
             limit: None,
         }],
@@ -151,7 +184,41 @@ pub(crate) fn launch(
         control: None,
         track_dirty: false,
     };
-    start(id, &order.spec.without, &order.assets.vmm, limits(machine), vm, &parts.0)
+    let first = Configure { version: vmm::VERSION, vm };
+    start(id, &order.spec.without, &order.assets.vmm, limits(machine), &first.into(), &parts.0)
+}
+
+/// Launches a clone: state, memory and disk are its template's, what it writes is its own.
+fn restore(
+    order: &Order,
+    id: &RoomId,
+    directory: &Path,
+    template: TemplateFiles,
+) -> Result<Launched, LaunchError> {
+    let machine = &order.spec.machine;
+    let mut parts = Parts::default();
+    let vm = RestoreConfig {
+        kvm: parts.add(open_kvm()?),
+        state: parts.add(template.state),
+        memory: parts.add(template.memory),
+        vsock: None,
+        blocks: vec![RestoredBlock {
+            id: DISK.into(),
+            base: Some(parts.add(template.disk)),
+            overlay: Some(parts.add(overlay(directory, disk_bytes(machine))?)),
+            limit: None,
+        }],
+        serial: None,
+        control: None,
+        track_dirty: false,
+    };
+    let first = Restore { version: vmm::VERSION, vm };
+    start(id, &order.spec.without, &order.assets.vmm, limits(machine), &first.into(), &parts.0)
+}
+
+/// KVM, as every VMM is handed it.
+pub(crate) fn open_kvm() -> Result<OwnedFd, LaunchError> {
+    open("/dev/kvm".as_ref(), true)
 }
 
 /// Starts a VMM, confined, and tells it its machine.
@@ -160,7 +227,7 @@ pub(crate) fn start(
     without: &[Part],
     vmm: &Path,
     limits: Limits,
-    vm: VmConfig<Descriptor>,
+    first: &FromOwner,
     descriptors: &[OwnedFd],
 ) -> Result<Launched, LaunchError> {
     let program = open(vmm, false)?;
@@ -180,11 +247,11 @@ pub(crate) fn start(
         })?;
         drop(theirs);
         let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-        ours.send_blocking(&FromOwner::from(Configure { version: vmm::VERSION, vm }), &borrowed)?;
+        ours.send_blocking(first, &borrowed)?;
         Ok((ours, child))
     };
     match begun() {
-        Ok((connection, child)) => Ok(Launched { connection, child, cgroup }),
+        Ok((connection, child)) => Ok(Launched { connection, child, cgroup, saved: None }),
         Err(error) => {
             if let Some(cgroup) = &cgroup {
                 cgroup.remove();
@@ -240,7 +307,7 @@ pub(crate) fn running_cpu_millis(machine: &Machine) -> u64 {
 }
 
 /// The guest's command line: docs/host.md says why each word is there.
-fn command_line(verbose: bool) -> String {
+pub(crate) fn command_line(verbose: bool) -> String {
     let console = if verbose { "console=ttyS0" } else { "quiet 8250.nr_uarts=0" };
     format!("reboot=t,panic_warm panic=-1 {console} swiotlb=noforce clocksource=kvm-clock")
 }

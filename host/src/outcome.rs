@@ -40,6 +40,13 @@ pub enum Outcome {
         /// One sentence.
         message: String,
     },
+    /// It was saved as a template, as it was meant to.
+    Saved {
+        /// Bytes of its state.
+        state_bytes: u64,
+        /// Bytes of its memory that are not zeros.
+        memory_bytes: u64,
+    },
     /// A signal killed the VMM.
     VmmKilled {
         /// Which.
@@ -88,6 +95,10 @@ pub enum Step {
     Boot,
     /// Fetching and unpacking the payload.
     Prepare,
+    /// Freezing a template's guest.
+    Freeze,
+    /// Saving it.
+    Save,
     /// Starting the workload.
     Start,
     /// Handling an event, beyond the function's own timeouts.
@@ -101,6 +112,7 @@ impl Outcome {
     pub fn exit_status(&self) -> u8 {
         match self {
             Self::Exited { status, .. } => exit_status(*status),
+            Self::Saved { .. } => 0,
             Self::TimedOut { .. } => 124,
             Self::Stopped { signal } => 128_u8.saturating_add(*signal),
             Self::Refused { failure, .. } => failure_status(*failure),
@@ -121,7 +133,7 @@ impl Outcome {
             Self::Exited { status: ExitStatus::Signal(9), out_of_memory: true } => {
                 "The workload was killed because the room is out of memory; give it more with --memory.".into()
             }
-            Self::Exited { .. } => return None,
+            Self::Exited { .. } | Self::Saved { .. } => return None,
             Self::TimedOut { after_ms } => {
                 format!("The room was ended because its timeout of {} ran out.", seconds(*after_ms))
             }
@@ -142,6 +154,9 @@ impl Outcome {
             Self::VmmFailed { end: End::Host, message } => format!("The VMM could not be confined or fed: {message}"),
             Self::VmmFailed { end: End::BadConfiguration, message } => {
                 format!("The VMM refused the kernel or the machine: {message}")
+            }
+            Self::VmmFailed { end: End::BadSnapshot, message } => {
+                format!("The room could not go on from its template: {message}")
             }
             Self::VmmFailed { message, .. } => format!("The VMM failed: {message}"),
             Self::VmmKilled { out_of_memory: true, .. } => {
@@ -172,6 +187,8 @@ impl Outcome {
                 let what = match step {
                     Step::Boot => "The guest did not come up",
                     Step::Prepare => "The payload was not unpacked",
+                    Step::Freeze => "The guest did not come to rest",
+                    Step::Save => "The guest was not saved",
                     Step::Start => "The workload did not start",
                     Step::Invoke => "The guest's agent did not answer for the function",
                     Step::Kill => "The workload did not end after SIGKILL",

@@ -22,12 +22,13 @@ use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use thiserror::Error;
 
-use crate::home::Order;
+use crate::home::{Order, Task, TemplateFiles};
 use crate::launch;
 use crate::outcome::Outcome;
 use crate::packet::{Connection, PacketError};
 use crate::patience::Patience;
 use crate::session::socket_address;
+use crate::timestamp::mark;
 
 pub mod api;
 mod blobs;
@@ -61,6 +62,7 @@ pub fn run(directory: &Path) -> Result<(), OwnerError> {
     let _ = rustix::process::setsid();
     // For `ps`; without a name of its own it would be called `exe`.
     let _ = rustix::thread::set_name(c"carrel-owner");
+    let mut timeline = vec![mark("owner started")];
     let creator = Connection::from(io::stdin().as_fd().try_clone_to_owned()?);
     let path = directory.join("room.json");
     let order: Order = fs::read(&path)
@@ -68,13 +70,23 @@ pub fn run(directory: &Path) -> Result<(), OwnerError> {
         .map_err(|e| OwnerError::Order(path.display().to_string(), e))?;
     let patience = order.patience;
     let mut supplies = supplies(&creator, patience).map_err(OwnerError::NoCreator)?.into_iter();
-    let lock = supplies.next().ok_or(OwnerError::NoCreator(PacketError::Truncated))?;
+    let mut next = || supplies.next().ok_or(OwnerError::NoCreator(PacketError::Truncated));
+    let lock = next()?;
+    let template = match order.task {
+        Task::Run => None,
+        Task::Clone | Task::Template => {
+            Some(TemplateFiles { state: next()?, memory: next()?, disk: next()? })
+        }
+    };
     let blobs = supplies.map(File::from).collect();
+    timeline.push(mark("supplied"));
     let id = order.spec.id.clone().ok_or_else(|| io::Error::other("the room has no id"))?;
     let verbose = tracing::enabled!(tracing::Level::DEBUG);
-    let launched = launch::launch(&order, &id, directory, verbose);
+    let launched = launch::launch(&order, &id, directory, verbose, template);
+    timeline.push(mark("VMM launched"));
+    let directory = directory.to_owned();
     let ownership =
-        Ownership { id, spec: order.spec, directory: directory.to_owned(), blobs, lock, patience };
+        Ownership { id, spec: order.spec, task: order.task, directory, blobs, lock, patience, timeline };
     match launched {
         Ok(launched) => {
             if let Some(room) = Room::begin(ownership, launched, creator) {
@@ -89,7 +101,7 @@ pub fn run(directory: &Path) -> Result<(), OwnerError> {
     Ok(())
 }
 
-/// What the creator hands over: the lock, then the blobs.
+/// What the creator hands over: the lock, a template's files where there is one, then the blobs.
 fn supplies(creator: &Connection, patience: Patience) -> Result<Vec<OwnedFd>, PacketError> {
     let limit = |time| {
         rustix::net::sockopt::set_socket_timeout(creator, rustix::net::sockopt::Timeout::Recv, time)

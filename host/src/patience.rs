@@ -72,6 +72,16 @@ impl Patience {
         self.of(30)
     }
 
+    /// Freezing a guest in which nothing runs yet.
+    pub(crate) fn freeze(self) -> Duration {
+        self.of(30)
+    }
+
+    /// Saving so many bytes of memory: half a minute, and as much for every 256 MiB.
+    pub(crate) fn save(self, bytes: u64) -> Duration {
+        self.of(30 + (bytes >> 28) * 30)
+    }
+
     /// Starting a process.
     pub(crate) fn start(self) -> Duration {
         self.of(60)

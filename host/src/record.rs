@@ -19,6 +19,10 @@ pub enum Phase {
     Handshaking,
     /// The payload is fetched and unpacked.
     Preparing,
+    /// The guest of a template comes to rest.
+    Freezing,
+    /// It is being saved.
+    Saving,
     /// The workload is being started.
     Starting,
     /// The workload runs.
@@ -32,10 +36,11 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// The state as `carrel ps` shows it: `starting`, `running`, `ending` or `exited`.
+    /// The state as `carrel ps` shows it: `starting`, `freezing`, `running`, `ending` or `exited`.
     pub fn word(self) -> &'static str {
         match self {
             Self::Launching | Self::Handshaking | Self::Preparing | Self::Starting => "starting",
+            Self::Freezing | Self::Saving => "freezing",
             Self::Running => "running",
             Self::Draining | Self::Ending => "ending",
             Self::Ended => "exited",

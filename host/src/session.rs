@@ -263,7 +263,7 @@ impl Session {
             match self.receive_until(until)?.message {
                 ToClient::Used(Used { report }) => return Ok(report),
                 ToClient::Ended(Ended { usage: Some(report), .. }) => return Ok(report),
-                ToClient::Ended(Ended { outcome, usage: None }) => {
+                ToClient::Ended(Ended { outcome, usage: None, .. }) => {
                     return Err(SessionError::Refused(outcome.sentence().unwrap_or_default()));
                 }
                 ToClient::Refused(Refused { message, .. }) => return Err(SessionError::Refused(message)),
@@ -359,16 +359,18 @@ impl Session {
                     pumps.drain();
                     if !to_the_rooms_end {
                         let outcome = Outcome::Exited { status, out_of_memory };
-                        return Ok(Ended { outcome, usage: None });
+                        return Ok(Ended { outcome, usage: None, timeline: Vec::new() });
                     }
                     // The owner may have ended the room meanwhile; its last word is waiting then.
                     let _ = self.remote().send(Drained {});
                 }
                 ToClient::Refused(Refused { failure, message }) if !to_the_rooms_end => {
-                    return Ok(Ended { outcome: Outcome::Refused { failure, message }, usage: None });
+                    let outcome = Outcome::Refused { failure, message };
+                    return Ok(Ended { outcome, usage: None, timeline: Vec::new() });
                 }
                 ToClient::Noticed(Noticed { message }) => notice(&message),
-                ToClient::Ended(ended) => {
+                ToClient::Ended(mut ended) => {
+                    ended.timeline.extend(pumps.first_output());
                     pumps.end();
                     return Ok(ended);
                 }

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, SystemTime};
 
+use carrel_protocol::vmm::Mark;
+
 const DAY: u64 = 86_400;
 
 /// Nanoseconds since the epoch, now.
@@ -12,6 +14,18 @@ pub fn now_ns() -> u64 {
 /// Milliseconds since the epoch, now.
 pub(crate) fn now_ms() -> u64 {
     since_epoch().as_millis().try_into().unwrap_or(u64::MAX)
+}
+
+/// CLOCK_MONOTONIC, µs: the clock of timelines, of all processes of a host alike.
+pub fn now_us() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let since = Duration::new(now.tv_sec.unsigned_abs(), u32::try_from(now.tv_nsec).unwrap_or(0));
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+}
+
+/// A step of a start that was just done.
+pub fn mark(done: &str) -> Mark {
+    Mark { done: done.to_owned(), at_us: now_us() }
 }
 
 fn since_epoch() -> Duration {

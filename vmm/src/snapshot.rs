@@ -13,7 +13,7 @@
 //! malice: whoever can write a host's templates can write its kernels.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use carrel_protocol::units::{MemoryMib, VcpuCount};
@@ -144,9 +144,9 @@ impl MachineState {
         if length > MAX_BYTES {
             return Err(SnapshotError::Length);
         }
-        file.rewind().map_err(failed)?;
         let mut bytes = vec![0; usize::try_from(length).map_err(|_| SnapshotError::Length)?];
-        file.read_exact(&mut bytes).map_err(failed)?;
+        // By offset: its position is shared with whoever else has the file open, other clones' VMMs for one.
+        file.read_exact_at(&mut bytes, 0).map_err(failed)?;
         Self::decode(&bytes)
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use carrel_host::function::FunctionMemory;
 use clap::{ArgGroup, Args};
 
-use super::run::UsageArgs;
+use super::run::{BeginArgs, UsageArgs};
 use crate::values::{Without, size, span};
 
 const EXAMPLES: &str = "\
@@ -60,6 +60,8 @@ pub(crate) struct InvokeArgs {
     /// The function's name, as it sees it
     #[arg(long, value_name = "NAME", default_value = "function")]
     pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) begin: BeginArgs,
     /// Boot this kernel in place of the one that carrel came with
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,

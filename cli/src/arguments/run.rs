@@ -70,6 +70,8 @@ pub(crate) struct RunArgs {
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
     #[command(flatten)]
+    pub(crate) begin: BeginArgs,
+    #[command(flatten)]
     pub(crate) ends: EndArgs,
     #[command(flatten)]
     pub(crate) usage: UsageArgs,
@@ -134,6 +136,21 @@ pub(crate) struct MachineArgs {
     /// host can't give
     #[arg(long, value_name = "PARTS", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
     pub(crate) unconfined: Option<Without>,
+}
+
+/// How the room begins.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Start")]
+pub(crate) struct BeginArgs {
+    /// Begin with a boot, not as a clone of the image's template
+    #[arg(long, env = "CARREL_COLD", value_parser = clap::builder::BoolishValueParser::new(), action = clap::ArgAction::SetTrue)]
+    pub(crate) cold: bool,
+    /// Who may share templates, and with them pages of memory, with this room: rooms of the same domain [default: this user]
+    #[arg(long, value_name = "NAME", env = "CARREL_DOMAIN")]
+    pub(crate) domain: Option<String>,
+    /// Print when what happened, from the command's start to its first output, on stderr
+    #[arg(long)]
+    pub(crate) timeline: bool,
 }
 
 /// How the room ends.

@@ -13,16 +13,19 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use carrel_host::Outcome;
 use carrel_host::function::answer::{self, Answer, Class, ErrorPayload};
 use carrel_host::function::invocation::{Audience, Call, Called};
 use carrel_host::function::{self, Circumstances, EVENT_BYTES, Engine, Function, FunctionTimeout, Parts};
+use carrel_host::pool::Started;
 use carrel_host::session::Streams;
-use carrel_host::timestamp::now_ns;
+use carrel_host::timestamp::{mark, now_ns};
+use carrel_protocol::vmm::Mark;
 use carrel_store::{Digest, Store};
 use serde::de::IgnoredAny;
 
 use super::run::without;
-use super::{payload, place, report};
+use super::{begin, payload, place, report};
 use crate::arguments::invoke::InvokeArgs;
 use crate::arguments::run::Pull;
 use crate::configuration::Configuration;
@@ -32,8 +35,12 @@ use crate::values::environment;
 /// Functions have such a name; here it leads nowhere. Some parse it, so it has all its parts.
 const ACCOUNT: &str = "000000000000";
 
+/// A call, how its room began, and when what happened before.
+type Begun = (Called, &'static str, Vec<Mark>);
+
 /// `carrel invoke`.
 pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result<u8> {
+    let begun = mark("command begun");
     // What is wrong with the request is said before anything is fetched.
     let function = function(args)?;
     report::check_file(&args.usage)?;
@@ -69,23 +76,33 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
     let kernel = args.kernel.as_ref().map(std::path::absolute).transpose()?;
     function::adjust(&mut spec, without(args.unconfined.as_ref()), kernel);
     let call = call(&function, &event)?;
-    let (_, session) = home.create(spec, blobs)?;
-    // The room has its blobs open: nobody can take them away any more.
+    // The rooms have its blobs open: nobody can take them away any more.
     drop(lease);
     let stderr = || Ok::<_, io::Error>(File::from(io::stderr().as_fd().try_clone_to_owned()?));
-    let audience = Audience {
-        log: Streams { stdin: None, stdout: stderr()?, stderr: stderr()? },
-        response: io::stdout().as_fd().try_clone_to_owned()?.into(),
-        started: &mut || {
-            if let Engine::Managed(runtime) = &function.engine {
-                log(&answer::init_start(runtime));
-            }
-            log(&answer::start(&call.id));
-        },
-        notice: &mut |text| tracing::warn!("{text}"),
+    let serve = |started: Started| -> Result<(Begun, Option<Outcome>)> {
+        let Started { session, beginning, timeline: mut marks, .. } = started;
+        marks.insert(0, begun.clone());
+        let audience = Audience {
+            log: Streams { stdin: None, stdout: stderr()?, stderr: stderr()? },
+            response: io::stdout().as_fd().try_clone_to_owned()?.into(),
+            started: &mut || {
+                if let Engine::Managed(runtime) = &function.engine {
+                    log(&answer::init_start(runtime));
+                }
+                log(&answer::start(&call.id));
+            },
+            notice: &mut |text| tracing::warn!("{text}"),
+        };
+        let called = session.invoke(&call, audience)?;
+        let outcome = called.room.outcome.clone();
+        Ok(((called, beginning.word(), marks), Some(outcome)))
     };
-    let called = session.invoke(&call, audience)?;
+    let (called, beginning, mut marks) = begin::serve(&home, &store, &args.begin, (&spec, &blobs), serve)?;
     acquired.settle(&store, &called.room.outcome);
+    if args.begin.timeline {
+        marks.extend(called.room.timeline.clone());
+        begin::print_timeline(beginning, &marks);
+    }
     let ended = conclude(&function, &call.id, &called);
     report::usage(&args.usage, called.room.usage.as_ref())?;
     ended

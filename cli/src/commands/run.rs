@@ -4,15 +4,18 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use carrel_host::image::{self, Overrides};
-use carrel_host::session::{Beginning, Ended, Session, Streams};
+use carrel_host::pool::Started;
+use carrel_host::session::{Beginning as Begun, Ended, Session, Streams};
 use carrel_host::spec::{DEFAULT_DISK_BYTES, Machine, Part, Payload, ProcessSpec};
-use carrel_host::{RoomName, RoomSpec};
+use carrel_host::timestamp::mark;
+use carrel_host::{Outcome, RoomName, RoomSpec};
 use carrel_protocol::agent::{Surroundings, TerminalSize, Tmpfs};
 use carrel_protocol::units::{MemoryMib, VcpuCount};
+use carrel_protocol::vmm::Mark;
 use carrel_store::Image;
 
 use super::signals::Forwarding;
-use super::{payload, place, report};
+use super::{begin, payload, place, report};
 use crate::arguments::rooms::ExecArgs;
 use crate::arguments::run::{MachineArgs, RunArgs};
 use crate::configuration::Configuration;
@@ -26,6 +29,7 @@ const DEFAULT_STOP_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// `carrel run`.
 pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
+    let begun = mark("command begun");
     let terminal = match args.detach {
         // Nobody looks at it, and nobody types.
         true => args.tty.then_some(terminal::FALLBACK),
@@ -77,26 +81,52 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
         without: without(args.machine.unconfined.as_ref()),
         function: None,
     };
-    let (room, session) = home.create(spec, blobs)?;
-    // The room has its blobs open: nobody can take them away any more.
+    // The rooms have its blobs open: nobody can take them away any more.
     drop(lease);
-    if args.detach {
-        return match session.wait_started()? {
-            Beginning::Started => {
-                failure::print(format_args!("{}\n", room.id()))?;
-                Ok(0)
-            }
-            Beginning::Ended(ended) => {
-                acquired.settle(&store, &ended.outcome);
-                begun_and_over(&room, &ended)
-            }
-        };
-    }
     let attached = Attached { terminal: terminal.is_some(), keys: args.interactive };
-    let ended = attach(session, attached, |session, streams, notice| session.run(streams, notice))?;
-    acquired.settle(&store, &ended.outcome);
-    report::usage(&args.usage, ended.usage.as_ref())?;
-    report::ended(&ended.outcome)
+    let serve = |started: Started| -> Result<(Served, Option<Outcome>)> {
+        let Started { room, session, beginning, timeline: mut marks } = started;
+        marks.insert(0, begun.clone());
+        if !args.detach {
+            let ended = attach(session, attached, |session, streams, notice| session.run(streams, notice))?;
+            let outcome = Some(ended.outcome.clone());
+            return Ok((Served { room, beginning: beginning.word(), marks, ended: Some(ended) }, outcome));
+        }
+        let ended = match session.wait_started()? {
+            Begun::Started => None,
+            Begun::Ended(ended) => Some(*ended),
+        };
+        let outcome = ended.as_ref().map(|ended| ended.outcome.clone());
+        Ok((Served { room, beginning: beginning.word(), marks, ended }, outcome))
+    };
+    let served = begin::serve(&home, &store, &args.begin, (&spec, &blobs), serve)?;
+    let Served { room, beginning, mut marks, ended } = served;
+    if args.begin.timeline {
+        marks.extend(ended.iter().flat_map(|ended| ended.timeline.clone()));
+        begin::print_timeline(beginning, &marks);
+    }
+    match ended {
+        None => {
+            failure::print(format_args!("{}\n", room.id()))?;
+            Ok(0)
+        }
+        Some(ended) => {
+            acquired.settle(&store, &ended.outcome);
+            if args.detach {
+                return begun_and_over(&room, &ended);
+            }
+            report::usage(&args.usage, ended.usage.as_ref())?;
+            report::ended(&ended.outcome)
+        }
+    }
+}
+
+/// A room that was served, to its end or, detached, to its beginning.
+struct Served {
+    room: carrel_host::Room,
+    beginning: &'static str,
+    marks: Vec<Mark>,
+    ended: Option<Ended>,
 }
 
 /// A detached room that was over before anybody looked: one that ran is as good as any, one that didn't is a failure.

@@ -10,12 +10,12 @@ use std::time::{Duration, Instant};
 use carrel_protocol::Message;
 use carrel_protocol::agent::{CONTROL_PORT, FromAgent, Hello, Surroundings};
 use carrel_protocol::units::{MemoryMib, VcpuCount};
-use carrel_protocol::vmm::{self, Descriptor, FromVmm, Kernel, SerialConfig, VmConfig};
+use carrel_protocol::vmm::{self, Configure, Descriptor, FromVmm, Kernel, SerialConfig, VmConfig};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::MemfdFlags;
 
 use super::probe;
-use crate::home::{Assets, Order, fresh_id};
+use crate::home::{Assets, Order, Task, fresh_id};
 use crate::launch::{self, ChildEnd, LaunchError, Launched};
 use crate::packet::{Connection, PacketError};
 use crate::patience::Patience;
@@ -75,9 +75,16 @@ pub(super) fn probe(
     let begun = Instant::now();
     let launched = || -> Result<(Launched, PipeReader), LaunchError> {
         let (serial, output) = io::pipe()?;
-        let (config, descriptors) = probe_config(kvm, output)?;
-        let launched =
-            launch::start(&id()?, without, vmm, launch::limits(&probe_machine()), config, &descriptors)?;
+        let (vm, descriptors) = probe_config(kvm, output)?;
+        let first = Configure { version: vmm::VERSION, vm };
+        let launched = launch::start(
+            &id()?,
+            without,
+            vmm,
+            launch::limits(&probe_machine()),
+            &first.into(),
+            &descriptors,
+        )?;
         Ok((launched, serial))
     };
     match launched() {
@@ -96,8 +103,9 @@ pub(super) fn boot(assets: &Assets, directory: &Path, without: &[Part], deadline
             assets: assets.clone(),
             // The deadline here is the doctor's own.
             patience: Patience::default(),
+            task: Task::Run,
         };
-        launch::launch(&order, &id, directory, false)
+        launch::launch(&order, &id, directory, false, None)
     };
     match launched() {
         Ok(launched) => watch(launched, None, begun, deadline),
@@ -173,7 +181,7 @@ fn watch(
     begun: Instant,
     deadline: Duration,
 ) -> Shown {
-    let Launched { connection, child, cgroup } = launched;
+    let Launched { connection, child, cgroup, saved: _ } = launched;
     let mut marks = Vec::new();
     let (serial, enough) = serial.map_or((None, None), |(serial, enough)| (Some(serial), enough));
     let mut watched = Watch { connection: &connection, serial, enough, begun, until: begun + deadline };

@@ -128,6 +128,7 @@ mod tests {
                 vmm: nowhere,
             },
             patience: Patience::default(),
+            task: crate::home::Task::Run,
         };
         fs::write(room.join("room.json"), serde_json::to_vec(&order).unwrap()).unwrap();
         fs::write(room.join("lock"), "").unwrap();

@@ -19,6 +19,7 @@
 use std::collections::BTreeMap;
 
 use carrel_protocol::agent::{ExitStatus, Failure, TerminalSize};
+use carrel_protocol::vmm::Mark;
 use serde::{Deserialize, Serialize};
 
 use crate::outcome::Outcome;
@@ -188,6 +189,9 @@ pub struct Ended {
     pub outcome: Outcome,
     /// What it used.
     pub usage: Option<UsageReport>,
+    /// What happened when in its start.
+    #[serde(default)]
+    pub timeline: Vec<Mark>,
 }
 
 /// The request was carried out.

@@ -13,14 +13,15 @@ use std::time::{Duration, Instant};
 use carrel_protocol::Message;
 use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal, TerminalSize};
 use carrel_protocol::usage::GuestUsage;
-use carrel_protocol::vmm::{DeviceStopReason, Ended, FromVmm};
+use carrel_protocol::vmm::{DeviceStopReason, Ended, FromVmm, Mark};
 
 use super::api::{self, StreamKind};
 use super::blobs;
 use super::events::{ClientId, Event, Teller, channel};
 use super::pace::InTime;
 use super::streams::{Purpose, Streams};
-use crate::launch::{self, ChildEnd, Launched};
+use crate::home::Task;
+use crate::launch::{self, ChildEnd, Launched, Saved};
 use crate::log::LogWriter;
 use crate::meter::Meter;
 use crate::outcome::{Outcome, Step, clean};
@@ -28,16 +29,19 @@ use crate::packet::{Connection, Packet};
 use crate::patience::Patience;
 use crate::record::{Phase, ProcessMark, Record, Remains};
 use crate::spec::{RoomId, RoomSpec, WORKLOAD};
-use crate::timestamp::now_ms;
+use crate::timestamp::{mark, now_ms};
 use crate::usage::UsageReport;
 use carrel_protocol::chain;
 
 mod agent;
 mod clients;
 mod ending;
+mod template;
 
 pub(crate) use ending::end_without_vmm;
 
+/// Marks taken of a VMM's own start.
+const MOST_MARKS: usize = 32;
 const SIGKILL: u8 = 9;
 const SIGTERM: u8 = 15;
 /// How often the host's meter is read, and how often the guest reports.
@@ -50,12 +54,15 @@ const AGENT_WRITE: Duration = Duration::from_secs(10);
 pub(crate) struct Ownership {
     pub(crate) id: RoomId,
     pub(crate) spec: RoomSpec,
+    pub(crate) task: Task,
     pub(crate) directory: PathBuf,
     /// The payload's, layers then zips.
     pub(crate) blobs: Vec<File>,
     /// Locked while the room lives.
     pub(crate) lock: OwnedFd,
     pub(crate) patience: Patience,
+    /// What happened when in its start.
+    pub(crate) timeline: Vec<Mark>,
 }
 
 /// A process in the guest: the workload, or an exec.
@@ -145,6 +152,8 @@ pub(crate) struct Room {
     guest_usage: Option<GuestUsage>,
     /// A function's event, between its arrival and the guest's dial.
     event: Option<(File, u64)>,
+    /// The files that a template is saved into.
+    saved: Option<Saved>,
     /// The agent was given an event and has not answered for it.
     invoking: bool,
     /// Notices that were given.
@@ -165,7 +174,7 @@ impl Room {
     /// Takes over a launched VMM and the connection of whoever made the room. If the host has no thread, descriptor or space for that,
     /// the room is ended and its creator told why: there is no room then.
     pub(crate) fn begin(own: Ownership, launched: Launched, creator: Connection) -> Option<Self> {
-        let Launched { connection, child, cgroup } = launched;
+        let Launched { connection, child, cgroup, saved } = launched;
         let (teller, events) = channel();
         let (vmm, creator) = (Arc::new(connection), Arc::new(creator));
         let watched = || -> io::Result<Option<LogWriter>> {
@@ -214,6 +223,7 @@ impl Room {
             usage_waiters: Vec::new(),
             guest_usage: None,
             event: None,
+            saved,
             invoking: false,
             noticed: 0,
             log,
@@ -291,7 +301,10 @@ impl Room {
 
     fn hear_vmm(&mut self, packet: Packet<FromVmm>) {
         match packet.message {
-            FromVmm::Booted(booted) => tracing::debug!(?booted, "the VMM runs its guest"),
+            FromVmm::Booted(booted) => {
+                let marks = booted.timeline.into_iter().take(MOST_MARKS);
+                self.own.timeline.extend(marks.map(|mark| Mark { done: clean(&mark.done), ..mark }));
+            }
             FromVmm::Dialled(dialled) => {
                 for socket in packet.descriptors {
                     self.hear_dial(dialled.port, socket);
@@ -320,7 +333,10 @@ impl Room {
                 };
                 self.notice(&message);
             }
-            FromVmm::Done(_) | FromVmm::Refused(_) | FromVmm::Metrics(_) | FromVmm::Snapshotted(_) => {}
+            FromVmm::Done(_) => self.paused(),
+            FromVmm::Snapshotted(snapshotted) => self.saved(&snapshotted),
+            FromVmm::Refused(refused) => self.not_saved(&refused.reason),
+            FromVmm::Metrics(_) => {}
         }
     }
 
@@ -332,6 +348,7 @@ impl Room {
         if std::mem::replace(&mut self.control_taken, true) {
             return tracing::debug!("the guest dialled the control port again");
         }
+        self.own.timeline.push(mark("agent dialled"));
         let control = UnixStream::from(socket);
         let taken =
             control.set_nonblocking(false).and_then(|()| self.teller.watch_agent(control.try_clone()?));

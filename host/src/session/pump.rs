@@ -19,6 +19,8 @@ use std::time::Duration;
 
 use super::{SessionError, StreamKind, Streams};
 use crate::patience::Patience;
+use crate::timestamp::now_us;
+use carrel_protocol::vmm::Mark;
 
 /// Bytes that a pump moves at once.
 const PUMP_BYTES: usize = 128 << 10;
@@ -30,13 +32,16 @@ pub(crate) struct Pumps {
     stdout: Option<File>,
     stderr: Option<File>,
     outputs: Vec<Output>,
+    /// CLOCK_MONOTONIC of the first byte of any output, µs; 0 before it.
+    first: Arc<AtomicU64>,
     patience: Patience,
 }
 
 impl Pumps {
     pub(crate) fn new(streams: Streams, patience: Patience) -> Self {
         let Streams { stdin, stdout, stderr } = streams;
-        Self { stdin, stdout: Some(stdout), stderr: Some(stderr), outputs: Vec::new(), patience }
+        let first = Arc::default();
+        Self { stdin, stdout: Some(stdout), stderr: Some(stderr), outputs: Vec::new(), first, patience }
     }
 
     pub(crate) fn connect(&mut self, stream: StreamKind, socket: UnixStream) -> Result<(), SessionError> {
@@ -54,9 +59,15 @@ impl Pumps {
             StreamKind::Response => None,
         };
         if let Some(output) = output {
-            self.outputs.push(Output::begin(socket, output)?);
+            self.outputs.push(Output::begin(socket, output, &self.first)?);
         }
         Ok(())
+    }
+
+    /// When the first output came, if any has.
+    pub(crate) fn first_output(&self) -> Option<Mark> {
+        let at_us = self.first.load(Ordering::Relaxed);
+        (at_us > 0).then(|| Mark { done: "first output".into(), at_us })
     }
 
     /// The process ended. Waits until all of its output was written, or nobody reads it, or the guest has been silent for too long.
@@ -86,10 +97,11 @@ struct Output {
 }
 
 impl Output {
-    fn begin(socket: UnixStream, to: File) -> Result<Self, SessionError> {
+    fn begin(socket: UnixStream, to: File, first: &Arc<AtomicU64>) -> Result<Self, SessionError> {
+        let first = Arc::clone(first);
         let (turns, (alive, done)) = (Arc::<AtomicU64>::default(), channel());
         let (from, counted) = (socket.try_clone().map_err(SessionError::Streams)?, Arc::clone(&turns));
-        let thread = spawn("output", move || from_guest(from, to, &counted, alive))?;
+        let thread = spawn("output", move || from_guest(from, to, &counted, &first, alive))?;
         Ok(Self { thread, socket, turns, done })
     }
 
@@ -133,10 +145,12 @@ fn to_guest(mut from: File, mut to: UnixStream) {
 }
 
 /// `_alive` is dropped at its end, whatever that is.
-fn from_guest(mut from: UnixStream, mut to: File, turns: &AtomicU64, _alive: Sender<()>) {
+fn from_guest(mut from: UnixStream, mut to: File, turns: &AtomicU64, first: &AtomicU64, _alive: Sender<()>) {
     let mut buffer = vec![0; PUMP_BYTES];
     while let Some(bytes) = read(&mut from, &mut buffer) {
-        turns.fetch_add(1, Ordering::Relaxed);
+        if turns.fetch_add(1, Ordering::Relaxed) == 0 {
+            let _ = first.compare_exchange(0, now_us(), Ordering::Relaxed, Ordering::Relaxed);
+        }
         if to.write_all(bytes).is_err() {
             // Nobody reads any more: the guest's writer gets EPIPE.
             let _ = from.shutdown(Shutdown::Both);
@@ -167,7 +181,7 @@ mod tests {
     fn output() -> (UnixStream, Output, std::io::PipeReader) {
         let (guest, ours) = UnixStream::pair().unwrap();
         let (read, write) = std::io::pipe().unwrap();
-        (guest, Output::begin(ours, OwnedFd::from(write).into()).unwrap(), read)
+        (guest, Output::begin(ours, OwnedFd::from(write).into(), &Arc::default()).unwrap(), read)
     }
 
     #[test]

@@ -123,6 +123,9 @@ pub enum Damage {
     /// The disk, or fs-verity, does not give its bytes back.
     #[error("Its {0} can't be read any more.")]
     Unreadable(&'static str, #[source] io::Error),
+    /// A VMM would not go on from it.
+    #[error("It was refused when a clone was to begin: {0}")]
+    Refused(String),
     /// Its record is none.
     #[error(transparent)]
     Record(#[from] RecordError),

@@ -97,6 +97,7 @@ impl Engine {
                     balloon: None,
                     serial: Some(SerialConfig { output: "/dev/stdout".into(), limit_bytes: 1 << 20 }),
                     control: None,
+                    track_dirty: false,
                 };
                 fs::write(&config, serde_json::to_vec(&vm)?)?;
                 command = Command::new(binary);

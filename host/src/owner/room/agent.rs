@@ -10,13 +10,13 @@ use carrel_protocol::agent::{
 use super::super::api::{self, StreamKind};
 use super::super::streams::Purpose;
 use super::{Process, Room, SAMPLE, WORKLOAD};
-use crate::home::random;
+use crate::home::{Task, random};
 use crate::launch;
 use crate::outcome::{Outcome, Step, clean};
 use crate::record::Phase;
 use crate::session::SessionError;
 use crate::spec::{CONTAINER, MOST_ENTRIES, ProcessSpec};
-use crate::timestamp::{now_ms, now_ns};
+use crate::timestamp::{mark, now_ms, now_ns};
 use carrel_protocol::{Message, chain};
 
 /// From the agent's silence to the VMM's end: a guest that restarts or panics takes a moment.
@@ -30,9 +30,16 @@ impl Room {
             (FromAgent::Hello(hello), Phase::Handshaking) if self.pressure.is_none() => self.welcome(&hello),
             (FromAgent::Prepared(prepared), Phase::Preparing) => {
                 tracing::debug!(?prepared, "the payload is in place");
-                if let Err(error) = self.start() {
-                    self.give_up(Outcome::OwnerFailed { message: chain(&error) });
+                self.own.timeline.push(mark("payload unpacked"));
+                match self.own.task {
+                    Task::Template => self.freeze(),
+                    Task::Run | Task::Clone => self.start_or_give_up(),
                 }
+            }
+            (FromAgent::Frozen(_), Phase::Freezing) => self.frozen(),
+            (FromAgent::Awake(awake), _) if self.own.task == Task::Clone => {
+                tracing::debug!(?awake, "the clone is itself");
+                self.own.timeline.push(mark("clone awake"));
             }
             (FromAgent::Started(started), _) => self.started(started.process),
             (FromAgent::Exited(exited), _) => self.exited(&exited),
@@ -81,6 +88,10 @@ impl Room {
             self.tell_agent(Refused { reason: reason.clone() });
             return self.give_up(Outcome::AgentFailed { message: reason });
         }
+        if hello.clone != (self.own.task == Task::Clone) {
+            let message = "it says that it is a clone, or that it is none, and the host knows better".into();
+            return self.give_up(Outcome::AgentFailed { message });
+        }
         tracing::debug!(booted_us = hello.booted_us, kernel = %clean(&hello.kernel), "the agent is there");
         let mut entropy = Entropy([0; 64]);
         if let Err(error) = random(&mut entropy.0) {
@@ -94,6 +105,11 @@ impl Room {
             entropy,
         };
         self.tell_agent(Welcome { version: agent::VERSION, identity });
+        self.own.timeline.push(mark("welcomed"));
+        if self.own.task == Task::Clone {
+            // Its payload is in place. The agent carries this out once it is itself.
+            return self.start_or_give_up();
+        }
         match self.preparation() {
             Ok(prepare) => {
                 let bytes = prepare
@@ -132,6 +148,12 @@ impl Room {
             zips,
             limits: UnpackLimits { bytes, entries: MOST_ENTRIES },
         })
+    }
+
+    fn start_or_give_up(&mut self) {
+        if let Err(error) = self.start() {
+            self.give_up(Outcome::OwnerFailed { message: chain(&error) });
+        }
     }
 
     fn start(&mut self) -> std::io::Result<()> {
@@ -199,6 +221,7 @@ impl Room {
         if id != WORKLOAD || self.record.phase != Phase::Starting {
             return;
         }
+        self.own.timeline.push(mark("workload started"));
         self.record.started_ms = Some(now_ms());
         self.enter(Phase::Running, None);
         self.deadlines.timeout =

@@ -124,7 +124,12 @@ impl Room {
         let process = self.process_of(id);
         let begins = matches!(
             self.record.phase,
-            Phase::Launching | Phase::Handshaking | Phase::Preparing | Phase::Starting
+            Phase::Launching
+                | Phase::Handshaking
+                | Phase::Preparing
+                | Phase::Freezing
+                | Phase::Saving
+                | Phase::Starting
         );
         if process == WORKLOAD && begins {
             if ENDING_SIGNALS.contains(&signal) {
@@ -146,7 +151,12 @@ impl Room {
     /// The stop signal now, SIGKILL after a time.
     pub(super) fn stop_workload(&mut self, timeout_ms: Option<u64>) {
         match self.record.phase {
-            Phase::Launching | Phase::Handshaking | Phase::Preparing | Phase::Starting => {
+            Phase::Launching
+            | Phase::Handshaking
+            | Phase::Preparing
+            | Phase::Freezing
+            | Phase::Saving
+            | Phase::Starting => {
                 self.give_up(Outcome::Stopped { signal: self.own.spec.stop_signal });
             }
             Phase::Running => {

@@ -144,7 +144,8 @@ impl Room {
         tracing::debug!(?end, ?outcome, "the room is over");
         self.record.usage = Some(report.clone());
         let clients: Vec<_> = self.clients.values().map(|client| &client.connection).collect();
-        let told = ToClient::from(api::Ended { outcome: outcome.clone(), usage: Some(report) });
+        let timeline = std::mem::take(&mut self.own.timeline);
+        let told = ToClient::from(api::Ended { outcome: outcome.clone(), usage: Some(report), timeline });
         conclude(self.own, self.record, outcome);
         for client in clients {
             let _ = client.send(&told, &[]);
@@ -203,7 +204,7 @@ fn conclude(own: Ownership, mut record: Record, outcome: Outcome) {
 pub(crate) fn end_without_vmm(own: Ownership, creator: &Connection, outcome: Outcome) {
     let record = Record::read(&own.directory.join("state.json")).unwrap_or_else(|| Record::new(now_ms()));
     conclude(own, record, outcome.clone());
-    let _ = creator.send(&ToClient::from(api::Ended { outcome, usage: None }), &[]);
+    let _ = creator.send(&ToClient::from(api::Ended { outcome, usage: None, timeline: Vec::new() }), &[]);
 }
 
 #[cfg(test)]

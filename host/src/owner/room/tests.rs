@@ -76,6 +76,15 @@ fn begin(spec: RoomSpec) -> (Place, Guest) {
 }
 
 fn begin_with(spec: RoomSpec, patience: Patience) -> (Place, Guest) {
+    begin_task(spec, patience, Task::Run, None)
+}
+
+fn begin_task(
+    spec: RoomSpec,
+    patience: Patience,
+    task: Task,
+    saved: Option<launch::Saved>,
+) -> (Place, Guest) {
     let directory = tempfile::tempdir().unwrap();
     let room = directory.path().join("room");
     std::fs::create_dir(&room).unwrap();
@@ -87,6 +96,8 @@ fn begin_with(spec: RoomSpec, patience: Patience) -> (Place, Guest) {
     let ownership = Ownership {
         id: spec.id.clone().unwrap(),
         spec,
+        task,
+        timeline: Vec::new(),
         directory: room,
         blobs: vec![blob],
         lock: lock.into(),
@@ -94,7 +105,7 @@ fn begin_with(spec: RoomSpec, patience: Patience) -> (Place, Guest) {
     };
     let (life, held) = UnixStream::pair().unwrap();
     let child = testing::stand_in(held.as_fd());
-    let launched = Launched { connection: owners, child, cgroup: None };
+    let launched = Launched { connection: owners, child, cgroup: None, saved };
     let owner = std::thread::spawn(move || Room::begin(ownership, launched, creator).unwrap().serve());
     let (control, theirs) = UnixStream::pair().unwrap();
     control.set_read_timeout(Some(TIME)).unwrap();

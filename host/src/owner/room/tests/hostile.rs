@@ -286,11 +286,14 @@ fn a_command_is_told_why_its_room_could_not_begin() {
     let (creator, command) = Connection::pair().unwrap();
     let (_vmm, owners) = Connection::pair().unwrap();
     let (_life, held) = UnixStream::pair().unwrap();
-    let launched = Launched { connection: owners, child: testing::stand_in(held.as_fd()), cgroup: None };
+    let launched =
+        Launched { connection: owners, child: testing::stand_in(held.as_fd()), cgroup: None, saved: None };
     let ownership = Ownership {
         id: "0123456789ab".parse().unwrap(),
         spec: spec(false),
+        task: Task::Run,
         directory: room.clone(),
+        timeline: Vec::new(),
         blobs: Vec::new(),
         lock: File::create(room.join("lock")).unwrap().into(),
         patience: Patience::default(),
