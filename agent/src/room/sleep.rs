@@ -79,7 +79,7 @@ impl Room {
         let stopped = stop(&running, &lives).await;
         for pumps in lives.iter().filter_map(|live| live.pumps()) {
             match stopped {
-                Ok(()) => pumps.part(),
+                Ok(()) => pumps.part().await,
                 Err(_) => pumps.go_on(),
             }
         }
