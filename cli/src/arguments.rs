@@ -4,6 +4,7 @@ pub(crate) mod images;
 pub(crate) mod invoke;
 pub(crate) mod rooms;
 pub(crate) mod run;
+pub(crate) mod template;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -127,6 +128,8 @@ pub(crate) enum Command {
     Rmi(images::RmiArgs),
     /// Remove what nothing refers to
     Prune(images::PruneArgs),
+    /// List, pin, verify and remove templates, of which rooms are cloned
+    Template(template::TemplateArgs),
     /// Print a shell's completion script
     #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions(CompletionsArgs),

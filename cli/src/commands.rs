@@ -9,6 +9,7 @@ mod report;
 mod rooms;
 mod run;
 mod signals;
+mod template;
 
 use anyhow::Result;
 use clap::CommandFactory;
@@ -35,6 +36,7 @@ pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8>
         Command::Images(args) => images::images(&args, configuration),
         Command::Rmi(args) => images::rmi(&args, configuration),
         Command::Prune(args) => images::prune(&args, configuration),
+        Command::Template(args) => template::template(&args, configuration),
         Command::Completions(args) => completions(&args),
         Command::Version(args) => version(&args),
         Command::Owner(args) => Ok(carrel_host::owner::run(&args.room).map(|()| 0)?),

@@ -161,7 +161,7 @@ impl Outcome {
                     End::Reset => "restarted",
                     End::TripleFault => "triple-faulted",
                     End::Panic => "panicked",
-                    End::Stopped | End::BadConfiguration | End::Kvm | End::Host | End::Internal => "was ended",
+                    End::Stopped | End::BadConfiguration | End::BadSnapshot | End::Kvm | End::Host | End::Internal => "was ended",
                 };
                 match message {
                     Some(message) => format!("The guest {how} before its workload ended: {message}"),

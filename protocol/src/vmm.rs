@@ -290,6 +290,8 @@ pub struct SerialConfig<R> {
 
 /// The configuration file of a VMM on its own.
 pub type VmFile = VmConfig<PathBuf>;
+/// The same for one that goes on from a snapshot.
+pub type RestoreFile = RestoreConfig<PathBuf>;
 
 /// The first vCPU is about to run, and the run filter holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -446,6 +448,8 @@ pub enum End {
     Stopped,
     /// The command line or configuration is wrong.
     BadConfiguration,
+    /// The snapshot is damaged, of another version, or of a machine that this host can't go on with.
+    BadSnapshot,
     /// KVM refused something.
     Kvm,
     /// The host can't give a part of the confinement, or what was handed over is unusable.
@@ -456,13 +460,14 @@ pub enum End {
 
 impl End {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Shutdown,
         Self::Reset,
         Self::TripleFault,
         Self::Panic,
         Self::Stopped,
         Self::BadConfiguration,
+        Self::BadSnapshot,
         Self::Kvm,
         Self::Host,
         Self::Internal,
@@ -473,6 +478,7 @@ impl End {
         match self {
             Self::Shutdown => 0,
             Self::BadConfiguration => 2,
+            Self::BadSnapshot => 3,
             Self::Reset => 10,
             Self::TripleFault => 11,
             Self::Panic => 12,

@@ -1,4 +1,4 @@
-//! The store: images on disk, by content.
+//! The store: images and templates on disk, by content.
 //!
 //! ```text
 //!   oci:DIR  oci-archive:FILE  docker-archive:FILE  docker://NAME
@@ -12,6 +12,8 @@
 //!                        ▼
 //!                     Image: configuration, and layers to be opened read-only
 //! ```
+//!
+//! Beside the images lie [`templates`]: frozen rooms, made from them by the host, whose clones start quicker than an image is unpacked.
 //!
 //! Everything blocks; parallel downloads are threads of a call's own. Many processes may use one store at once: there is no daemon
 //! behind it, only locks that die with their holders. Layers are hashed and never looked into: they are unpacked inside a guest.
@@ -34,6 +36,7 @@ pub mod prune;
 pub mod reference;
 pub mod registry;
 pub mod section;
+pub mod templates;
 
 mod acquire;
 #[cfg(test)]
@@ -56,4 +59,5 @@ pub use platform::Platform;
 pub use prune::{PruneOptions, Pruned};
 pub use reference::Source;
 pub use store::{Store, StoreError};
+pub use templates::{Template, TemplateKey, Templates};
 pub use withdraw::Before;

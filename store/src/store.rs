@@ -19,6 +19,7 @@ use crate::printable::Printable;
 use crate::reference::Source;
 use crate::registry::refusal::RegistryError;
 use crate::section::SectionError;
+use crate::templates::{TemplateError, Templates};
 
 /// Why the store could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -72,13 +73,17 @@ pub enum StoreError {
     /// A file of the user's can't be read.
     #[error(transparent)]
     Section(#[from] SectionError),
+    /// The templates can't be used.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
 }
 
-/// Images and blobs below one folder. Cheap to open and to clone; any number of processes may have it open.
+/// Images, blobs and templates below one folder. Cheap to open and to clone; any number of processes may have it open.
 #[derive(Clone, Debug)]
 pub struct Store {
     pub(crate) blobs: Blobs,
     pub(crate) records: Records,
+    templates: Templates,
 }
 
 impl Store {
@@ -89,7 +94,8 @@ impl Store {
     ///
     /// If the folders can't be created or looked at.
     pub fn open(root: &Path) -> Result<Self, StoreError> {
-        let store = Self { blobs: Blobs::open(root)?, records: Records::open(root)? };
+        let (blobs, records) = (Blobs::open(root)?, Records::open(root)?);
+        let store = Self { blobs, records, templates: Templates::open(root)? };
         store.sweep();
         Ok(store)
     }
@@ -98,6 +104,12 @@ impl Store {
     #[must_use]
     pub fn root(&self) -> &Path {
         self.blobs.root()
+    }
+
+    /// The templates.
+    #[must_use]
+    pub fn templates(&self) -> &Templates {
+        &self.templates
     }
 
     /// Keeps everything that is in the store there while the lease lives. Take one before acquiring an image, and hold it until the
@@ -207,6 +219,9 @@ impl Store {
     fn sweep(&self) {
         if let Err(error) = ingest::sweep(&self.blobs, SystemTime::now(), false, false) {
             tracing::warn!(%error, "what dead processes left was not swept");
+        }
+        if let Err(error) = self.templates.sweep(false) {
+            tracing::warn!(%error, "what dead makers of templates left was not swept");
         }
     }
 }

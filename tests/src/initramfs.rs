@@ -9,7 +9,7 @@ use crate::Carrel;
 
 /// An archive (cpio(5), new ASCII format) that holds nothing, or this program as `/init` and what such programs count on: one whose
 /// standard descriptors are closed opens `/dev/null` for them, or, where there is none, aborts before its `main`.
-fn archive(init: Option<&[u8]>) -> Vec<u8> {
+pub(crate) fn archive(init: Option<&[u8]>) -> Vec<u8> {
     let mut all = Vec::new();
     if let Some(program) = init {
         entry(&mut all, "dev", 0o040_755, (0, 0), &[]);

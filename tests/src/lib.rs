@@ -19,6 +19,7 @@ pub mod functions;
 pub mod initramfs;
 pub mod layout;
 pub mod leftovers;
+pub mod machine;
 pub mod processes;
 pub mod pty;
 pub mod registry;

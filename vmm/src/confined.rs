@@ -4,15 +4,16 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use carrel_protocol::chain;
 use carrel_protocol::confinement::Part;
-use carrel_protocol::vmm::{self, Broken, Configure, End, FromOwner, FromVmm};
+use carrel_protocol::vmm::{self, Broken, Configure, End, FromOwner, FromVmm, Restore};
 
 use crate::jail::{self, Without};
-use crate::machine::{self, Machine};
+use crate::machine::Machine;
 use crate::owner::{Connection, Packet};
 use crate::seccomp::{self, Stage};
+use crate::start::{self, Surroundings};
 use crate::timeline::Timeline;
 
-/// Confines this process, receives a configuration from the owner, boots it and serves it. Returns how it ended.
+/// Confines this process, receives a configuration or a snapshot from the owner, makes its machine and serves it. Returns how it ended.
 pub fn run(connection: Connection, without: &Without) -> End {
     let mut timeline = Timeline::default();
     timeline.mark("start");
@@ -37,6 +38,7 @@ fn share_one_heap() {
 }
 
 fn set_up(owner: &Connection, without: &Without, timeline: &mut Timeline) -> Result<Machine, (End, String)> {
+    let host_kernel = host_kernel();
     jail::enter(owner.as_fd().as_raw_fd(), without).map_err(|e| (End::Host, chain(&e)))?;
     timeline.mark("jail");
     let filters = !without.leaves_out(Part::Seccomp);
@@ -46,15 +48,38 @@ fn set_up(owner: &Connection, without: &Without, timeline: &mut Timeline) -> Res
     timeline.mark("set-up filter");
     let Packet { message, descriptors } =
         owner.receive_first::<FromOwner>().map_err(|e| (End::Host, chain(&e)))?;
-    let FromOwner::Configure(Configure { version, vm }) = message else {
-        return Err((End::BadConfiguration, "the owner's first message is not a configuration".into()));
+    let surroundings = Surroundings { filters, host_kernel };
+    let started = match message {
+        FromOwner::Configure(Configure { version: vmm::VERSION, vm }) => {
+            start::boot(vm, descriptors, surroundings, timeline)
+        }
+        FromOwner::Restore(Restore { version: vmm::VERSION, vm }) => {
+            start::restore(vm, descriptors, surroundings, timeline)
+        }
+        FromOwner::Configure(Configure { version, .. }) | FromOwner::Restore(Restore { version, .. }) => {
+            let message = format!(
+                "the owner speaks version {version} and this carrel-vmm version {}; install both from one build",
+                vmm::VERSION
+            );
+            return Err((End::BadConfiguration, message));
+        }
+        FromOwner::SetBalloon(_)
+        | FromOwner::Pause(_)
+        | FromOwner::Resume(_)
+        | FromOwner::ReadMetrics(_)
+        | FromOwner::Stop(_)
+        | FromOwner::Snapshot(_) => {
+            return Err((End::BadConfiguration, "the owner's first message is not a configuration".into()));
+        }
     };
-    if version != vmm::VERSION {
-        let message = format!(
-            "the owner speaks version {version} and this carrel-vmm version {}; install both from one build",
-            vmm::VERSION
-        );
-        return Err((End::BadConfiguration, message));
-    }
-    machine::boot(vm, descriptors, filters, timeline).map_err(|e| (e.end(), chain(&e)))
+    started.map_err(|e| (e.end(), chain(&e)))
+}
+
+/// `uname -r`, asked for before there are filters.
+fn host_kernel() -> String {
+    // SAFETY: a utsname is plain data.
+    let mut names: libc::utsname = unsafe { std::mem::zeroed() };
+    // SAFETY: `names` is valid for the write.
+    unsafe { libc::uname(&raw mut names) };
+    names.release.iter().take_while(|c| **c != 0).map(|c| char::from(c.cast_unsigned())).collect()
 }

@@ -92,7 +92,7 @@ impl Board {
         };
         drop(inner);
         if let Some(vcpu) = vcpu {
-            vcpu::run(vcpu, &shared);
+            vcpu::run(index, vcpu, &shared);
         }
     }
 

@@ -4,8 +4,8 @@
 //!  main ──> standalone ──┐ opens paths, clones the confined child, is its owner
 //!       └─> owner-fd ────┤
 //!                        v
-//!                     confined ──> jail ──> set-up filter ──> receive Configure
-//!                        └─> machine::boot ──> run filters ──> event loop (this thread) + one thread a vCPU
+//!                     confined ──> jail ──> set-up filter ──> receive Configure, or Restore
+//!                        └─> start::boot, or start::restore ──> run filters ──> event loop (this thread) + one thread a vCPU
 //! ```
 //!
 //! The event thread serves every device, the owner and signals; vCPU threads run the guest and touch a device only
@@ -27,6 +27,8 @@ pub mod ports;
 pub mod resources;
 pub mod seccomp;
 pub mod signal;
+pub mod snapshot;
 pub mod standalone;
+pub mod start;
 pub mod timeline;
 pub mod vcpu;

@@ -2,28 +2,30 @@
 
 use std::fs;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use carrel_protocol::vmm::{End, VmFile};
+use carrel_protocol::vmm::End;
 use carrel_vmm::capabilities;
 use carrel_vmm::confined;
 use carrel_vmm::jail::Without;
 use carrel_vmm::owner::Connection;
-use carrel_vmm::standalone::{self, Options};
+use carrel_vmm::standalone::{self, Beginning, Options};
+use serde::de::DeserializeOwned;
 
 const HELP: &str = "\
 Runs one microVM in this process.
 
 Usage:
-  carrel-vmm --config FILE [--cgroup DIR] [--unconfined[=PARTS]] [--timeline]
+  carrel-vmm --config FILE | --restore FILE [--cgroup DIR] [--unconfined[=PARTS]] [--timeline]
   carrel-vmm --owner-fd N [--unconfined[=PARTS]]
   carrel-vmm --print-kvm
 
 Options:
   --config FILE         a machine's configuration as JSON; what it names is opened, then everything is confined
+  --restore FILE        the same for a machine that goes on from a snapshot (docs/snapshots.md)
   --owner-fd N          receive the configuration, with open descriptors, over the packet socket N
-  --cgroup DIR          with --config: be born in this cgroup v2 directory, made if missing; without: in a new one below one's own
+  --cgroup DIR          with --config, --restore: be born in this cgroup v2 directory, made if missing; without: in a new one below one's own
   --unconfined[=PARTS]  do without parts of the confinement: cgroup, namespaces, capabilities, seccomp; without PARTS: all; may be repeated
   --timeline            print to stderr how long each step of the start took
   --print-config        read the configuration, print it with its defaults, and exit
@@ -34,8 +36,9 @@ Exit status:
    0  the guest powered itself off         12  the guest's kernel panicked
   10  the guest restarted                  13  stopped: by the owner, SIGTERM or SIGINT
   11  the guest triple-faulted
-   2  wrong command line or configuration  21  the host lacks something, a part of the confinement for one
-  20  KVM failed                           22  an inner error of the VMM
+   2  wrong command line or configuration  20  KVM failed
+   3  the snapshot is damaged, or of       21  the host lacks something, a part of the confinement for one
+      another host or version              22  an inner error of the VMM
   128 + n  signal n ended the VMM; 159 (SIGSYS): a system-call filter did
 
 Example:
@@ -49,6 +52,7 @@ Example:
 #[derive(Default)]
 struct Arguments {
     config: Option<PathBuf>,
+    restore: Option<PathBuf>,
     owner: Option<RawFd>,
     cgroup: Option<PathBuf>,
     without: Without,
@@ -86,6 +90,7 @@ fn parse() -> Result<Option<Arguments>, String> {
             }
             "--print-kvm" => arguments.print_kvm = true,
             "--config" => arguments.config = Some(value()?.into()),
+            "--restore" => arguments.restore = Some(value()?.into()),
             "--cgroup" => arguments.cgroup = Some(value()?.into()),
             "--owner-fd" => {
                 let number = value()?.into_string().ok().and_then(|n| n.parse().ok()).filter(|n| *n > 2);
@@ -100,10 +105,10 @@ fn parse() -> Result<Option<Arguments>, String> {
             },
         }
     }
-    match (&arguments.config, arguments.owner) {
-        (Some(_), None) | (None, Some(_)) => Ok(Some(arguments)),
-        (None, None) if arguments.print_kvm => Ok(Some(arguments)),
-        _ => Err("one of --config, --owner-fd and --print-kvm is needed".into()),
+    match (&arguments.config, &arguments.restore, arguments.owner) {
+        (Some(_), None, None) | (None, Some(_), None) | (None, None, Some(_)) => Ok(Some(arguments)),
+        (None, None, None) if arguments.print_kvm => Ok(Some(arguments)),
+        _ => Err("one of --config, --restore, --owner-fd and --print-kvm is needed".into()),
     }
 }
 
@@ -120,24 +125,33 @@ fn run(arguments: &Arguments) -> u8 {
     if arguments.print_kvm {
         return print_kvm().status();
     }
-    let Some(path) = &arguments.config else { return End::BadConfiguration.status() };
-    let vm: VmFile = match fs::read(path)
-        .map_err(|e| e.to_string())
-        .and_then(|text| serde_json::from_slice(&text).map_err(|e| e.to_string()))
-    {
-        Ok(vm) => vm,
-        Err(why) => {
-            eprintln!("carrel-vmm: {} is no usable configuration: {why}", path.display());
-            return End::BadConfiguration.status();
+    match beginning(arguments) {
+        Ok(beginning) if arguments.print_config => print_config(&beginning).status(),
+        Ok(beginning) => run_alone(beginning, arguments),
+        Err(message) => {
+            eprintln!("carrel-vmm: {message}");
+            End::BadConfiguration.status()
         }
-    };
-    if arguments.print_config {
-        return print_config(&vm).status();
     }
-    run_alone(vm, arguments)
 }
 
-fn run_alone(vm: VmFile, arguments: &Arguments) -> u8 {
+/// Reads the file that says how the machine begins.
+fn beginning(arguments: &Arguments) -> Result<Beginning, String> {
+    match (&arguments.config, &arguments.restore) {
+        (Some(path), _) => read(path).map(Beginning::Boot),
+        (None, Some(path)) => read(path).map(Beginning::Restore),
+        (None, None) => Err("a configuration is needed".into()),
+    }
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<T, String> {
+    fs::read(path)
+        .map_err(|e| e.to_string())
+        .and_then(|text| serde_json::from_slice(&text).map_err(|e| e.to_string()))
+        .map_err(|why| format!("{} is no usable configuration: {why}", path.display()))
+}
+
+fn run_alone(beginning: Beginning, arguments: &Arguments) -> u8 {
     for part in arguments.without.parts() {
         eprintln!("carrel-vmm: running without this part of the confinement: {part}");
     }
@@ -146,7 +160,7 @@ fn run_alone(vm: VmFile, arguments: &Arguments) -> u8 {
         cgroup: arguments.cgroup.clone(),
         timeline: arguments.timeline,
     };
-    match standalone::run(vm, &options) {
+    match standalone::run(beginning, &options) {
         Ok(outcome) => outcome.status(),
         Err(e) => {
             eprintln!("carrel-vmm: {}", carrel_protocol::chain(&e));
@@ -160,8 +174,12 @@ fn run_alone(vm: VmFile, arguments: &Arguments) -> u8 {
     }
 }
 
-fn print_config(vm: &VmFile) -> End {
-    match serde_json::to_string_pretty(vm) {
+fn print_config(beginning: &Beginning) -> End {
+    let text = match beginning {
+        Beginning::Boot(vm) => serde_json::to_string_pretty(vm),
+        Beginning::Restore(vm) => serde_json::to_string_pretty(vm),
+    };
+    match text {
         Ok(text) => {
             println!("{text}");
             End::Shutdown

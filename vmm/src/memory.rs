@@ -5,11 +5,23 @@
 //!  | low memory | devices, APIC | high memory …
 //! ```
 //!
-//! Up to 64 GiB, anonymous and private, reserved only as it is touched.
+//! Up to 64 GiB, private, reserved only as it is touched: anonymous at a boot, of a memory file at a restore. A memory file holds the ranges one
+//! after the other, without the hole.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use carrel_protocol::units::MemoryMib;
+use carrel_protocol::vmm::End;
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 /// Where low memory ends at the latest and device addresses begin.
 pub const GAP_START: u64 = 0xd000_0000;
@@ -30,6 +42,29 @@ pub enum MemoryError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The memory file is not of this machine.
+    #[error(
+        "the snapshot's memory file has {bytes} bytes and its machine {expected}; it is damaged, or of another snapshot"
+    )]
+    Length {
+        /// The file's.
+        bytes: u64,
+        /// The machine's.
+        expected: u64,
+    },
+    /// The memory file can't be measured.
+    #[error("the snapshot's memory file can't be measured")]
+    Measure(#[source] io::Error),
+}
+
+impl MemoryError {
+    /// Under which end of the process this falls.
+    pub fn end(&self) -> End {
+        match self {
+            Self::Map { .. } | Self::Measure(_) => End::Host,
+            Self::Length { .. } => End::BadSnapshot,
+        }
+    }
 }
 
 /// The ranges that a memory of this size has, in ascending order.
@@ -60,6 +95,149 @@ pub fn allocate(memory: MemoryMib, huge_pages: bool) -> Result<GuestMemoryMmap, 
         }
     }
     Ok(mapped)
+}
+
+/// Maps a memory file copy-on-write: every clone of a snapshot shares what none of them has written.
+///
+/// # Errors
+///
+/// The file is not as long as the machine's memory, or can't be mapped.
+pub fn map(memory: MemoryMib, file: OwnedFd) -> Result<GuestMemoryMmap, MemoryError> {
+    let mut file = File::from(file);
+    let bytes = file.seek(SeekFrom::End(0)).map_err(MemoryError::Measure)?;
+    if bytes != memory.bytes() {
+        return Err(MemoryError::Length { bytes, expected: memory.bytes() });
+    }
+    let refused = |source| MemoryError::Map { mib: memory.get(), source };
+    let file = Arc::new(file);
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for (start, size) in ranges(memory) {
+        let mapping = MmapRegionBuilder::new(size)
+            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .build()
+            .map_err(|e| refused(Box::new(e)))?;
+        offset += u64::try_from(size).unwrap_or(u64::MAX);
+        // SAFETY: the range is the mapping just made, and the advice does not change what it holds.
+        unsafe { libc::madvise(mapping.as_ptr().cast(), size, libc::MADV_DONTDUMP) };
+        let region = GuestRegionMmap::new(mapping, start);
+        regions.push(region.ok_or_else(|| refused("its addresses overflow".into()))?);
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(|e| refused(Box::new(e)))
+}
+
+/// A page as snapshots know it, bytes.
+pub const PAGE: usize = 4096;
+
+/// Which pages devices have written, so that a differential snapshot has them: KVM's own log knows what vCPUs and KVM wrote. Without a machine that is
+/// tracked it notes nothing and costs nothing.
+#[derive(Clone, Debug, Default)]
+pub struct Written(Option<Arc<Vec<Pages>>>);
+
+/// A range's mapping and a bit for each of its pages.
+#[derive(Debug)]
+struct Pages {
+    start: usize,
+    length: usize,
+    bits: Vec<AtomicU64>,
+}
+
+impl Written {
+    /// Notes what is written to this memory.
+    pub fn tracked(memory: &GuestMemoryMmap) -> Self {
+        let pages = |region: &GuestRegionMmap| {
+            let length = usize::try_from(region.len()).unwrap_or(0);
+            let bits = (0..(length / PAGE).div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+            Pages { start: region.as_ptr().addr(), length, bits }
+        };
+        Self(Some(Arc::new(memory.iter().map(pages).collect())))
+    }
+
+    /// Whether anything is noted.
+    pub fn is_tracked(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// A device writes to these bytes of the mapping.
+    pub fn mark(&self, start: *const u8, length: usize) {
+        let Some(all) = &self.0 else { return };
+        for pages in all.iter() {
+            let Some(from) = start.addr().checked_sub(pages.start).filter(|from| *from < pages.length) else {
+                continue;
+            };
+            let to = from.saturating_add(length).min(pages.length);
+            for page in from / PAGE..to.div_ceil(PAGE) {
+                if let Some(word) = pages.bits.get(page / 64) {
+                    word.fetch_or(1 << (page % 64), Ordering::Relaxed);
+                }
+            }
+        }
+    }
+
+    /// What was marked since the last time, 64 pages a word, for each range.
+    pub fn take(&self) -> Vec<Vec<u64>> {
+        let of = |pages: &Pages| pages.bits.iter().map(|word| word.swap(0, Ordering::Relaxed)).collect();
+        self.0.as_ref().map(|all| all.iter().map(of).collect()).unwrap_or_default()
+    }
+}
+
+/// Which pages of a range are saved.
+#[derive(Clone, Copy, Debug)]
+pub enum Selection<'a> {
+    /// All that are not zeros, into a file that is a hole.
+    NotZero,
+    /// Those with a bit, 64 pages a word.
+    These(&'a [u64]),
+}
+
+/// Writes a range's pages to their places in the memory file and returns how many bytes that were. Nobody may write to the memory meanwhile.
+///
+/// # Errors
+///
+/// The file's.
+pub fn save(region: &GuestRegionMmap, file: &File, offset: u64, selection: Selection<'_>) -> io::Result<u64> {
+    let length = usize::try_from(region.len()).map_err(io::Error::other)?;
+    // SAFETY: the mapping is readable and lives as long as the region; vCPUs are outside of the guest and devices are served by this very thread, so that
+    // nobody writes to it.
+    let bytes = unsafe { std::slice::from_raw_parts(region.as_ptr().cast_const(), length) };
+    let selected = |index: usize, page: &[u8]| match selection {
+        Selection::NotZero => !is_zero(page),
+        Selection::These(words) => words.get(index / 64).is_some_and(|word| word >> (index % 64) & 1 == 1),
+    };
+    let mut written = 0;
+    let mut run: Option<(usize, usize)> = None;
+    let mut flush = |run: Option<(usize, usize)>| -> io::Result<()> {
+        let Some(part) = run.and_then(|(start, end)| Some((start, bytes.get(start..end)?))) else {
+            return Ok(());
+        };
+        written += u64::try_from(part.1.len()).unwrap_or(0);
+        file.write_all_at(part.1, offset + u64::try_from(part.0).unwrap_or(0))
+    };
+    for (index, page) in bytes.chunks(PAGE).enumerate() {
+        let start = index * PAGE;
+        match (selected(index, page), run) {
+            (true, Some((first, end))) if end == start && end - first < RUN => {
+                run = Some((first, start + page.len()))
+            }
+            (true, before) => {
+                flush(before)?;
+                run = Some((start, start + page.len()));
+            }
+            (false, _) => {}
+        }
+    }
+    flush(run)?;
+    Ok(written)
+}
+
+/// Bytes written by one call at most.
+const RUN: usize = 1 << 20;
+
+fn is_zero(page: &[u8]) -> bool {
+    let (words, rest) = page.as_chunks::<64>();
+    words.iter().all(|word| *word == [0; 64]) && rest.iter().all(|byte| *byte == 0)
 }
 
 #[cfg(test)]

@@ -9,11 +9,11 @@
 //!
 //! Everything else reads as all ones and takes writes silently, as an empty bus does.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use carrel_protocol::vmm::End;
 
-use crate::devices::serial::{SERIAL_PORTS, SerialPort};
+use crate::devices::serial::{SERIAL_PORTS, SerialPort, SerialState};
 
 const KEYBOARD_COMMAND: u16 = 0x64;
 const RESET_PULSE: u8 = 0xfe;
@@ -32,6 +32,12 @@ impl Ports {
     /// A bus with or without a serial port.
     pub fn new(serial: Option<SerialPort>) -> Self {
         Self { serial: serial.map(Mutex::new) }
+    }
+
+    /// The serial port's registers, to be saved.
+    pub fn serial_state(&self) -> Option<SerialState> {
+        // No code panics while it holds this; a poisoned lock's content is still right.
+        self.serial.as_ref().map(|serial| serial.lock().unwrap_or_else(PoisonError::into_inner).state())
     }
 
     /// The guest reads from a port.

@@ -11,7 +11,8 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use carrel_protocol::vmm::{
-    BlockConfig, Descriptor, End, Kernel, MAX_BLOCKS, SerialConfig, VmConfig, VmFile, VsockConfig,
+    BlockConfig, Descriptor, End, Kernel, MAX_BLOCKS, RestoreConfig, RestoreFile, RestoredBlock,
+    SerialConfig, VmConfig, VmFile, VsockConfig,
 };
 use thiserror::Error;
 
@@ -69,28 +70,59 @@ pub fn from_owner(
     vm: VmConfig<Descriptor>,
     descriptors: Vec<OwnedFd>,
 ) -> Result<VmConfig<OwnedFd>, ResourceError> {
+    hand_out(descriptors, |each| convert(vm, each))
+}
+
+/// The same for a machine that goes on from a snapshot.
+pub fn restored_from_owner(
+    vm: RestoreConfig<Descriptor>,
+    descriptors: Vec<OwnedFd>,
+) -> Result<RestoreConfig<OwnedFd>, ResourceError> {
+    hand_out(descriptors, |each| convert_restored(vm, each))
+}
+
+/// Opens each path for its field, with the access that the field needs and no more.
+pub fn from_file(vm: VmFile) -> Result<(VmConfig<Descriptor>, Vec<OwnedFd>), ResourceError> {
+    open_all(|each| convert(vm, each))
+}
+
+/// The same for a machine that goes on from a snapshot.
+pub fn restored_from_file(
+    vm: RestoreFile,
+) -> Result<(RestoreConfig<Descriptor>, Vec<OwnedFd>), ResourceError> {
+    open_all(|each| convert_restored(vm, each))
+}
+
+/// What a resource becomes: its field, and itself.
+type Each<'a, A, B> = &'a mut dyn FnMut(&'static str, A) -> Result<B, ResourceError>;
+
+fn hand_out<T>(
+    descriptors: Vec<OwnedFd>,
+    convert: impl FnOnce(Each<'_, Descriptor, OwnedFd>) -> Result<T, ResourceError>,
+) -> Result<T, ResourceError> {
     let mut slots: Vec<Option<OwnedFd>> = descriptors.into_iter().map(Some).collect();
-    let opened = convert(vm, |what, Descriptor(index)| {
+    let converted = convert(&mut |what, Descriptor(index)| {
         slots
             .get_mut(usize::from(index))
             .and_then(Option::take)
             .ok_or(ResourceError::NoDescriptor { what, index })
     })?;
     match slots.iter().flatten().count() {
-        0 => Ok(opened),
+        0 => Ok(converted),
         count => Err(ResourceError::LeftOver { count }),
     }
 }
 
-/// Opens each path for its field, with the access that the field needs and no more.
-pub fn from_file(vm: VmFile) -> Result<(VmConfig<Descriptor>, Vec<OwnedFd>), ResourceError> {
+fn open_all<T>(
+    convert: impl FnOnce(Each<'_, PathBuf, Descriptor>) -> Result<T, ResourceError>,
+) -> Result<(T, Vec<OwnedFd>), ResourceError> {
     let mut opened = Vec::new();
-    let indexed = convert(vm, |what, path: PathBuf| {
+    let converted = convert(&mut |what, path: PathBuf| {
         let fd = open(what, &path).map_err(|source| ResourceError::Open { what, path, source })?;
         opened.push(fd);
         Ok(Descriptor(u8::try_from(opened.len() - 1).unwrap_or(u8::MAX)))
     })?;
-    Ok((indexed, opened))
+    Ok((converted, opened))
 }
 
 const KVM: &str = "kvm";
@@ -143,14 +175,44 @@ fn listen_for_packets(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// The one walk over every resource of a configuration.
-fn convert<A, B>(
-    vm: VmConfig<A>,
-    mut each: impl FnMut(&'static str, A) -> Result<B, ResourceError>,
-) -> Result<VmConfig<B>, ResourceError> {
-    if vm.blocks.len() > MAX_BLOCKS {
-        return Err(ResourceError::TooManyBlocks { count: vm.blocks.len() });
+fn count_blocks(count: usize) -> Result<(), ResourceError> {
+    if count > MAX_BLOCKS { Err(ResourceError::TooManyBlocks { count }) } else { Ok(()) }
+}
+
+/// The one walk over every resource of a snapshot's machine.
+fn convert_restored<A, B>(
+    vm: RestoreConfig<A>,
+    each: Each<'_, A, B>,
+) -> Result<RestoreConfig<B>, ResourceError> {
+    count_blocks(vm.blocks.len())?;
+    let mut maybe = |what, resource: Option<A>| resource.map(|r| each(what, r)).transpose();
+    let mut blocks = Vec::new();
+    for RestoredBlock { id, base, overlay, limit } in vm.blocks {
+        let (base, overlay) = (maybe("disk base", base)?, maybe(OVERLAY, overlay)?);
+        blocks.push(RestoredBlock { id, base, overlay, limit });
     }
+    let serial = match vm.serial {
+        Some(SerialConfig { output, limit_bytes }) => {
+            maybe(SERIAL, Some(output))?.map(|output| SerialConfig { output, limit_bytes })
+        }
+        None => None,
+    };
+    let (vsock, control) = (maybe(VSOCK, vm.vsock)?, maybe(CONTROL, vm.control)?);
+    Ok(RestoreConfig {
+        kvm: each(KVM, vm.kvm)?,
+        state: each("state file", vm.state)?,
+        memory: each("memory file", vm.memory)?,
+        vsock,
+        blocks,
+        serial,
+        control,
+        track_dirty: vm.track_dirty,
+    })
+}
+
+/// The one walk over every resource of a configuration.
+fn convert<A, B>(vm: VmConfig<A>, each: Each<'_, A, B>) -> Result<VmConfig<B>, ResourceError> {
+    count_blocks(vm.blocks.len())?;
     let mut maybe = |what, resource: Option<A>| resource.map(|r| each(what, r)).transpose();
     let mut blocks = Vec::new();
     for BlockConfig { id, base, overlay, size_bytes, limit } in vm.blocks {
@@ -184,6 +246,7 @@ fn convert<A, B>(
         balloon: vm.balloon,
         serial,
         control,
+        track_dirty: vm.track_dirty,
     })
 }
 

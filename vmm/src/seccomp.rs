@@ -90,6 +90,32 @@ const fn read_write<T>(number: u64) -> u64 {
 
 const KVM_RUN: u64 = io(0x80);
 const SET_GSI_ROUTING: u64 = write::<kvm::kvm_irq_routing>(0x6a);
+const CHECK_EXTENSION: u64 = io(0x03);
+/// KVM_KVMCLOCK_CTRL
+const ANNOUNCE_PAUSE: u64 = io(0xad);
+/// What a vCPU reads of itself for a snapshot. It writes nothing: what would set a register is in no run filter.
+const SAVE_VCPU: [u64; 12] = [
+    read::<kvm::kvm_regs>(0x81),        // KVM_GET_REGS
+    read::<kvm::kvm_sregs>(0x83),       // KVM_GET_SREGS
+    read_write::<kvm::kvm_msrs>(0x88),  // KVM_GET_MSRS
+    read::<kvm::kvm_lapic_state>(0x8e), // KVM_GET_LAPIC
+    read::<kvm::kvm_mp_state>(0x98),    // KVM_GET_MP_STATE
+    read::<kvm::kvm_vcpu_events>(0x9f), // KVM_GET_VCPU_EVENTS
+    read::<kvm::kvm_debugregs>(0xa1),   // KVM_GET_DEBUGREGS
+    io(0xa3),                           // KVM_GET_TSC_KHZ
+    read::<kvm::kvm_xsave>(0xa4),       // KVM_GET_XSAVE
+    read::<kvm::kvm_xcrs>(0xa6),        // KVM_GET_XCRS
+    SET_GSI_ROUTING,
+    ANNOUNCE_PAUSE,
+];
+/// What the event thread asks for a snapshot.
+const SAVE_MACHINE: &[u64] = &[
+    CHECK_EXTENSION,
+    read_write::<kvm::kvm_msr_list>(0x02), // KVM_GET_MSR_INDEX_LIST
+    read_write::<kvm::kvm_cpuid2>(0x05),   // KVM_GET_SUPPORTED_CPUID
+    write::<kvm::kvm_dirty_log>(0x42),     // KVM_GET_DIRTY_LOG
+    read::<kvm::kvm_clock_data>(0x7c),     // KVM_GET_CLOCK
+];
 /// ioctl(2) requests of the set-up. KVM_RUN and the routes are there for the filters' stacking, KVM_RUN first since each entry into the guest
 /// passes here too.
 const KVM_REQUESTS: &[u64] = &[
@@ -113,6 +139,14 @@ const KVM_REQUESTS: &[u64] = &[
     write::<kvm::kvm_cpuid2>(0x90),     // KVM_SET_CPUID2
     write::<kvm::kvm_enable_cap>(0xa3), // KVM_ENABLE_CAP
     write::<kvm::kvm_xcrs>(0xa7),       // KVM_SET_XCRS
+    // What a machine that goes on from a snapshot is given beside.
+    write::<kvm::kvm_clock_data>(0x7b),  // KVM_SET_CLOCK
+    write::<kvm::kvm_lapic_state>(0x8f), // KVM_SET_LAPIC
+    write::<kvm::kvm_mp_state>(0x99),    // KVM_SET_MP_STATE
+    write::<kvm::kvm_vcpu_events>(0xa0), // KVM_SET_VCPU_EVENTS
+    write::<kvm::kvm_debugregs>(0xa2),   // KVM_SET_DEBUGREGS
+    io(0xa2),                            // KVM_SET_TSC_KHZ
+    write::<kvm::kvm_xsave>(0xa5),       // KVM_SET_XSAVE
 ];
 
 const EXECUTABLE: u64 = 4; // PROT_EXEC
@@ -135,12 +169,14 @@ use Who::{Both, Events, SetUp, Vcpu};
 const CALLS: &[Call] = &[
     // The guest.
     call(libc::SYS_ioctl, SetUp, &[OneOf(1, KVM_REQUESTS)], "make the VM, its vCPUs and their state"),
+    call(libc::SYS_ioctl, Vcpu, &[OneOf(1, &[KVM_RUN])], "run the guest"),
     call(
         libc::SYS_ioctl,
         Vcpu,
-        &[OneOf(1, &[KVM_RUN, SET_GSI_ROUTING])],
-        "run the guest; route an interrupt where the guest wants it",
+        &[OneOf(1, &SAVE_VCPU)],
+        "route an interrupt where the guest wants it; read the vCPU's state for a snapshot",
     ),
+    call(libc::SYS_ioctl, Events, &[OneOf(1, SAVE_MACHINE)], "read the machine's state for a snapshot"),
     // Threads.
     call(libc::SYS_clone, SetUp, &[OneOf(0, THREAD)], "start the vCPUs' threads"),
     call(libc::SYS_set_robust_list, SetUp, &[], "a new thread's start in libc"),

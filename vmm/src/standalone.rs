@@ -1,8 +1,8 @@
-//! A VMM on its own: `carrel-vmm --config vm.json`.
+//! A VMM on its own: `carrel-vmm --config vm.json`, or `--restore vm.json`.
 //!
 //! ```text
 //!  launcher ── opens every path ── clone3 ──▶ the confined VMM
-//!     │  maps its user, sends Configure over a socketpair: it is an owner like any other
+//!     │  maps its user, sends Configure or Restore over a socketpair: it is an owner like any other
 //!     └─ puts what the guest dials through to <socket>_<port>; forwards SIGTERM and SIGINT; exits as the VMM does
 //! ```
 
@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 
 use carrel_protocol::confinement::Part;
 use carrel_protocol::vmm::{
-    self, Broken, Configure, Dialled, End, Ended, FromOwner, FromVmm, Mark, Stop, VmFile,
+    self, Broken, Configure, Dialled, End, Ended, FromOwner, FromVmm, Mark, Restore, RestoreFile, Stop,
+    VmFile,
 };
 use thiserror::Error;
 
@@ -85,11 +86,45 @@ impl Outcome {
     }
 }
 
+/// How the machine begins.
+#[derive(Debug)]
+pub enum Beginning {
+    /// With its kernel.
+    Boot(VmFile),
+    /// Where a snapshot ends.
+    Restore(RestoreFile),
+}
+
+impl Beginning {
+    /// Paths of the sockets that it makes: vsock's and the control socket's.
+    fn sockets(&self) -> [Option<PathBuf>; 2] {
+        match self {
+            Self::Boot(vm) => [vm.vsock.as_ref().and_then(|vsock| vsock.socket.clone()), vm.control.clone()],
+            Self::Restore(vm) => [vm.vsock.clone(), vm.control.clone()],
+        }
+    }
+
+    /// The first message to the VMM, with the descriptors that it names.
+    fn open(self) -> Result<(FromOwner, Vec<OwnedFd>), ResourceError> {
+        Ok(match self {
+            Self::Boot(vm) => {
+                let (vm, descriptors) = resources::from_file(vm)?;
+                (Configure { version: vmm::VERSION, vm }.into(), descriptors)
+            }
+            Self::Restore(vm) => {
+                let (vm, descriptors) = resources::restored_from_file(vm)?;
+                (Restore { version: vmm::VERSION, vm }.into(), descriptors)
+            }
+        })
+    }
+}
+
 /// Runs the machine to its end.
-pub fn run(vm: VmFile, options: &Options) -> Result<Outcome, StandaloneError> {
-    let dial = vm.vsock.as_ref().and_then(|vsock| vsock.socket.clone());
-    let made = SocketFiles::of(&vm);
-    let (vm, descriptors) = resources::from_file(vm)?;
+pub fn run(beginning: Beginning, options: &Options) -> Result<Outcome, StandaloneError> {
+    let sockets = beginning.sockets();
+    let made = SocketFiles::of(&sockets);
+    let [dial, _] = sockets;
+    let (first, descriptors) = beginning.open()?;
     let cgroup = match &options.cgroup {
         _ if options.without.leaves_out(Part::Cgroup) => None,
         Some(path) => Some(Cgroup::open(path)),
@@ -103,7 +138,7 @@ pub fn run(vm: VmFile, options: &Options) -> Result<Outcome, StandaloneError> {
     let (ours, theirs) = Connection::pair()?;
     let child = clone_confined(cgroup.as_ref(), options, theirs)?;
     let borrowed: Vec<BorrowedFd<'_>> = descriptors.iter().map(AsFd::as_fd).collect();
-    ours.send(&FromOwner::from(Configure { version: vmm::VERSION, vm }), &borrowed)?;
+    ours.send(&first, &borrowed)?;
     drop(borrowed);
     drop(descriptors);
     let last_word = serve(&ours, dial.as_deref(), options.timeline)?;
@@ -136,10 +171,9 @@ fn wordless(status: i32) -> Outcome {
 struct SocketFiles(Vec<PathBuf>);
 
 impl SocketFiles {
-    fn of(vm: &VmFile) -> Self {
-        let vsock = vm.vsock.as_ref().and_then(|vsock| vsock.socket.clone());
+    fn of(sockets: &[Option<PathBuf>]) -> Self {
         // Just those that are not there yet: somebody else's file is not ours to remove.
-        Self(vsock.into_iter().chain(vm.control.clone()).filter(|path| !path.exists()).collect())
+        Self(sockets.iter().flatten().filter(|path| !path.exists()).cloned().collect())
     }
 }
 
@@ -306,7 +340,9 @@ fn serve(
                     return Ok(Some(end));
                 }
                 FromVmm::Ended(Ended { end, detail }) => {
-                    if let (End::Kvm | End::Host | End::Internal, Some(detail)) = (end, detail) {
+                    if let (End::BadSnapshot | End::Kvm | End::Host | End::Internal, Some(detail)) =
+                        (end, detail)
+                    {
                         eprintln!("carrel-vmm: {detail}");
                     }
                     return Ok(Some(end));
@@ -314,7 +350,7 @@ fn serve(
                 FromVmm::DeviceStopped(stopped) => {
                     eprintln!("carrel-vmm: {} stopped: {:?}", stopped.device, stopped.reason);
                 }
-                FromVmm::Done(_) | FromVmm::Refused(_) | FromVmm::Metrics(_) => {}
+                FromVmm::Done(_) | FromVmm::Refused(_) | FromVmm::Metrics(_) | FromVmm::Snapshotted(_) => {}
             },
             Err(OwnerError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {}
             // It ended before it read our Stop (unix(7)); its last words come with the next packet.

@@ -74,14 +74,14 @@ pub(crate) struct RmiArgs {
 const PRUNE_EXAMPLES: &str = "\
 Examples:
   carrel prune                    what no image refers to, and rooms that ended
-  carrel prune --all              also every image that no room uses
+  carrel prune --all              also every image that no room uses, and templates
   carrel prune --all --older-than 7d --dry-run";
 
 /// `carrel prune`.
 #[derive(Debug, Args)]
 #[command(after_help = PRUNE_EXAMPLES)]
 pub(crate) struct PruneArgs {
-    /// Also images, not just what belongs to none
+    /// Also images, not just what belongs to none, and templates that are not pinned
     #[arg(short, long)]
     pub(crate) all: bool,
     /// Say what would go, remove nothing

@@ -5,11 +5,12 @@ use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 use carrel_host::timestamp::rfc3339_of;
+use carrel_store::templates::TemplatePolicy;
 use carrel_store::{Digest, PruneOptions};
 use serde_json::{Value, json};
 
 use super::run::without;
-use super::{payload, place};
+use super::{payload, place, template};
 use crate::arguments::images::{ImagesArgs, PruneArgs, PullArgs, RmiArgs};
 use crate::arguments::run::Pull;
 use crate::configuration::Configuration;
@@ -147,24 +148,34 @@ pub(crate) fn prune(args: &PruneArgs, configuration: &Configuration) -> Result<u
         ..PruneOptions::default()
     };
     let pruned = store.prune(&options)?;
+    let policy = TemplatePolicy {
+        all: args.all,
+        older_than: args.older_than.filter(|_| args.all),
+        most_bytes: None,
+        dry_run: args.dry_run,
+    };
+    let templates = store.templates().prune(&policy)?;
+    let freed = pruned.bytes.saturating_add(templates.bytes);
     if args.json {
         let object = json!({
             "rooms": removed,
             "images": pruned.images,
             "blobs": pruned.blobs.iter().map(ToString::to_string).collect::<Vec<_>>(),
-            "freed_bytes": pruned.bytes,
+            "templates": template::keys(&templates),
+            "freed_bytes": freed,
             "dry_run": args.dry_run,
         });
         failure::print(format_args!("{}\n", serde_json::to_string_pretty(&object)?))?;
         return Ok(0);
     }
     let verb = if args.dry_run { "would remove" } else { "removed" };
-    for (kind, names) in [("room", &removed), ("image", &pruned.images)] {
+    let keys: Vec<String> = template::keys(&templates).into_iter().map(str::to_owned).collect();
+    for (kind, names) in [("room", &removed), ("image", &pruned.images), ("template", &keys)] {
         for name in names {
             failure::print(format_args!("{verb} {kind} {name}\n"))?;
         }
     }
-    let (blobs, freed) = (pruned.blobs.len(), size::human(pruned.bytes));
+    let (blobs, freed) = (pruned.blobs.len(), size::human(freed));
     failure::print(format_args!("{verb} {blobs} blobs, {freed}\n"))?;
     Ok(0)
 }

@@ -182,7 +182,7 @@ fn told(conclusion: &Conclusion) -> String {
             End::Reset => "the guest restarted".into(),
             End::TripleFault => "the guest triple-faulted".into(),
             End::Panic => "the guest's kernel panicked".into(),
-            End::Stopped | End::BadConfiguration | End::Kvm | End::Host | End::Internal => {
+            End::Stopped | End::BadConfiguration | End::BadSnapshot | End::Kvm | End::Host | End::Internal => {
                 format!("the VMM ended with status {}", end.status())
             }
         },

@@ -1,7 +1,7 @@
 //! virtio-balloon (virtio §5.5): memory that the guest does not need goes back to the host.
 //!
 //! Queues: 0 inflate, 1 deflate, 2 free-page reporting where it is offered (drivers number just the queues that are). Given pages are dropped by
-//! MADV_DONTNEED; a guest that touches one again finds zeros in it, as the device promises.
+//! MADV_DONTNEED; a guest that touches one again finds zeros in it, or in a clone what its template had there. Neither is promised (§5.5.6).
 
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
@@ -72,6 +72,11 @@ impl Balloon {
         DeviceState::Balloon { target_pages: self.target_pages, actual_pages: self.actual_pages }
     }
 
+    /// Takes over saved sizes. What was given back is given back no more: a clone's memory begins as its template's.
+    pub fn restore(&mut self, target_pages: u32, actual_pages: u32) {
+        (self.target_pages, self.actual_pages) = (target_pages, actual_pages);
+    }
+
     /// A reset driver has taken all its pages back.
     pub fn reset(&mut self) {
         self.actual_pages = 0;
@@ -137,8 +142,8 @@ impl Balloon {
     }
 
     fn give_back(&mut self, start: *mut u8, length: usize) {
-        // SAFETY: the range lies in guest memory, which is private and anonymous: it reads as zeros afterwards, and only
-        // the guest, who gave it away, and devices that it names these pages to look at it.
+        // SAFETY: the range lies in guest memory, which is private: it reads as zeros or as the template's file afterwards, and only the guest, who gave it
+        // away, and devices that it names these pages to look at it.
         if unsafe { libc::madvise(start.cast(), length, libc::MADV_DONTNEED) } == 0 {
             self.reclaimed_bytes += u64::try_from(length).unwrap_or(0);
         }

@@ -6,8 +6,8 @@
 //!   write:  overlay; a block that is only partly written is first copied up from the base
 //! ```
 //!
-//! A bitmap says which 4 KiB blocks the overlay holds. It is state to be saved: a fresh overlay under a file system that is mounted would
-//! corrupt it. Data goes between file and guest memory without a copy of ours (`preadv`, `pwritev`). Requests are carried out at once, on the
+//! A bitmap says which 4 KiB blocks the overlay holds. Before a snapshot the overlay is completed ([`Block::complete`]): then it is the base of every clone, whose
+//! own overlay begins empty. Data goes between file and guest memory without a copy of ours (`preadv`, `pwritev`). Requests are carried out at once, on the
 //! event thread: a room has a page cache beneath it, and a slow disk slows its own room alone.
 
 mod file;
@@ -26,7 +26,6 @@ use virtio_bindings::bindings::virtio_blk as wire;
 use super::bucket::Bucket;
 use super::buffers::{Buffers, Fault, Ranges};
 use super::ring::Ring;
-use super::state::DeviceState;
 
 const SECTOR: u64 = 512;
 /// The unit of the bitmap.
@@ -206,19 +205,24 @@ impl Block {
         config
     }
 
-    /// State to be saved.
-    pub fn state(&self) -> DeviceState {
-        DeviceState::Block { present: self.present.clone() }
-    }
-
-    /// Takes over saved state; false if it is not of a disk like this one.
-    #[must_use]
-    pub fn restore(&mut self, present: Vec<u64>) -> bool {
-        let fits = present.len() == self.present.len();
-        if fits {
-            self.present = present;
+    /// Copies into the overlay what it has not of the base, so that it holds the whole disk. For a snapshot: a fresh overlay over the old base, under a file
+    /// system that is mounted, would corrupt it.
+    ///
+    /// # Errors
+    ///
+    /// The files'. What was copied stays; the disk is as it was.
+    pub fn complete(&mut self) -> io::Result<()> {
+        let (Some((base, length)), Some(overlay)) = (&self.base, &self.overlay) else { return Ok(()) };
+        let mut at = 0;
+        while at < self.bytes {
+            let run = self.run(at, self.bytes);
+            if !self.has(at / BLOCK) {
+                file::copy_over(base, *length, overlay, &run)?;
+            }
+            at = run.end;
         }
-        fits
+        self.present.fill(u64::MAX);
+        Ok(())
     }
 
     /// When a limit lets the next request through, if one holds it back now.

@@ -6,6 +6,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::ring::{Interrupt, Ring};
+use crate::memory::Written;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -68,7 +69,7 @@ impl Driver {
             next_buffer: BUFFERS + index * REGION,
             writable: Vec::new(),
         };
-        (driver, Ring::new(queue, memory.clone(), interrupt))
+        (driver, Ring::new(queue, memory.clone(), Written::default(), interrupt))
     }
 
     /// Makes a chain available and returns its head.

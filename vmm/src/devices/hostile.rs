@@ -57,7 +57,12 @@ fn subject(kind: usize) -> Subject {
             Device::Block(Block::new(config).unwrap())
         }
     };
-    Subject { transport: Transport::new(device, memory.clone()).unwrap(), memory, epoll, files }
+    Subject {
+        transport: Transport::new(device, memory.clone(), Written::default()).unwrap(),
+        memory,
+        epoll,
+        files,
+    }
 }
 
 impl Subject {
@@ -222,7 +227,9 @@ fn access() -> impl Strategy<Value = Access> {
 #[test]
 fn a_driver_that_breaks_its_device_again_and_again_is_told_of_once() {
     let (memory, epoll) = (memory(), Epoll::new().unwrap());
-    let mut devices = Devices::new(None, Vec::new(), Some(EntropyConfig {}), None, &memory, &epoll).unwrap();
+    let mut devices =
+        Devices::new(None, Vec::new(), Some(EntropyConfig {}), None, &memory, &Written::default(), &epoll)
+            .unwrap();
     let bus = devices.bus();
     let write = |offset: u64, value: u32| bus.write(BASE + offset, &value.to_le_bytes());
     // More available than the queue holds.

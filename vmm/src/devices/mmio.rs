@@ -18,7 +18,7 @@ use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use virtio_queue::{Queue, QueueT};
+use virtio_queue::{Queue, QueueState, QueueT};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -27,6 +27,7 @@ use super::buffers::Fault;
 use super::ring::{Interrupt, Ring};
 use super::state::{QueueRegisters, TransportState};
 use crate::event::Epoll;
+use crate::memory::Written;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -50,6 +51,7 @@ pub struct Transport {
 struct Inner {
     device: Device,
     memory: GuestMemoryMmap,
+    written: Written,
     interrupt: Arc<Interrupt>,
     status: u32,
     device_features_select: u32,
@@ -63,6 +65,10 @@ struct Inner {
     generation: u32,
 }
 
+/// Saved state that no transport of this device could have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Misfit;
+
 /// What serving came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Served {
@@ -74,7 +80,7 @@ pub enum Served {
 
 impl Transport {
     /// Puts a device behind registers.
-    pub fn new(device: Device, memory: GuestMemoryMmap) -> std::io::Result<Self> {
+    pub fn new(device: Device, memory: GuestMemoryMmap, written: Written) -> std::io::Result<Self> {
         let interrupt = Arc::new(Interrupt::new()?);
         let notifications = device
             .queue_sizes()
@@ -85,6 +91,7 @@ impl Transport {
         let inner = Inner {
             device,
             memory,
+            written,
             interrupt: interrupt.clone(),
             status: 0,
             device_features_select: 0,
@@ -228,6 +235,49 @@ impl Transport {
         }
     }
 
+    /// Goes on as a saved transport: its driver is in the midst of its work, so what a driver may configure is checked as if it had just done so.
+    ///
+    /// # Errors
+    ///
+    /// No transport of this device could be in that state.
+    pub fn restore(&self, saved: &TransportState) -> Result<(), Misfit> {
+        let mut inner = self.lock();
+        let runs =
+            saved.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && saved.status & VIRTIO_CONFIG_S_NEEDS_RESET == 0;
+        let fitting = inner.queues.len() == saved.queues.len()
+            && saved
+                .queues
+                .iter()
+                .zip(&inner.queues)
+                .all(|(saved, fresh)| saved.max_size == fresh.max_size());
+        // After a fault there are no rings, and the queues are gone until the reset.
+        let after_fault = saved.queues.is_empty() && !runs;
+        if !(fitting || after_fault) || !inner.device.restore(&saved.device) {
+            return Err(Misfit);
+        }
+        let queue = |saved: &QueueRegisters| Queue::try_from(QueueState::from(*saved)).map_err(|_| Misfit);
+        inner.queues = saved.queues.iter().map(queue).collect::<Result<_, _>>()?;
+        inner.status = saved.status;
+        inner.device_features_select = saved.device_features_select;
+        inner.driver_features_select = saved.driver_features_select;
+        inner.driver_features = saved.driver_features;
+        inner.queue_select = saved.queue_select;
+        inner.generation = saved.generation;
+        if runs {
+            if !inner.features_agree() {
+                return Err(Misfit);
+            }
+            inner.start().map_err(|Fault| Misfit)?;
+        }
+        self.interrupt.restore(saved.interrupt_status);
+        Ok(())
+    }
+
+    /// Marks what running queues write outside of chains.
+    pub fn mark_used_rings(&self) {
+        self.lock().rings.iter().for_each(Ring::mark_used_ring);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // No code panics while it holds this; a poisoned lock's content is still right.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -352,7 +402,7 @@ impl Inner {
             .drain(..)
             .map(|mut queue| {
                 queue.set_event_idx(event_idx);
-                Ring::new(queue, self.memory.clone(), self.interrupt.clone())
+                Ring::new(queue, self.memory.clone(), self.written.clone(), self.interrupt.clone())
             })
             .collect();
         Ok(())

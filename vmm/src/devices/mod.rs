@@ -41,22 +41,23 @@ use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::event::{Epoll, Event, Interest, borrow, check};
+use crate::memory::Written;
 use balloon::Balloon;
 use block::{Block, BlockError};
 use buffers::Fault;
 use entropy::Entropy;
-use mmio::{QUEUE_NOTIFY, Served, Transport};
+use mmio::{Misfit, QUEUE_NOTIFY, Served, Transport};
 use net::Net;
 use ring::Ring;
 use state::DeviceState;
 use vsock::Vsock;
 
 /// Where device 0 has its registers.
-const BASE: u64 = crate::memory::GAP_START;
+pub const BASE: u64 = crate::memory::GAP_START;
 /// Bytes of registers a device.
-const WINDOW: u64 = 0x1000;
+pub const WINDOW: u64 = 0x1000;
 /// Device 0's interrupt. Below are the serial port's and what a PC has; the I/O APIC ends at 23.
-const FIRST_GSI: u32 = 5;
+pub const FIRST_GSI: u32 = 5;
 /// Linux numbers CIDs below 3 for itself (virtio §5.10.4).
 const FIRST_GUEST_CID: u32 = 3;
 
@@ -215,10 +216,27 @@ impl Device {
     fn state(&self) -> DeviceState {
         match self {
             Self::Vsock(_) => DeviceState::Vsock,
-            Self::Block(block) => block.state(),
+            Self::Block(_) => DeviceState::Block,
             Self::Net(net) => match *net {},
             Self::Entropy(_) => DeviceState::Entropy,
             Self::Balloon(balloon) => balloon.state(),
+        }
+    }
+}
+
+impl Device {
+    /// Takes over saved state; false if it is another device's.
+    fn restore(&mut self, saved: &DeviceState) -> bool {
+        match (self, saved) {
+            (Self::Vsock(_), DeviceState::Vsock)
+            | (Self::Block(_), DeviceState::Block)
+            | (Self::Entropy(_), DeviceState::Entropy) => true,
+            (Self::Balloon(balloon), DeviceState::Balloon { target_pages, actual_pages }) => {
+                balloon.restore(*target_pages, *actual_pages);
+                true
+            }
+            (Self::Net(net), _) => match *net {},
+            (Self::Vsock(_) | Self::Block(_) | Self::Entropy(_) | Self::Balloon(_), _) => false,
         }
     }
 }
@@ -293,6 +311,7 @@ impl Devices {
         entropy: Option<EntropyConfig>,
         balloon: Option<BalloonConfig>,
         memory: &GuestMemoryMmap,
+        written: &Written,
         epoll: &Epoll,
     ) -> Result<Self, DevicesError> {
         use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -322,7 +341,7 @@ impl Devices {
         let names = devices.iter().map(Device::name).collect();
         let transports = devices
             .into_iter()
-            .map(|device| Transport::new(device, memory.clone()))
+            .map(|device| Transport::new(device, memory.clone(), written.clone()))
             .collect::<io::Result<Vec<_>>>()?;
         for (n, transport) in transports.iter().enumerate() {
             for (queue, event) in transport.notifications.iter().enumerate() {
@@ -467,6 +486,48 @@ impl Devices {
         });
         transport.config_changed();
         set.map_err(|_| "the balloon's driver is broken".into())
+    }
+
+    /// They go on as saved: each transport as it was; who was connected over vsock is told that the connection is over.
+    ///
+    /// # Errors
+    ///
+    /// The state is not of these devices.
+    pub fn restore(&mut self, saved: &[state::TransportState]) -> Result<(), Misfit> {
+        if saved.len() != self.transports.len() {
+            return Err(Misfit);
+        }
+        for (transport, saved) in self.transports.iter().zip(saved) {
+            transport.restore(saved)?;
+        }
+        self.with_vsock(|vsock, rings| {
+            vsock.announce_reset(rings)?;
+            Ok(false)
+        });
+        Ok(())
+    }
+
+    /// Completes every disk's overlay, for a snapshot.
+    ///
+    /// # Errors
+    ///
+    /// A file's.
+    pub fn complete_disks(&mut self) -> io::Result<()> {
+        let mut result = Ok(());
+        for transport in self.blocks.iter().filter_map(|n| self.transports.get(*n)) {
+            let _ = transport.with(|device, _| {
+                if let (Device::Block(block), Ok(())) = (device, &result) {
+                    result = block.complete();
+                }
+                Ok(())
+            });
+        }
+        result
+    }
+
+    /// Marks what running devices write at all times.
+    pub fn mark_used_rings(&self) {
+        self.transports.iter().for_each(Transport::mark_used_rings);
     }
 
     /// What has to be saved of them, in order.

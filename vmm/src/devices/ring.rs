@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::{Buffers, Fault};
+use crate::memory::Written;
 
 /// Interrupt status bits (virtio §4.2.2).
 const USED_BUFFER: u32 = 1;
@@ -47,6 +48,13 @@ impl Interrupt {
         self.raise(CONFIG_CHANGED);
     }
 
+    /// Takes over a saved status, and interrupts if there is one: the driver that has acknowledged it looks once too often, the one that has not must hear.
+    pub fn restore(&self, status: u32) {
+        if status != 0 {
+            self.raise(status & (USED_BUFFER | CONFIG_CHANGED));
+        }
+    }
+
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::AcqRel);
         // Full means that one is pending already.
@@ -59,14 +67,26 @@ impl Interrupt {
 pub struct Ring {
     queue: Queue,
     memory: GuestMemoryMmap,
+    written: Written,
     interrupt: Arc<Interrupt>,
     pushed: bool,
 }
 
 impl Ring {
     /// Takes over a configured queue.
-    pub fn new(queue: Queue, memory: GuestMemoryMmap, interrupt: Arc<Interrupt>) -> Self {
-        Self { queue, memory, interrupt, pushed: false }
+    pub fn new(queue: Queue, memory: GuestMemoryMmap, written: Written, interrupt: Arc<Interrupt>) -> Self {
+        Self { queue, memory, written, interrupt, pushed: false }
+    }
+
+    /// Notes as written what the device writes without a chain: the used ring and, behind it, the wish for notifications. Once a snapshot is enough, for it
+    /// is always written.
+    pub fn mark_used_ring(&self) {
+        let length = 6 + 8 * usize::from(self.queue.size());
+        if self.queue.ready() {
+            for part in self.memory.get_slices(GuestAddress(self.queue.used_ring()), length).flatten() {
+                self.written.mark(part.ptr_guard().as_ptr(), part.len());
+            }
+        }
     }
 
     /// The next chain that the driver made available. A driver whose index claims more chains than the queue has room for breaks a rule
@@ -76,7 +96,14 @@ impl Ring {
             return Ok(None);
         }
         match self.queue.iter(&self.memory).map_err(|_| Fault)?.next() {
-            Some(chain) => Buffers::parse(chain, &self.memory).map(Some),
+            Some(chain) => {
+                let buffers = Buffers::parse(chain, &self.memory)?;
+                // Whatever becomes of them: too many pages in a differential snapshot cost little, one too few is a corrupt guest.
+                for part in buffers.writable.parts() {
+                    self.written.mark(part.iov_base.cast_const().cast(), part.iov_len);
+                }
+                Ok(Some(buffers))
+            }
             None => Ok(None),
         }
     }
@@ -176,7 +203,12 @@ mod tests {
     fn a_queue_that_the_driver_left_alone_is_at_rest() {
         let memory = memory();
         memory.write_slice(&[0xff; 4096], GuestAddress(0)).unwrap();
-        let mut ring = Ring::new(Queue::new(16).unwrap(), memory, Arc::new(Interrupt::new().unwrap()));
+        let mut ring = Ring::new(
+            Queue::new(16).unwrap(),
+            memory,
+            Written::default(),
+            Arc::new(Interrupt::new().unwrap()),
+        );
         assert!(ring.pop().unwrap().is_none());
         assert!(!ring.has_available() && !ring.listen().unwrap());
     }

@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, OwnedFd};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
@@ -13,6 +14,51 @@ use vmm_sys_util::eventfd::EventFd;
 pub const SERIAL_PORTS: RangeInclusive<u16> = 0x3f8..=0x3ff;
 /// COM1's interrupt.
 pub const SERIAL_GSI: u32 = 4;
+
+/// A port's registers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    /// Divisor, line and modem registers in the order of vm-superio's state.
+    registers: [u8; 9],
+    /// What came in and was not read.
+    input: Vec<u8>,
+}
+
+impl From<vm_superio::SerialState> for SerialState {
+    fn from(state: vm_superio::SerialState) -> Self {
+        let registers = [
+            state.baud_divisor_low,
+            state.baud_divisor_high,
+            state.interrupt_enable,
+            state.interrupt_identification,
+            state.line_control,
+            state.line_status,
+            state.modem_control,
+            state.modem_status,
+            state.scratch,
+        ];
+        Self { registers, input: state.in_buffer }
+    }
+}
+
+impl From<SerialState> for vm_superio::SerialState {
+    fn from(saved: SerialState) -> Self {
+        let [low, high, enable, identification, line, line_status, modem, modem_status, scratch] =
+            saved.registers;
+        Self {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: line,
+            line_status,
+            modem_control: modem,
+            modem_status,
+            scratch,
+            in_buffer: saved.input,
+        }
+    }
+}
 
 /// See the module's page.
 #[derive(Debug)]
@@ -32,7 +78,8 @@ impl Trigger for Interrupt {
 /// Drops what exceeds the cap, and what can't be written at once.
 #[derive(Debug)]
 struct Capped {
-    output: File,
+    /// Without one all is dropped.
+    output: Option<File>,
     left: u64,
 }
 
@@ -40,10 +87,11 @@ impl Write for Capped {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let allowed = usize::try_from(self.left).unwrap_or(usize::MAX).min(bytes.len());
         // The driver is told that all went well: a guest must not learn of, or wait for, its reader.
-        if let Some(bytes) =
-            bytes.get(..allowed).filter(|bytes| !bytes.is_empty() && takes_more(&self.output))
+        if let (Some(output), Some(part)) = (&mut self.output, bytes.get(..allowed))
+            && !part.is_empty()
+            && takes_more(output)
         {
-            let written = self.output.write(bytes).unwrap_or(0);
+            let written = output.write(part).unwrap_or(0);
             self.left = self.left.saturating_sub(u64::try_from(written).unwrap_or(0));
         }
         Ok(bytes.len())
@@ -66,7 +114,7 @@ fn takes_more(output: &File) -> bool {
 impl SerialPort {
     /// A port that interrupts through `interrupt` and writes to `output`.
     pub fn new(interrupt: EventFd, output: OwnedFd, limit_bytes: u64) -> Self {
-        Self(Serial::new(Interrupt(interrupt), Capped { output: output.into(), left: limit_bytes }))
+        Self(Serial::new(Interrupt(interrupt), Capped { output: Some(output.into()), left: limit_bytes }))
     }
 
     /// The guest reads a register.
@@ -80,9 +128,20 @@ impl SerialPort {
         let _ = self.0.write(offset, value);
     }
 
-    /// The registers, as they would be saved.
-    pub fn state(&self) -> vm_superio::SerialState {
-        self.0.state()
+    /// A port that goes on from saved registers; `None` if they are of no port.
+    pub fn restored(
+        saved: &SerialState,
+        interrupt: EventFd,
+        output: Option<OwnedFd>,
+        limit_bytes: u64,
+    ) -> Option<Self> {
+        let output = Capped { output: output.map(File::from), left: limit_bytes };
+        Serial::from_state(&saved.clone().into(), Interrupt(interrupt), NoEvents, output).ok().map(Self)
+    }
+
+    /// The registers, to be saved.
+    pub fn state(&self) -> SerialState {
+        self.0.state().into()
     }
 }
 

@@ -65,17 +65,29 @@ impl From<QueueState> for QueueRegisters {
     }
 }
 
+impl From<QueueRegisters> for QueueState {
+    fn from(saved: QueueRegisters) -> Self {
+        Self {
+            max_size: saved.max_size,
+            size: saved.size,
+            ready: saved.ready,
+            event_idx_enabled: saved.event_idx,
+            desc_table: saved.descriptors,
+            avail_ring: saved.available,
+            used_ring: saved.used,
+            next_avail: saved.next_available,
+            next_used: saved.next_used,
+        }
+    }
+}
+
 /// A device's own state.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
 pub enum DeviceState {
     /// Connections don't survive: the guest is told that they were reset.
     Vsock,
-    /// Which 4 KiB blocks the overlay holds, 64 a word, the lowest bit first; none where there is no base beneath.
-    Block {
-        /// The bitmap.
-        present: Vec<u64>,
-    },
+    /// Nothing: before a snapshot the overlay is completed, so that which of its blocks are held is no question afterwards.
+    Block,
     /// Nothing.
     Entropy,
     /// The sizes that were asked for and reached, in pages of 4 KiB.

@@ -110,6 +110,17 @@ impl Guest {
             .code(&[0xff, 0xc9, 0x75, 0xf6]) // dec ecx; jnz next
     }
 
+    /// Says 0, 1, 2, … for ever, each after so many turns of an empty loop: the next number is in memory, at an address in the first GiB.
+    pub(crate) fn count(self, address: u32, turns: u32) -> Self {
+        self.code(&[0x66, 0xba, 0xf8, 0x03, 0xbf]) // mov dx, 0x3f8; mov edi, address
+            .code(&address.to_le_bytes())
+            .code(&[0xb9]) // next: mov ecx, turns
+            .code(&turns.to_le_bytes())
+            .code(&[0xff, 0xc9, 0x75, 0xfc]) // dec ecx; jnz to it
+            .code(&[0x8a, 0x07, 0xfe, 0x07, 0xee]) // mov al, [rdi]; inc byte [rdi]; out dx, al
+            .code(&[0xeb, 0xf0]) // jmp next
+    }
+
     /// The whole as an ELF whose entry is its first instruction.
     pub(crate) fn elf(&self) -> Vec<u8> {
         let size = CODE + u64::try_from(self.0.len()).unwrap();

@@ -8,3 +8,4 @@ mod guest;
 mod limits;
 mod owners;
 mod run;
+mod snapshots;

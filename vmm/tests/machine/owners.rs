@@ -1,7 +1,7 @@
 //! What an owner asks of a machine that runs under its filters.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
@@ -18,7 +18,7 @@ use super::guest::Guest;
 use super::run::{Vmm, has_kvm};
 
 /// Becomes the machine's owner through its control socket.
-fn take_over(path: &Path) -> Connection {
+pub(crate) fn take_over(path: &Path) -> io::Result<Connection> {
     // SAFETY: no pointers are passed.
     let raw = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC, 0) };
     // SAFETY: the descriptor was just made and is owned by nobody else.
@@ -33,11 +33,13 @@ fn take_over(path: &Path) -> Connection {
     }
     let size = u32::try_from(size_of::<libc::sockaddr_un>()).unwrap();
     // SAFETY: the address is a whole sockaddr_un.
-    assert_eq!(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), size) }, 0);
-    Connection::new(socket)
+    match unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), size) } {
+        0 => Ok(Connection::new(socket)),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
-fn ask(owner: &Connection, request: impl Into<FromOwner>) -> FromVmm {
+pub(crate) fn ask(owner: &Connection, request: impl Into<FromOwner>) -> FromVmm {
     owner.send(&request.into(), &[]).unwrap();
     owner.receive_first::<FromVmm>().unwrap().message
 }
@@ -79,7 +81,7 @@ fn a_new_owner_pauses_a_spinning_guest_resumes_and_stops_it() {
     }
     let (vmm, folder) = running();
     let process = vmm.confined();
-    let owner = take_over(&folder.join("control"));
+    let owner = take_over(&folder.join("control")).unwrap();
     for _ in 0..3 {
         assert_eq!(ask(&owner, Pause {}), Done {}.into());
         let before = guest_ticks(process);
@@ -108,13 +110,13 @@ fn an_owner_replaces_the_one_before_and_leaves_the_guest_running() {
         return;
     }
     let (vmm, folder) = running();
-    let first = take_over(&folder.join("control"));
+    let first = take_over(&folder.join("control")).unwrap();
     assert!(matches!(ask(&first, ReadMetrics {}), FromVmm::Metrics(_)));
-    let second = take_over(&folder.join("control"));
+    let second = take_over(&folder.join("control")).unwrap();
     assert!(matches!(ask(&second, ReadMetrics {}), FromVmm::Metrics(_)));
     assert!(first.receive_first::<FromVmm>().is_err(), "hung up on");
     drop(second);
-    let third = take_over(&folder.join("control"));
+    let third = take_over(&folder.join("control")).unwrap();
     assert!(matches!(ask(&third, Stop {}), FromVmm::Ended(_)));
     assert_eq!(vmm.over().code(), 13);
 }

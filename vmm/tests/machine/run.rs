@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -84,10 +85,19 @@ impl Vmm {
         let folder = tempfile::tempdir().unwrap();
         let mut vm = machine(folder.path(), guest);
         change(&mut vm);
+        Self::spawn("--config", &vm, folder, options)
+    }
+
+    /// A machine that goes on from a snapshot, its serial port on standard output.
+    pub(crate) fn restore(vm: &Value) -> Self {
+        Self::spawn("--restore", vm, tempfile::tempdir().unwrap(), &[])
+    }
+
+    fn spawn(beginning: &str, vm: &Value, folder: TempDir, options: &[&str]) -> Self {
         let config = folder.path().join("vm.json");
-        fs::write(&config, serde_json::to_vec(&vm).unwrap()).unwrap();
+        fs::write(&config, serde_json::to_vec(vm).unwrap()).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_carrel-vmm"));
-        command.arg("--config").arg(config).args(options);
+        command.arg(beginning).arg(config).args(options);
         if !has_cgroups() && !options.contains(&"--unconfined") {
             command.arg("--unconfined=cgroup");
         }
@@ -107,6 +117,27 @@ impl Vmm {
                 panic!("it ended before it said {:?}: {errors}", char::from(mark));
             }
         }
+    }
+
+    /// The next so many bytes that the guest says.
+    pub(crate) fn hear_bytes(&mut self, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        let heard = self.child.stdout.as_mut().unwrap().read_exact(&mut bytes);
+        if heard.is_err() {
+            let mut errors = String::new();
+            self.child.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
+            panic!("it ended before it had said {count} bytes: {errors}");
+        }
+        bytes
+    }
+
+    /// How many bytes it has said that nobody has heard.
+    pub(crate) fn unheard(&self) -> usize {
+        let mut count: libc::c_int = 0;
+        let output = self.child.stdout.as_ref().unwrap().as_raw_fd();
+        // SAFETY: `count` is valid for the write.
+        assert_eq!(unsafe { libc::ioctl(output, libc::FIONREAD, &raw mut count) }, 0);
+        usize::try_from(count).unwrap()
     }
 
     /// Where its files are.

@@ -172,7 +172,7 @@ fn by_the_vmms_end(
         End::Panic => Outcome::GuestPanicked,
         End::Shutdown | End::Reset | End::TripleFault => Outcome::GuestEnded { end, message: agent_said },
         End::Stopped => Outcome::Stopped { signal: SIGTERM },
-        End::BadConfiguration | End::Kvm | End::Host | End::Internal => {
+        End::BadConfiguration | End::BadSnapshot | End::Kvm | End::Host | End::Internal => {
             let message =
                 detail.unwrap_or_else(|| "it gave no reason; see its owner.log with CARREL_LOG=debug".into());
             Outcome::VmmFailed { end, message }

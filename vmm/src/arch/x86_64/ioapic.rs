@@ -8,13 +8,14 @@
 //! KVM keeps the local APICs alone (a *split* interrupt chip, KVM API, `KVM_CAP_SPLIT_IRQCHIP`). A guest comes here a few times for each interrupt
 //! that it sets up; interrupts themselves never do. There is no 8259 then, and a Linux that finds none leaves out two passes over every pin. Every interrupt here is an edge: a pin that is set to level is served as edge, and one that is masked loses what comes.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_IRQ_ROUTING_MSI, KvmIrqRouting, kvm_enable_cap, kvm_irq_routing_entry,
     kvm_irq_routing_msi,
 };
 use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
 
 /// Where it lies.
 pub(crate) const ADDRESS: u32 = 0xfec0_0000;
@@ -39,8 +40,8 @@ const HIGH_BITS: u32 = 0xff00_0000;
 const MASKED: u32 = 1 << 16;
 
 /// The registers, as they are saved.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Registers {
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
     select: u8,
     id: u32,
     /// Lower and upper half of each pin's entry.
@@ -161,6 +162,42 @@ impl IoApic {
         Self { registers: Registers::new(pins).into(), vm }
     }
 
+    /// A chip that goes on from saved registers, of a machine with so many interrupts. Nothing is routed until [`Self::route`].
+    ///
+    /// Whatever a file says, the chip can hold it: bits that no guest could have set are dropped. `None`: it has not as many pins.
+    pub fn restored(vm: VmFd, saved: &Registers, pins: u8) -> Option<Self> {
+        let fresh = Registers::new(pins);
+        if saved.redirection.len() != fresh.redirection.len() {
+            return None;
+        }
+        let redirection =
+            saved.redirection.iter().map(|[low, high]| [low & LOW_BITS, high & HIGH_BITS]).collect();
+        let registers = Registers { select: saved.select, id: saved.id & ID_BITS, redirection };
+        Some(Self { registers: registers.into(), vm })
+    }
+
+    /// Tells KVM all routes.
+    ///
+    /// # Errors
+    ///
+    /// KVM's, if it does not take them.
+    pub fn route(&self) -> Result<(), kvm_ioctls::Error> {
+        let Ok(registers) = self.registers.lock() else { return Ok(()) };
+        let routes = KvmIrqRouting::from_entries(&registers.routes());
+        self.vm.set_gsi_routing(&routes.map_err(|_| kvm_ioctls::Error::new(libc::EINVAL))?)
+    }
+
+    /// The registers, to be saved.
+    pub fn state(&self) -> Registers {
+        // No code panics while it holds this; a poisoned lock's content is still right.
+        self.registers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The VM that it routes for.
+    pub fn vm(&self) -> &VmFd {
+        &self.vm
+    }
+
     /// The guest reads a [`register`]. They are 32 bits wide; anything else reads as ones, as from an empty bus.
     pub fn read(&self, register: u64, data: &mut [u8]) {
         data.fill(0xff);
@@ -188,10 +225,17 @@ impl IoApic {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    /// A chip with a pin in use.
+    pub(crate) fn sample() -> Registers {
+        let mut chip = Registers::new(6);
+        set(&mut chip, REDIRECTION + 10, 0x31);
+        chip
+    }
 
     fn set(chip: &mut Registers, select: u8, value: u32) -> bool {
         chip.write(SELECT, select.into());

@@ -21,6 +21,7 @@ pub mod ioapic;
 pub mod load;
 pub mod mptable;
 pub mod registers;
+pub mod state;
 
 use kvm_ioctls::{Cap, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};

@@ -34,6 +34,31 @@ pub(super) fn read_all(file: &File, into: &Ranges, at: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// Makes a range of `to` what it is in `from`, which reads as zeros beyond its length: what was there before is dropped first, then what is not zeros
+/// is copied, so that holes stay holes.
+pub(super) fn copy_over(from: &File, length: u64, to: &File, range: &Range<u64>) -> io::Result<()> {
+    if !punch(to, range)? {
+        write_zeros(to, range)?;
+    }
+    let mut buffer = vec![0; COPY_BYTES];
+    let mut at = range.start;
+    while at < range.end.min(length) {
+        let here = usize::try_from(range.end.min(length) - at).unwrap_or(COPY_BYTES).min(COPY_BYTES);
+        let part = buffer.get_mut(..here).unwrap_or_default();
+        from.read_exact_at(part, at)?;
+        for (n, block) in part.chunks(4096).enumerate() {
+            if block.iter().any(|byte| *byte != 0) {
+                to.write_all_at(block, at + u64::try_from(n * 4096).unwrap_or(0))?;
+            }
+        }
+        at += u64::try_from(here).unwrap_or(u64::MAX);
+    }
+    Ok(())
+}
+
+/// A multiple of a block.
+const COPY_BYTES: usize = 256 << 10;
+
 pub(super) fn write_all(file: &File, from: &Ranges, at: u64) -> io::Result<()> {
     let mut done = 0;
     while done < from.len() {

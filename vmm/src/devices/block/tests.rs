@@ -303,18 +303,40 @@ fn wrong_disks_are_refused_in_words() {
 }
 
 #[test]
-fn saved_state_brings_the_overlay_back() {
-    let overlay = file(&[]);
-    let base = file(&[7; DISK]);
+fn a_completed_overlay_is_the_whole_disk_and_another_ones_base() {
+    let (base, overlay) = (file(&[7; DISK / 2]), file(&[]));
     let clone = |file: &File| Some(file.try_clone().unwrap());
     let mut before = Block::new(config(clone(&base), clone(&overlay))).unwrap();
-    request(&mut before, OUT, 0, &[1; 512], 0);
-    let DeviceState::Block { present } = before.state() else { panic!("a disk's state") };
-    let mut after = Block::new(config(clone(&base), clone(&overlay))).unwrap();
-    assert_eq!(request(&mut after, IN, 0, &[], 512).1, vec![7; 512], "without it the base shows through");
-    assert!(!after.restore(vec![0; 100]));
-    assert!(after.restore(present));
-    assert_eq!(request(&mut after, IN, 0, &[], 512).1, vec![1; 512]);
+    request(&mut before, OUT, 9, &[1; 512], 0);
+    // Left by a write that failed half-way: no block of the disk.
+    overlay.write_all_at(&[9; 4096], 4096 * 5).unwrap();
+    before.complete().unwrap();
+    before.complete().unwrap();
+    request(&mut before, OUT, 32, &[2; 512], 0);
+    let mut expected = [[7; DISK / 2], [0; DISK / 2]].concat();
+    expected[9 * 512..10 * 512].fill(1);
+    expected[32 * 512..33 * 512].fill(2);
+    // The old base is not needed any more, by itself or beneath a fresh overlay.
+    let mut alone = Block::new(config(None, clone(&overlay))).unwrap();
+    let mut above = Block::new(config(clone(&overlay), Some(file(&[])))).unwrap();
+    for disk in [&mut before, &mut alone, &mut above] {
+        for sector in (0..DISK / 512).step_by(8) {
+            let read = request(disk, IN, u64::try_from(sector).unwrap(), &[], 4096);
+            assert_eq!(read, (OK, expected[sector * 512..][..4096].to_vec()), "{sector}");
+        }
+    }
+}
+
+#[test]
+fn completing_leaves_holes_where_the_base_has_zeros() {
+    use std::os::unix::fs::MetadataExt;
+    let mut content = vec![0; DISK];
+    content[..4096].fill(1);
+    let overlay = file(&[]);
+    overlay.set_len(u64::try_from(DISK).unwrap()).unwrap();
+    let mut disk = Block::new(config(Some(file(&content)), Some(overlay.try_clone().unwrap()))).unwrap();
+    disk.complete().unwrap();
+    assert!(overlay.metadata().unwrap().blocks() * 512 < 16384, "one block of it is data");
 }
 
 #[derive(Clone, Debug)]

@@ -13,7 +13,7 @@ const NEEDS_RESET: u32 = 64;
 const STATUS: u64 = 0x70;
 
 fn entropy() -> Transport {
-    Transport::new(Device::Entropy(Entropy), memory()).unwrap()
+    Transport::new(Device::Entropy(Entropy), memory(), Written::default()).unwrap()
 }
 
 fn read(transport: &Transport, offset: u64) -> u32 {
@@ -64,7 +64,7 @@ fn request(memory: &GuestMemoryMmap, base: u64) {
 #[test]
 fn a_driver_finds_its_device_negotiates_and_is_served() {
     let memory = memory();
-    let transport = Transport::new(Device::Entropy(Entropy), memory.clone()).unwrap();
+    let transport = Transport::new(Device::Entropy(Entropy), memory.clone(), Written::default()).unwrap();
     assert_eq!((read(&transport, 0), read(&transport, 4), read(&transport, 8)), (MAGIC, 2, 4));
     negotiate(&transport);
     assert_eq!(read(&transport, STATUS) & FEATURES_OK, FEATURES_OK);
@@ -137,7 +137,7 @@ fn queues_that_lie_outside_memory_need_a_reset() {
 #[test]
 fn a_driver_that_breaks_a_rule_stops_its_device_alone() {
     let memory = memory();
-    let transport = Transport::new(Device::Entropy(Entropy), memory.clone()).unwrap();
+    let transport = Transport::new(Device::Entropy(Entropy), memory.clone(), Written::default()).unwrap();
     negotiate(&transport);
     set_queue(&transport, 0x4000, 16);
     run(&transport);
@@ -173,7 +173,7 @@ fn odd_widths_and_places_are_harmless() {
         size_bytes: 8192,
         limit: None,
     });
-    let transport = Transport::new(Device::Block(block.unwrap()), memory()).unwrap();
+    let transport = Transport::new(Device::Block(block.unwrap()), memory(), Written::default()).unwrap();
     for offset in (0..0x1000).step_by(3) {
         for width in [1, 2, 4, 8] {
             transport.read(offset, &mut vec![0; width]);

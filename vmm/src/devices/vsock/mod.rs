@@ -5,7 +5,7 @@
 //!  host dials port P:    connects to the listening socket, says "CONNECT P\n" ─▶ REQUEST ─▶ RESPONSE ─▶ "OK <its port>\n"
 //! ```
 //!
-//! Queues: 0 to the guest, 1 from the guest, 2 events (unused: the guest never moves). Each connection's rules are in [`connection`]; this
+//! Queues: 0 to the guest, 1 from the guest, 2 events: a clone hears there that its connections are over. Each connection's rules are in [`connection`]; this
 //! file finds the connection of a packet, gives connections that have something for the guest their turns, and counts. Several buffers of the
 //! guest are filled by one `readv`.
 //!
@@ -31,6 +31,9 @@ use packet::{FromGuest, HEADER_BYTES, Operation, Ports, ToGuest};
 /// The queue to the guest.
 pub(super) const RECEIVE: u32 = 0;
 const TRANSMIT: usize = 1;
+const EVENTS: usize = 2;
+/// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET (§5.10.6.7).
+const TRANSPORT_RESET: [u8; 4] = 0u32.to_le_bytes();
 const QUEUE_SIZE: u16 = 256;
 /// Chains from the guest taken before others have their turn.
 const BATCH: usize = 64;
@@ -140,6 +143,22 @@ impl Vsock {
         self.ready.clear();
         self.resets.clear();
         self.dialled.clear();
+    }
+
+    /// Tells the guest of a restored machine that its connections are over: those were its template's. Its sockets fail, its listeners stay, and it reads its
+    /// address anew (§5.10.6.7). A driver that gave no buffer for events finds out by resets, packet by packet.
+    ///
+    /// # Errors
+    ///
+    /// The driver broke a rule.
+    pub fn announce_reset(&mut self, rings: &mut [Ring]) -> Result<(), Fault> {
+        let Some(events) = rings.get_mut(EVENTS) else { return Ok(()) };
+        if let Some(buffer) = events.pop()? {
+            buffer.writable.write(&TRANSPORT_RESET)?;
+            events.push(buffer.head, TRANSPORT_RESET.len())?;
+            events.notify()?;
+        }
+        Ok(())
     }
 
     /// What the guest dialled since the last time: ports, and the other ends of their sockets.

@@ -1,0 +1,170 @@
+//! Commands on templates. TEMPLATE is a key, or the beginning of one (4 digits at least) that fits only one.
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+
+use crate::values::{size, span};
+
+const TEMPLATE_EXAMPLES: &str = "\
+Examples:
+  carrel template ls
+  carrel template pin 3f2a91c07b1e
+  carrel template prune --max-size 20g --older-than 7d --dry-run
+
+A template is a room that was frozen: its clones start in milliseconds. Templates
+are made when they are first needed, and made again if they are gone.";
+
+/// `carrel template`.
+#[derive(Debug, Args)]
+#[command(after_help = TEMPLATE_EXAMPLES, arg_required_else_help = true, disable_help_subcommand = true)]
+pub(crate) struct TemplateArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub(crate) command: TemplateCommand,
+}
+
+/// The commands on templates.
+#[derive(Debug, Subcommand)]
+pub(crate) enum TemplateCommand {
+    /// List templates, the last used first
+    Ls(LsArgs),
+    /// Show all that is known of templates
+    Inspect(InspectArgs),
+    /// Make templates stay: prune leaves them alone, and rm refuses them
+    Pin(PinArgs),
+    /// Let templates go again
+    Unpin(UnpinArgs),
+    /// Remove templates; their clones run on
+    Rm(RmArgs),
+    /// Read templates in full, and throw damaged ones away
+    Verify(VerifyArgs),
+    /// Remove templates by age and size
+    Prune(PruneArgs),
+}
+
+const LS_EXAMPLES: &str = "\
+Examples:
+  carrel template ls
+  carrel template ls --json | jq -r '.[] | select(.pinned) | .key'";
+
+/// `carrel template ls`.
+#[derive(Debug, Args)]
+#[command(after_help = LS_EXAMPLES)]
+pub(crate) struct LsArgs {
+    /// Print JSON
+    #[arg(long, conflicts_with = "quiet")]
+    pub(crate) json: bool,
+    /// Print keys only
+    #[arg(short, long)]
+    pub(crate) quiet: bool,
+    /// Show keys in full
+    #[arg(long)]
+    pub(crate) keys: bool,
+}
+
+const INSPECT_EXAMPLES: &str = "\
+Examples:
+  carrel template inspect 3f2a91c07b1e
+  carrel template inspect --json 3f2a91c07b1e | jq '.[0].description'";
+
+/// `carrel template inspect`.
+#[derive(Debug, Args)]
+#[command(after_help = INSPECT_EXAMPLES)]
+pub(crate) struct InspectArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The templates
+    #[arg(required = true, value_name = "TEMPLATE")]
+    pub(crate) templates: Vec<String>,
+}
+
+const PIN_EXAMPLES: &str = "\
+Examples:
+  carrel template pin 3f2a91c07b1e";
+
+/// `carrel template pin`.
+#[derive(Debug, Args)]
+#[command(after_help = PIN_EXAMPLES)]
+pub(crate) struct PinArgs {
+    /// The templates
+    #[arg(required = true, value_name = "TEMPLATE")]
+    pub(crate) templates: Vec<String>,
+}
+
+const UNPIN_EXAMPLES: &str = "\
+Examples:
+  carrel template unpin 3f2a91c07b1e";
+
+/// `carrel template unpin`.
+#[derive(Debug, Args)]
+#[command(after_help = UNPIN_EXAMPLES)]
+pub(crate) struct UnpinArgs {
+    /// The templates
+    #[arg(required = true, value_name = "TEMPLATE")]
+    pub(crate) templates: Vec<String>,
+}
+
+const RM_EXAMPLES: &str = "\
+Examples:
+  carrel template rm 3f2a91c07b1e
+  carrel template rm $(carrel template ls -q)
+
+The disk space of a template is free when its last clone has ended.";
+
+/// `carrel template rm`.
+#[derive(Debug, Args)]
+#[command(after_help = RM_EXAMPLES)]
+pub(crate) struct RmArgs {
+    /// The templates
+    #[arg(required = true, value_name = "TEMPLATE")]
+    pub(crate) templates: Vec<String>,
+}
+
+const VERIFY_EXAMPLES: &str = "\
+Examples:
+  carrel template verify
+  carrel template verify --json 3f2a91c07b1e
+
+Exit status: 0 if all are sound, 1 if one was damaged and thrown away.";
+
+/// `carrel template verify`.
+#[derive(Debug, Args)]
+#[command(after_help = VERIFY_EXAMPLES)]
+pub(crate) struct VerifyArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The templates [default: all]
+    #[arg(value_name = "TEMPLATE")]
+    pub(crate) templates: Vec<String>,
+}
+
+const PRUNE_EXAMPLES: &str = "\
+Examples:
+  carrel template prune                     what dead makers left, and damaged ones
+  carrel template prune --older-than 7d     also those not used for a week
+  carrel template prune --max-size 20g      also the longest unused, until 20 GiB stay
+  carrel template prune --all --dry-run     every one that is not pinned";
+
+/// `carrel template prune`.
+#[derive(Debug, Args)]
+#[command(after_help = PRUNE_EXAMPLES)]
+pub(crate) struct PruneArgs {
+    /// Every one that is not pinned
+    #[arg(short, long)]
+    pub(crate) all: bool,
+    /// Those that were not used for this long
+    #[arg(long, value_name = "TIME", value_parser = span::parse)]
+    pub(crate) older_than: Option<Duration>,
+    /// The longest unused, until all together take no more of the disk than this
+    #[arg(long, value_name = "SIZE", value_parser = size::bytes)]
+    pub(crate) max_size: Option<u64>,
+    /// Say what would go, remove nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -1,0 +1,227 @@
+//! The state file: everything of a machine but its memory and disks.
+//!
+//! ```text
+//!  0   magic      "carrelSN"
+//!  8   version    u32, little-endian: [`VERSION`]
+//!  12  length     u32: bytes of the body
+//!  16  checksum   u64: CRC-64/XZ of the body
+//!  24  body       a [`MachineState`], in postcard's form
+//! ```
+//!
+//! A file is read only when it is whole: exactly as long as it says, its checksum right, its version this one, and at most [`MAX_BYTES`]. There is no
+//! migration between versions: a snapshot is a cache of work that can be done again, and is (docs/snapshots.md). The checksum finds damage, not
+//! malice: whoever can write a host's templates can write its kernels.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+
+use carrel_protocol::units::{MemoryMib, VcpuCount};
+use crc::{CRC_64_XZ, Crc};
+use kvm_bindings::kvm_clock_data;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::arch::current::ioapic;
+use crate::arch::current::state::VcpuState;
+use crate::devices::serial::SerialState;
+use crate::devices::state::TransportState;
+
+/// Changes with every change of what is saved, in form or meaning.
+pub const VERSION: u32 = 1;
+/// Bytes of a state file at most; 16 vCPUs with every device take less than 200 KiB.
+pub const MAX_BYTES: u64 = 1 << 20;
+const MAGIC: [u8; 8] = *b"carrelSN";
+const HEADER_BYTES: usize = 24;
+
+/// A state file can't be read or written.
+#[derive(Debug, Error)]
+pub enum SnapshotError {
+    /// The file failed.
+    #[error("the snapshot's state file can't be {doing}")]
+    File {
+        /// `read` or `written`.
+        doing: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Something else than a state file.
+    #[error("the snapshot's state file is none of carrel's")]
+    Magic,
+    /// Another version.
+    #[error("the snapshot is of version {found} and this carrel-vmm's is {VERSION}; make the snapshot anew")]
+    Version {
+        /// The file's.
+        found: u32,
+    },
+    /// Too long, too short, or not as long as it says.
+    #[error("the snapshot's state file is cut short or longer than it says; make the snapshot anew")]
+    Length,
+    /// Bytes were changed.
+    #[error("the snapshot's state file is damaged: its checksum is wrong; make the snapshot anew")]
+    Checksum,
+    /// The body is no state.
+    #[error(
+        "the snapshot's state file holds something that this carrel-vmm can't read; make the snapshot anew"
+    )]
+    Body(#[source] postcard::Error),
+}
+
+/// See the module's page.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MachineState {
+    /// Where things lie.
+    pub layout: Layout,
+    /// `uname -r` of the host. What KVM keeps in registers and how it reads them back changes between kernels.
+    pub host_kernel: String,
+    /// What the machine is made of.
+    pub shape: Shape,
+    /// Each vCPU, in order.
+    pub vcpus: Vec<VcpuState>,
+    /// kvm-clock.
+    pub clock: kvm_clock_data,
+    /// The I/O APIC.
+    pub io_apic: ioapic::Registers,
+    /// virtio devices, in the order of their addresses.
+    pub devices: Vec<TransportState>,
+    /// The serial port, where there is one.
+    pub serial: Option<SerialState>,
+}
+
+/// Addresses and numbers that a guest has found at its boot and holds on to.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layout {
+    /// Where each range of memory begins, and its bytes.
+    pub memory: Vec<(u64, u64)>,
+    /// Where device 0 has its registers.
+    pub devices: u64,
+    /// Bytes between two devices.
+    pub window: u64,
+    /// Device 0's interrupt.
+    pub first_interrupt: u32,
+}
+
+/// What a machine is made of, without the resources behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shape {
+    /// vCPUs.
+    pub vcpus: VcpuCount,
+    /// Memory.
+    pub memory_mib: MemoryMib,
+    /// vsock's address and its connections at most.
+    pub vsock: Option<(u32, u16)>,
+    /// Disks.
+    pub blocks: Vec<BlockShape>,
+    /// virtio-rng.
+    pub entropy: bool,
+    /// virtio-balloon, and whether it has free-page reporting.
+    pub balloon: Option<bool>,
+    /// The serial port.
+    pub serial: bool,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockShape {
+    /// Its id.
+    pub id: String,
+    /// Its size, bytes.
+    pub size_bytes: u64,
+    /// It has no overlay.
+    pub read_only: bool,
+}
+
+impl MachineState {
+    /// Reads a state file from its beginning.
+    ///
+    /// # Errors
+    ///
+    /// It isn't whole, or of another version.
+    pub fn read(file: &mut File) -> Result<Self, SnapshotError> {
+        let failed = |source| SnapshotError::File { doing: "read", source };
+        let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
+        if length > MAX_BYTES {
+            return Err(SnapshotError::Length);
+        }
+        file.rewind().map_err(failed)?;
+        let mut bytes = vec![0; usize::try_from(length).map_err(|_| SnapshotError::Length)?];
+        file.read_exact(&mut bytes).map_err(failed)?;
+        Self::decode(&bytes)
+    }
+
+    /// Reads a state file's bytes.
+    ///
+    /// # Errors
+    ///
+    /// They aren't a whole one of this version.
+    pub fn decode(bytes: &[u8]) -> Result<Self, SnapshotError> {
+        let Some((header, body)) = bytes.split_first_chunk::<HEADER_BYTES>() else {
+            return Err(SnapshotError::Length);
+        };
+        let [magic @ .., v0, v1, v2, v3, n0, n1, n2, n3, c0, c1, c2, c3, c4, c5, c6, c7] = *header;
+        if magic != MAGIC {
+            return Err(SnapshotError::Magic);
+        }
+        let found = u32::from_le_bytes([v0, v1, v2, v3]);
+        if found != VERSION {
+            return Err(SnapshotError::Version { found });
+        }
+        if usize::try_from(u32::from_le_bytes([n0, n1, n2, n3])) != Ok(body.len()) {
+            return Err(SnapshotError::Length);
+        }
+        if u64::from_le_bytes([c0, c1, c2, c3, c4, c5, c6, c7]) != checksum(body) {
+            return Err(SnapshotError::Checksum);
+        }
+        match postcard::take_from_bytes(body).map_err(SnapshotError::Body)? {
+            (state, []) => Ok(state),
+            (_, _) => Err(SnapshotError::Length),
+        }
+    }
+
+    /// The bytes of a state file.
+    ///
+    /// # Errors
+    ///
+    /// It would be larger than any that is read.
+    pub fn encode(&self) -> Result<Vec<u8>, SnapshotError> {
+        let body = postcard::to_allocvec(self).map_err(SnapshotError::Body)?;
+        let bytes = sealed(&body);
+        match u64::try_from(bytes.len()) {
+            Ok(length) if length <= MAX_BYTES => Ok(bytes),
+            Ok(_) | Err(_) => Err(SnapshotError::Length),
+        }
+    }
+
+    /// Writes an empty file and returns how many bytes that were.
+    ///
+    /// # Errors
+    ///
+    /// The file's.
+    pub fn write(&self, file: &File) -> Result<u64, SnapshotError> {
+        let bytes = self.encode()?;
+        file.write_all_at(&bytes, 0).map_err(|source| SnapshotError::File { doing: "written", source })?;
+        Ok(u64::try_from(bytes.len()).unwrap_or(u64::MAX))
+    }
+}
+
+/// A body behind its header.
+pub fn sealed(body: &[u8]) -> Vec<u8> {
+    // One that is too long for its header is too long for any reader.
+    let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
+    bytes.extend(MAGIC);
+    bytes.extend(VERSION.to_le_bytes());
+    bytes.extend(length.to_le_bytes());
+    bytes.extend(checksum(body).to_le_bytes());
+    bytes.extend(body);
+    bytes
+}
+
+fn checksum(body: &[u8]) -> u64 {
+    const CRC: Crc<u64> = Crc::<u64>::new(&CRC_64_XZ);
+    CRC.checksum(body)
+}
+
+#[cfg(test)]
+mod tests;

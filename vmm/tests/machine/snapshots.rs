@@ -1,0 +1,333 @@
+//! Machines that are saved, and machines that go on from what was saved.
+
+use std::fs::{self, File, OpenOptions};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use carrel_protocol::vmm::{
+    Descriptor, Done, FromOwner, FromVmm, Pause, Resume, Snapshot, SnapshotKind, Snapshotted, Stop,
+};
+use carrel_vmm::owner::Connection;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::guest::Guest;
+use super::owners::{ask, take_over};
+use super::run::{Vmm, has_kvm};
+
+const MEMORY: u64 = 64 << 20;
+/// Where the guest keeps what it counts.
+const COUNTER: u32 = 0x30_0000;
+
+/// A guest that counts, its control socket, and where its snapshots go.
+struct Counting {
+    vmm: Vmm,
+    owner: Connection,
+    heard: Vec<u8>,
+}
+
+fn counting(vcpus: u8, change: impl Fn(&mut Value)) -> Counting {
+    let vmm = Vmm::start_with(
+        &Guest::new().count(COUNTER, 2_000),
+        |vm| {
+            let folder = vm["kernel"]["image"].as_str().unwrap().rsplit_once('/').unwrap().0.to_owned();
+            vm["vcpus"] = vcpus.into();
+            vm["control"] = format!("{folder}/control").into();
+            change(vm);
+        },
+        &[],
+    );
+    let mut counting = Counting { owner: connect(&vmm.folder().join("control")), vmm, heard: Vec::new() };
+    counting.hear(5);
+    counting
+}
+
+/// Becomes its owner as soon as there is a control socket that somebody listens on.
+fn connect(control: &Path) -> Connection {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        match take_over(control) {
+            Ok(owner) => return owner,
+            Err(e) => assert!(Instant::now() < deadline, "no control socket: {e}"),
+        }
+        sleep(Duration::from_millis(2));
+    }
+}
+
+impl Counting {
+    fn hear(&mut self, count: usize) {
+        let bytes = self.vmm.hear_bytes(count);
+        self.heard.extend(bytes);
+    }
+
+    /// Pauses it, and hears what it has said: what is heard after a resume is said after it.
+    fn pause(&mut self) {
+        assert_eq!(ask(&self.owner, Pause {}), Done {}.into());
+        self.hear(self.vmm.unheard());
+    }
+
+    fn resume(&self) {
+        assert_eq!(ask(&self.owner, Resume {}), Done {}.into());
+    }
+
+    fn save(&self, to: &Saved, kind: SnapshotKind) -> Snapshotted {
+        match self.try_save(to, kind) {
+            FromVmm::Snapshotted(snapshotted) => snapshotted,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn try_save(&self, to: &Saved, kind: SnapshotKind) -> FromVmm {
+        let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap();
+        let state = File::create(to.state()).unwrap();
+        let memory = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(to.memory());
+        let memory = memory.unwrap();
+        if kind == SnapshotKind::Full {
+            memory.set_len(0).unwrap();
+            memory.set_len(MEMORY).unwrap();
+        }
+        let request = Snapshot { kvm: Descriptor(0), state: Descriptor(1), memory: Descriptor(2), kind };
+        self.owner.send(&FromOwner::from(request), &[kvm.as_fd(), state.as_fd(), memory.as_fd()]).unwrap();
+        self.owner.receive_first::<FromVmm>().unwrap().message
+    }
+
+    /// Ends it, and returns all that it ever said.
+    fn stop(mut self) -> Vec<u8> {
+        assert!(matches!(ask(&self.owner, Stop {}), FromVmm::Ended(_)));
+        let over = self.vmm.over();
+        self.heard.extend(over.said);
+        self.heard
+    }
+}
+
+/// A snapshot's files.
+struct Saved(TempDir);
+
+impl Saved {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn state(&self) -> PathBuf {
+        self.0.path().join("state")
+    }
+
+    fn memory(&self) -> PathBuf {
+        self.0.path().join("memory")
+    }
+
+    fn clone_of(&self) -> Value {
+        json!({
+            "kvm": "/dev/kvm",
+            "state": self.state(),
+            "memory": self.memory(),
+            "serial": {"output": "/dev/stdout", "limit_bytes": 1 << 20},
+        })
+    }
+}
+
+/// Each number is the one before it and one more.
+fn assert_counts(numbers: &[u8], from: u8) {
+    for (expected, number) in
+        (0..numbers.len()).map(|n| from.wrapping_add(u8::try_from(n % 256).unwrap())).zip(numbers)
+    {
+        assert_eq!(*number, expected, "in {numbers:?}");
+    }
+}
+
+#[test]
+fn clones_go_on_where_their_template_stood_and_each_by_itself() {
+    if !has_kvm() {
+        return;
+    }
+    for vcpus in [1, 2] {
+        let mut original = counting(vcpus, |_| {});
+        original.hear(20);
+        original.pause();
+        let saved = Saved::new();
+        let snapshotted = original.save(&saved, SnapshotKind::Full);
+        assert_eq!(snapshotted.state_bytes, fs::metadata(saved.state()).unwrap().len());
+        assert!(snapshotted.memory_bytes < 1 << 20, "{snapshotted:?}: zeros are left out");
+        assert!(fs::metadata(saved.memory()).unwrap().blocks() * 512 <= snapshotted.memory_bytes + 65536);
+        let before = fs::read(saved.memory()).unwrap();
+        let said = original.stop();
+        assert_counts(&said, 0);
+        let next = u8::try_from(said.len() % 256).unwrap();
+        let mut clones: Vec<Vmm> = (0..3).map(|_| Vmm::restore(&saved.clone_of())).collect();
+        for clone in &mut clones {
+            assert_counts(&clone.hear_bytes(300), next);
+        }
+        drop(clones);
+        assert!(fs::read(saved.memory()).unwrap() == before, "clones write to memory of their own");
+    }
+}
+
+#[test]
+fn a_machine_that_was_saved_goes_on_and_nothing_is_lost_or_said_twice() {
+    if !has_kvm() {
+        return;
+    }
+    let mut original = counting(2, |_| {});
+    for _ in 0..20 {
+        original.hear(3);
+        original.pause();
+        original.save(&Saved::new(), SnapshotKind::Full);
+        original.resume();
+    }
+    original.hear(10);
+    assert_counts(&original.stop(), 0);
+}
+
+#[test]
+fn a_differential_snapshot_over_a_full_one_is_a_full_one() {
+    if !has_kvm() {
+        return;
+    }
+    let mut original = counting(1, |vm| vm["track_dirty"] = true.into());
+    original.pause();
+    let (saved, whole) = (Saved::new(), Saved::new());
+    original.save(&saved, SnapshotKind::Full);
+    for _ in 0..3 {
+        original.resume();
+        original.hear(10);
+        original.pause();
+        let snapshotted = original.save(&saved, SnapshotKind::Differential);
+        assert!((4096..1 << 20).contains(&snapshotted.memory_bytes), "{snapshotted:?}");
+    }
+    let none = original.save(&saved, SnapshotKind::Differential);
+    assert_eq!(none.memory_bytes, 0, "nothing ran since");
+    original.save(&whole, SnapshotKind::Full);
+    assert!(fs::read(saved.memory()).unwrap() == fs::read(whole.memory()).unwrap());
+    let said = original.stop();
+    let mut clone = Vmm::restore(&saved.clone_of());
+    assert_counts(&clone.hear_bytes(20), u8::try_from(said.len() % 256).unwrap());
+}
+
+#[test]
+fn a_clone_can_be_saved_and_cloned_again() {
+    if !has_kvm() {
+        return;
+    }
+    let mut original = counting(1, |_| {});
+    original.pause();
+    let mut saved = Saved::new();
+    original.save(&saved, SnapshotKind::Full);
+    let mut next = original.stop().len();
+    for _ in 0..3 {
+        let mut vm = saved.clone_of();
+        let folder = tempfile::tempdir().unwrap();
+        vm["control"] = folder.path().join("control").to_str().unwrap().into();
+        let vmm = Vmm::restore(&vm);
+        let owner = connect(&folder.path().join("control"));
+        let mut clone = Counting { vmm, owner, heard: Vec::new() };
+        clone.hear(7);
+        clone.pause();
+        saved = Saved::new();
+        clone.save(&saved, SnapshotKind::Full);
+        let said = clone.stop();
+        assert_counts(&said, u8::try_from(next % 256).unwrap());
+        next += said.len();
+    }
+}
+
+#[test]
+fn what_can_not_be_saved_is_refused_and_the_machine_goes_on() {
+    if !has_kvm() {
+        return;
+    }
+    let mut original = counting(1, |_| {});
+    let refused = |answer: FromVmm, word: &str| match answer {
+        FromVmm::Refused(refused) => assert!(refused.reason.contains(word), "{}", refused.reason),
+        other => panic!("{other:?}"),
+    };
+    let saved = Saved::new();
+    refused(original.try_save(&saved, SnapshotKind::Full), "not paused");
+    original.pause();
+    refused(original.try_save(&saved, SnapshotKind::Differential), "track_dirty");
+    let short = Snapshot {
+        kvm: Descriptor(0),
+        state: Descriptor(0),
+        memory: Descriptor(1),
+        kind: SnapshotKind::Full,
+    };
+    refused(ask(&original.owner, short), "descriptors");
+    original.save(&saved, SnapshotKind::Full);
+    original.resume();
+    original.hear(5);
+    assert_counts(&original.stop(), 0);
+}
+
+/// Status and errors of a restore that must not succeed.
+fn refuses(vm: &Value) -> (i32, String) {
+    let over = Vmm::restore(vm).over();
+    assert!(over.said.is_empty(), "a guest ran");
+    (over.code(), over.errors)
+}
+
+#[test]
+fn a_damaged_snapshot_never_runs() {
+    if !has_kvm() {
+        return;
+    }
+    let mut original = counting(1, |_| {});
+    original.pause();
+    let saved = Saved::new();
+    original.save(&saved, SnapshotKind::Full);
+    original.stop();
+    let good = fs::read(saved.state()).unwrap();
+    let with = |bytes: &[u8]| {
+        fs::write(saved.state(), bytes).unwrap();
+        refuses(&saved.clone_of())
+    };
+    for (bytes, word) in [
+        (good[..good.len() - 1].to_vec(), "cut short"),
+        ([&good[..], b"x"].concat(), "cut short"),
+        (b"carrel".to_vec(), "cut short"),
+        (vec![0; good.len()], "none of carrel's"),
+        (vec![7; 2 << 20], "cut short"),
+    ] {
+        let (code, errors) = with(&bytes);
+        assert!(code == 3 && errors.contains(word), "{code} {errors}");
+    }
+    for place in [24, good.len() / 2, good.len() - 1] {
+        let mut bytes = good.clone();
+        bytes[place] ^= 0x10;
+        let (code, errors) = with(&bytes);
+        assert!(code == 3 && errors.contains("checksum"), "{code} {errors}");
+    }
+    let mut bytes = good.clone();
+    bytes[8] += 1;
+    let (code, errors) = with(&bytes);
+    assert!(code == 3 && errors.contains("version"), "{code} {errors}");
+    fs::write(saved.state(), &good).unwrap();
+    File::options().write(true).open(saved.memory()).unwrap().set_len(MEMORY - 4096).unwrap();
+    let (code, errors) = refuses(&saved.clone_of());
+    assert!(code == 3 && errors.contains("memory file"), "{code} {errors}");
+}
+
+#[test]
+fn what_is_handed_over_must_fit_the_snapshot() {
+    if !has_kvm() {
+        return;
+    }
+    let mut original = counting(1, |_| {});
+    original.pause();
+    let saved = Saved::new();
+    original.save(&saved, SnapshotKind::Full);
+    original.stop();
+    let with = |change: &dyn Fn(&mut Value, &Path)| {
+        let mut vm = saved.clone_of();
+        let folder = tempfile::tempdir().unwrap();
+        change(&mut vm, folder.path());
+        refuses(&vm)
+    };
+    let (code, errors) = with(&|vm, _| vm["blocks"] = json!([{"id": "d", "base": "/dev/zero"}]));
+    assert!(code == 2 && errors.contains("0 disks"), "{code} {errors}");
+    let (code, errors) = with(&|vm, folder| vm["vsock"] = folder.join("vsock").to_str().unwrap().into());
+    assert!(code == 2 && errors.contains("no vsock device"), "{code} {errors}");
+    let (code, errors) = with(&|vm, _| vm["state"] = "/nonexistent".into());
+    assert!(code == 2 && errors.contains("state file"), "{code} {errors}");
+}
