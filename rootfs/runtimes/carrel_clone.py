@@ -21,7 +21,8 @@ class Connection:
     """The agent's words: a line for each cloning, there before the first instruction after it."""
 
     def __init__(self):
-        import socket
+        # Here, not in each clone.
+        import hashlib, json, socket  # noqa: F401
 
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self.socket.settimeout(PATIENCE)
