@@ -7,9 +7,11 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 
+use carrel_protocol::agent::ExitStatus;
 use rustix::fs::{Mode, OFlags};
 use rustix::mount::{MountFlags, mount};
 use thiserror::Error;
+use tokio::task::{JoinHandle, spawn_local};
 
 use crate::fork::{self, Child, Separate};
 use crate::socket::Socket;
@@ -31,6 +33,8 @@ pub(crate) enum DiskError {
 #[derive(Debug)]
 pub(crate) struct Disk {
     first_growth: Option<(Child, Socket)>,
+    /// The rest of it.
+    growth: Option<JoinHandle<io::Result<ExitStatus>>>,
 }
 
 /// `EXT4_IOC_RESIZE_FS`, `_IOW('f', 16, __u64)`: blocks that the file system shall have.
@@ -52,13 +56,13 @@ pub(crate) fn mount_at(device: &Path, at: &Path) -> Result<Disk, DiskError> {
     let fail = |error: rustix::io::Errno| DiskError::Mount(error.into());
     if !device.exists() {
         mount("tmpfs", at, "tmpfs", MountFlags::NOSUID, c"mode=755").map_err(fail)?;
-        return Ok(Disk { first_growth: None });
+        return Ok(Disk { first_growth: None, growth: None });
     }
     mount(device, at, "ext4", MountFlags::NOATIME, c"discard,noinit_itable").map_err(fail)?;
     let begin = || -> io::Result<Disk> {
         let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
         let child = fork::fork(Separate::default(), || grow(device, at, &writer))?;
-        Ok(Disk { first_growth: Some((child, Socket::new(reader)?)) })
+        Ok(Disk { first_growth: Some((child, Socket::new(reader)?)), growth: None })
     };
     begin().map_err(DiskError::Grow)
 }
@@ -72,12 +76,26 @@ impl Disk {
     pub(crate) async fn grown(&mut self) -> Result<(), DiskError> {
         let Some((child, reader)) = self.first_growth.take() else { return Ok(()) };
         let told = reader.read(&mut [0]).await.map_err(DiskError::Grow)?;
-        tokio::task::spawn_local(child.wait());
+        self.growth = Some(spawn_local(child.wait()));
         if told == 1 {
             Ok(())
         } else {
             Err(DiskError::Grow(io::Error::other("EXT4_IOC_RESIZE_FS was refused")))
         }
+    }
+
+    /// Waits until nothing grows any more: a snapshot made meanwhile would have each clone grow a disk of its own.
+    ///
+    /// # Errors
+    ///
+    /// As [`Disk::grown`].
+    pub(crate) async fn settled(&mut self) -> Result<(), DiskError> {
+        self.grown().await?;
+        if let Some(growth) = &mut self.growth {
+            let _ = growth.await;
+            self.growth = None;
+        }
+        Ok(())
     }
 }
 

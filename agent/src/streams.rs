@@ -65,8 +65,8 @@ enum Order {
     Still(oneshot::Sender<()>),
     /// As before `Still`.
     GoOn,
-    /// Close the connection.
-    Part,
+    /// Close the connection; say so.
+    Part(oneshot::Sender<()>),
     /// Go on with another connection; without one with nothing.
     Join(Option<Socket>),
 }
@@ -164,29 +164,29 @@ impl Pumps {
     /// The process is frozen: returns once all that it wrote has been sent, and nothing moves any more. Dropped before, or followed by
     /// [`Pumps::go_on`], it changes nothing.
     pub(crate) async fn still(&self) {
-        for pump in self.pumps.iter().flatten() {
-            let (done, stopped) = oneshot::channel();
-            // A stream that is over moves nothing; its end of the channel is gone.
-            if pump.orders.send(Order::Still(done)).is_ok() {
-                let _ = stopped.await;
-            }
-        }
+        self.have_done(Order::Still).await;
     }
 
     /// After [`Pumps::still`]: as before.
     pub(crate) fn go_on(&self) {
-        self.order(|| Order::GoOn);
+        for pump in self.pumps.iter().flatten() {
+            let _ = pump.orders.send(Order::GoOn);
+        }
     }
 
-    /// After [`Pumps::still`]: closes the connections.
-    pub(crate) fn part(&self) {
-        self.order(|| Order::Part);
+    /// After [`Pumps::still`]: closes the connections. Returns once they are.
+    pub(crate) async fn part(&self) {
+        self.have_done(Order::Part).await;
         self.parted.set(true);
     }
 
-    fn order(&self, order: impl Fn() -> Order) {
+    async fn have_done(&self, order: impl Fn(oneshot::Sender<()>) -> Order) {
         for pump in self.pumps.iter().flatten() {
-            let _ = pump.orders.send(order());
+            let (done, waiting) = oneshot::channel();
+            // A stream that is over has nothing to do; its end of the channel is gone.
+            if pump.orders.send(order(done)).is_ok() {
+                let _ = waiting.await;
+            }
         }
     }
 
@@ -228,29 +228,34 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((reader, writer))
 }
 
-/// Waits for the connection after the one that there was; `None` when there will be none. `GoOn` without a connection has nothing to go on with.
-async fn joined(orders: &mut mpsc::UnboundedReceiver<Order>) -> Option<Option<Socket>> {
-    loop {
-        match orders.recv().await? {
-            Order::Join(host) => return Some(host),
-            // Frozen again before anybody asked for the streams.
-            Order::Still(done) => drop(done.send(())),
-            Order::GoOn | Order::Part => {}
-        }
-    }
+/// What follows standing still.
+enum After {
+    /// As before.
+    GoOn,
+    /// With this connection, or with nothing.
+    Joined(Option<Socket>),
+    /// Nobody is there any more to say so.
+    Over,
 }
 
-/// After `Still`: whether to go on as before. Otherwise the connection is to be parted from.
-async fn goes_on(orders: &mut mpsc::UnboundedReceiver<Order>) -> bool {
-    loop {
-        match orders.recv().await {
-            Some(Order::GoOn) => return true,
-            Some(Order::Part) | None => return false,
-            Some(Order::Still(done)) => drop(done.send(())),
-            // Of a stream that has a connection: closed.
-            Some(Order::Join(_)) => {}
+/// Stands still. `part` closes the connection.
+async fn still(orders: &mut mpsc::UnboundedReceiver<Order>, mut part: impl FnMut()) -> After {
+    let mut parted = false;
+    while let Some(order) = orders.recv().await {
+        match order {
+            Order::GoOn if !parted => return After::GoOn,
+            Order::Join(host) if parted => return After::Joined(host),
+            Order::Part(done) => {
+                part();
+                parted = true;
+                let _ = done.send(());
+            }
+            // Frozen again before anybody asked for the streams.
+            Order::Still(done) => drop(done.send(())),
+            Order::GoOn | Order::Join(_) => {}
         }
     }
+    After::Over
 }
 
 /// What moved last.
@@ -291,14 +296,16 @@ async fn input(host: Socket, process: Rc<Socket>, mut orders: mpsc::UnboundedRec
                 return;
             }
             Moved::Told(Order::Still(done)) => {
-                if done.send(()).is_ok() && !goes_on(&mut orders).await {
-                    drop(host.take());
-                    let Some(joined) = joined(&mut orders).await else { return };
-                    host = joined;
+                if done.send(()).is_ok() {
+                    match still(&mut orders, || drop(host.take())).await {
+                        After::GoOn => {}
+                        After::Joined(joined) => host = joined,
+                        After::Over => return,
+                    }
                 }
             }
             // Of a freezing that was given up.
-            Moved::Told(Order::GoOn | Order::Part | Order::Join(_)) => {}
+            Moved::Told(Order::GoOn | Order::Part(_) | Order::Join(_)) => {}
         }
         tokio::task::consume_budget().await;
     }
@@ -346,14 +353,19 @@ async fn output(
             Ok(Some(_)) | Err(_) => break,
             Ok(None) => {
                 // Nobody waits for it any more: it was given up.
-                if stop.take().is_none_or(|done| done.send(()).is_err()) || goes_on(&mut orders).await {
+                if stop.take().is_none_or(|done| done.send(()).is_err()) {
                     continue;
                 }
-                if let Some(host) = host.take() {
-                    host.finish();
+                let part = || {
+                    if let Some(host) = host.take() {
+                        host.finish();
+                    }
+                };
+                match still(&mut orders, part).await {
+                    After::GoOn => {}
+                    After::Joined(joined) => host = joined,
+                    After::Over => return,
                 }
-                let Some(joined) = joined(&mut orders).await else { return };
-                host = joined;
                 continue;
             }
         };

@@ -221,3 +221,105 @@ fn connections_without_number_wait_in_the_kernel() {
         assert_eq!(bench.told().await, ready());
     });
 }
+
+/// The managed runtime's module with a runtime client that takes events from its standard input; the interpreter begins with a generator in the same
+/// state each time, as clones of one template do.
+struct Interpreter {
+    _modules: tempfile::TempDir,
+    child: std::process::Child,
+    said: std::io::BufReader<std::process::ChildStdout>,
+}
+
+impl Interpreter {
+    fn begin(socket: &Path) -> Self {
+        let modules = tempfile::tempdir().unwrap();
+        let package = modules.path().join("awslambdaric");
+        fs::create_dir(&package).unwrap();
+        let write = |name: &str, text: &str| fs::write(package.join(name), text).unwrap();
+        write("__init__.py", "");
+        write(
+            "lambda_runtime_client.py",
+            "class LambdaRuntimeClient:\n    def wait_next_invocation(self):\n        return input()\n",
+        );
+        write(
+            "lambda_runtime_hooks_runner.py",
+            "def run_before_snapshot():\n    print('before', flush=True)\ndef run_after_restore():\n    print('after', flush=True)\n",
+        );
+        write(
+            "__main__.py",
+            "import random, ssl, tempfile\nrandom.seed(1)\ntempfile.gettempdir()\nfrom .lambda_runtime_client import LambdaRuntimeClient\n\
+             def main(arguments):\n    assert arguments == ['carrel', 'handler']\n    client = LambdaRuntimeClient()\n    \
+             while client.wait_next_invocation() != 'end':\n        print(random.random(), flush=True)\n",
+        );
+        let runtimes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../rootfs/runtimes");
+        let program = format!(
+            "import carrel_clone as c; c.SOCKET = {:?}; c.main(['carrel', 'handler'])",
+            socket.display().to_string()
+        );
+        let mut child = std::process::Command::new("python3")
+            .args(["-B", "-c", &program])
+            .env("PYTHONPATH", format!("{}:{}", modules.path().display(), runtimes.display()))
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let said = std::io::BufReader::new(child.stdout.take().unwrap());
+        Self { _modules: modules, child, said }
+    }
+
+    /// Its next line; the agent's tasks go on meanwhile.
+    async fn line(&mut self) -> String {
+        use std::os::fd::AsFd;
+        let fd = self.said.get_ref().as_fd().try_clone_to_owned().unwrap();
+        let fd = crate::socket::Socket::new(fd).unwrap();
+        let (mut line, mut byte) = (Vec::new(), [0]);
+        while fd.read(&mut byte).await.unwrap() == 1 && byte != *b"\n" {
+            line.push(byte[0]);
+        }
+        String::from_utf8(line).unwrap()
+    }
+
+    async fn event(&mut self) -> String {
+        std::io::Write::write_all(self.child.stdin.as_mut().unwrap(), b"event\n").unwrap();
+        self.line().await
+    }
+}
+
+#[test]
+fn clones_of_a_python_function_draw_different_numbers_and_call_what_was_registered() {
+    test(async {
+        let bench = Bench::new();
+        let socket = bench.folder.path().join("0/clone.sock");
+        let mut clones = [Interpreter::begin(&socket), Interpreter::begin(&socket)];
+        let mut drawn = Vec::new();
+        for clone in &mut clones {
+            assert_eq!(clone.line().await, "before");
+            drawn.push(clone.event().await);
+        }
+        assert_eq!(drawn[0], drawn[1], "they begin alike");
+        bench.hook.cloned("clone");
+        let mut drawn = Vec::new();
+        for clone in &mut clones {
+            assert_eq!(clone.event().await, "after", "before the handler sees the event");
+            drawn.push(clone.line().await);
+            drawn.push(clone.event().await);
+        }
+        for (n, number) in drawn.iter().enumerate() {
+            assert!(number.parse::<f64>().is_ok() && !drawn[n + 1..].contains(number), "{drawn:?}");
+        }
+        for clone in &mut clones {
+            std::io::Write::write_all(clone.child.stdin.as_mut().unwrap(), b"end\n").unwrap();
+            assert!(clone.child.wait().unwrap().success());
+        }
+    });
+}
+
+#[test]
+fn a_python_function_that_is_not_to_be_cloned_begins_as_ever() {
+    test(async {
+        let mut alone = Interpreter::begin(Path::new("/nonexistent/clone.sock"));
+        assert!(alone.event().await.parse::<f64>().is_ok());
+        drop(alone.child.stdin.take());
+        alone.child.wait().unwrap();
+    });
+}

@@ -106,7 +106,8 @@ fn two_clones_never_draw_the_same() {
     adopt(&template, &identity("t", 10, 1)).unwrap();
     let (one, other) = (template.clone(), template.clone());
     // The invented kernel is honest: without anything done, clones are alike.
-    assert_eq!(template.clone().draw(), template.clone().draw());
+    let copies = [template.clone(), template.clone()];
+    assert_eq!(copies[0].draw(), copies[1].draw());
     adopt(&one, &identity("a", 20, 2)).unwrap();
     adopt(&other, &identity("b", 20, 3)).unwrap();
     let second = one.clone();

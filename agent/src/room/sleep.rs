@@ -74,12 +74,16 @@ impl Room {
             let message = format!("the room can't be frozen while {}", in_words(*work));
             return Err(Refusal::new(Failure::BadRequest, message));
         }
+        if let Some(disk) = self.disk.lock().await.as_mut() {
+            let settled = disk.settled().await;
+            settled.map_err(|error| Refusal::new(Failure::System, carrel_protocol::chain(&error)))?;
+        }
         let running = self.running();
         let lives: Vec<Rc<Live>> = self.processes.borrow().values().cloned().collect();
         let stopped = stop(&running, &lives).await;
         for pumps in lives.iter().filter_map(|live| live.pumps()) {
             match stopped {
-                Ok(()) => pumps.part(),
+                Ok(()) => pumps.part().await,
                 Err(_) => pumps.go_on(),
             }
         }

@@ -81,10 +81,9 @@ impl Conn {
     }
 
     async fn awake(&mut self) -> Awake {
-        match self.hear().await {
-            FromAgent::Awake(awake) => awake,
-            other => panic!("{other:?}"),
-        }
+        let said = self.hear().await;
+        let FromAgent::Awake(awake) = said else { panic!("{said:?}") };
+        awake
     }
 }
 

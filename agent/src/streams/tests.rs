@@ -287,7 +287,7 @@ fn output_around_a_parting_is_said_once_and_whole() {
         output.write_all(&before).unwrap();
         let (told, errors_told) = (spawn_local(rest(stdout)), spawn_local(rest(stderr)));
         pumps.still().await;
-        pumps.part();
+        pumps.part().await;
         // The template's connections ended with what was said before.
         assert!(told.await.unwrap() == before);
         assert!(errors_told.await.unwrap().is_empty());
@@ -321,7 +321,7 @@ fn input_that_the_process_had_not_read_is_read_after_the_parting_and_before_any_
         // The connection may end, and what was written is taken all the same.
         tokio::time::sleep(Duration::from_millis(50)).await;
         pumps.still().await;
-        pumps.part();
+        pumps.part().await;
         let mut hosts = again(&host, &pumps, &all()).await;
         hosts[0].write_all(b"more").unwrap();
         hosts[0].shutdown(std::net::Shutdown::Write).unwrap();
@@ -373,7 +373,7 @@ fn a_process_that_ends_before_its_streams_are_asked_for_has_said_what_it_said() 
         let host = Host::new();
         let (pumps, _hosts, [input, mut output, errors]) = joined(&host).await;
         pumps.still().await;
-        pumps.part();
+        pumps.part().await;
         output.write_all(b"last words").unwrap();
         drop((input, output, errors));
         let pumps = Rc::new(pumps);
@@ -393,10 +393,10 @@ fn what_is_not_asked_for_again_goes_nowhere_and_input_ends() {
         let host = Host::new();
         let (pumps, _hosts, [mut input, mut output, mut errors]) = joined(&host).await;
         pumps.still().await;
-        pumps.part();
+        pumps.part().await;
         // Twice frozen, never asked for.
         pumps.still().await;
-        pumps.part();
+        pumps.part().await;
         let asked = Stdio { stderr: stream(2), ..Stdio::default() };
         let mut hosts = again(&host, &pumps, &asked).await;
         let long = noise(1 << 20);
@@ -424,7 +424,7 @@ fn streams_that_are_over_or_never_were_are_ended_at_once() {
         drop(output);
         assert!(rest(first).await.is_empty());
         pumps.still().await;
-        pumps.part();
+        pumps.part().await;
         let hosts = again(&host, &pumps, &all()).await;
         for host in hosts {
             assert!(rest(host).await.is_empty());

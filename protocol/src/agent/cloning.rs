@@ -52,7 +52,7 @@ pub struct Awake {
 }
 
 /// A workload is at the point where it wants to be cloned: a function's runtime asks for its first event, or a program said `ready`
-/// ([`CLONE_SOCKET`]). Once for each container that was started for cloning.
+/// ([`CLONE_SOCKET`]). Once for each container that was started for cloning; what was on its way when the room froze comes after [`Awake`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Ready {
