@@ -172,6 +172,14 @@ fn a_maker_that_gives_up_leaves_nothing_and_its_failure_is_not_inherited() {
 }
 
 #[test]
+fn what_was_published_between_the_look_and_the_lock_is_not_made_again() {
+    let bed = bed();
+    make(&bed.templates, &key(1));
+    assert!(matches!(bed.templates.claim(&key(1)).unwrap(), Some(Acquired::Ready(_))));
+    assert!(bed.leftovers().is_empty());
+}
+
+#[test]
 fn who_waits_is_asked_and_may_give_up() {
     let bed = bed();
     let key = key(1);
