@@ -106,6 +106,8 @@ fn what_is_published_is_found_whole_sparse_and_protected() {
     let key = key(1);
     assert!(bed.templates.find(&key).unwrap().is_none());
     make(&bed.templates, &key);
+    let listed = bed.templates.inspect(&key).unwrap().unwrap();
+    assert_eq!(listed.used, listed.record.unwrap().created());
     let found = bed.templates.find(&key).unwrap().unwrap();
     let mut page = [0; 4097];
     found.file(Part::Memory).read_exact_at(&mut page, PAGE).unwrap();
