@@ -83,6 +83,18 @@ pub(crate) fn command_word(line: impl Iterator<Item = OsString>) -> Option<OsStr
     None
 }
 
+/// The same, with the command below it where it has any: `template ls`.
+pub(crate) fn command_path(mut line: impl Iterator<Item = OsString>) -> Option<String> {
+    let word = command_word(&mut line)?.into_string().ok()?;
+    let definition = Cli::command();
+    let known = definition.find_subcommand(&word).filter(|known| known.has_subcommands());
+    let below = known.and_then(|known| {
+        let below = command_word(&mut line)?.into_string().ok()?;
+        known.find_subcommand(&below).map(|below| format!("{word} {}", below.get_name()))
+    });
+    Some(below.unwrap_or(word))
+}
+
 /// How diagnostics are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -98,9 +98,13 @@ pub(crate) fn print_bytes(bytes: &[u8]) -> anyhow::Result<()> {
     }
 }
 
-/// What is wrong with the command line, as one sentence, and where its right form is to be read.
+/// What is wrong with the command line, as one sentence, and where its right form is to be read. `command` is its command, with the one below it
+/// where there is one.
 pub(crate) fn wrong_line(error: &clap::Error, command: Option<&str>) -> String {
-    let known = command.filter(|word| Cli::command().find_subcommand(word).is_some());
+    let known = command.filter(|path| {
+        let below = |above: clap::Command, word| above.find_subcommand(word).cloned();
+        path.split(' ').try_fold(Cli::command(), below).is_some()
+    });
     let name = known.map_or_else(|| "carrel".to_owned(), |word| format!("carrel {word}"));
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(word)) => Some(word.clone()),
@@ -185,6 +189,7 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+    use crate::arguments::command_path;
 
     #[test]
     fn causes_stand_below_one_sentence() {
@@ -199,7 +204,7 @@ mod tests {
     fn a_wrong_line_is_one_sentence_that_leads_to_the_help() {
         let said = |line: &[&str]| {
             let error = Cli::try_parse_from(std::iter::once(&"carrel").chain(line)).unwrap_err();
-            wrong_line(&error, line.iter().find(|word| !word.starts_with('-')).copied())
+            wrong_line(&error, command_path(line.iter().map(Into::into)).as_deref())
         };
         for (line, sentence) in [
             (&["run", "--bad", "img"][..], "`carrel run` has no option '--bad'; see `carrel run --help`."),
@@ -208,6 +213,14 @@ mod tests {
                 "`carrel run` has no option '--nam', but there is '--name'; see `carrel run --help`.",
             ),
             (&["ps", "more"], "`carrel ps` takes no argument 'more'; see `carrel ps --help`."),
+            (
+                &["template", "prune", "--max-sise", "1g"],
+                "`carrel template prune` has no option '--max-sise', but there is '--max-size'; see `carrel template prune --help`.",
+            ),
+            (
+                &["template", "inspct", "x"],
+                "There is no command 'inspct', but there is 'inspect'; see `carrel template --help`.",
+            ),
             (&["sotp"], "There is no command 'sotp', but there is 'stop'; see `carrel --help`."),
             (
                 &["run", "-m", "1m", "img"],

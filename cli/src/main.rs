@@ -94,8 +94,8 @@ fn usage_error(error: &clap::Error) -> u8 {
         let _ = error.print();
         return 0;
     }
-    let word = arguments::command_word(std::env::args_os().skip(1));
-    let command = word.as_deref().and_then(|word| word.to_str());
+    let path = arguments::command_path(std::env::args_os().skip(1));
+    let command = path.as_deref();
     // If nobody reads it, the status still says it.
     let _ = if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         // Help that was not asked for.

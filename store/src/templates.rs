@@ -146,13 +146,8 @@ impl Templates {
             if let Some(template) = self.find(key)? {
                 return Ok(Acquired::Ready(Box::new(template)));
             }
-            if let Some(held) = self.claim(key)? {
-                let maker = Maker::new(self.clone(), key.clone(), held)?;
-                // Somebody may have published it between our look and our lock.
-                return Ok(match self.find(key)? {
-                    Some(template) => Acquired::Ready(Box::new(template)),
-                    None => Acquired::Make(maker),
-                });
+            if let Some(acquired) = self.claim(key)? {
+                return Ok(acquired);
             }
             let waited = begun.elapsed();
             if wait(waited).is_break() {
@@ -163,18 +158,24 @@ impl Templates {
         }
     }
 
-    /// The folder in which this template is made, if nobody else has it.
-    fn claim(&self, key: &TemplateKey) -> Result<Option<Held>, TemplateError> {
+    /// Makes the caller the maker, if nobody else is.
+    fn claim(&self, key: &TemplateKey) -> Result<Option<Acquired>, TemplateError> {
         let path = self.making().join(key.as_str());
         loop {
             let folder = Folder::create(&path).map_err(TemplateError::io("created", &path))?;
             let Some(held) = folder.try_lock().map_err(TemplateError::io("locked", &path))? else {
                 return Ok(None);
             };
-            if held.folder().still_named().map_err(TemplateError::io("looked at", &path))? {
-                return Ok(Some(held));
+            if !held.folder().still_named().map_err(TemplateError::io("looked at", &path))? {
+                // Its maker published or removed it before we had its lock.
+                continue;
             }
-            // Its maker published or removed it before we had its lock.
+            let maker = Maker::new(self.clone(), key.clone(), held)?;
+            // Somebody may have published it between our look and our lock; the maker takes its folder away again then.
+            return Ok(Some(match self.find(key)? {
+                Some(template) => Acquired::Ready(Box::new(template)),
+                None => Acquired::Make(maker),
+            }));
         }
     }
 

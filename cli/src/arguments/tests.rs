@@ -192,6 +192,36 @@ fn every_command_that_people_use_shows_examples() {
 }
 
 #[test]
+fn the_commands_on_templates_show_examples_of_themselves() {
+    let cli = Cli::command();
+    let template = cli.find_subcommand("template").unwrap();
+    for command in template.get_subcommands() {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        let own = format!("Examples:\n  carrel template {}", command.get_name());
+        assert!(help.starts_with(&own), "{help}");
+    }
+}
+
+#[test]
+fn templates_are_pruned_by_sizes_and_times_as_people_write_them() {
+    let pruned = |line: &[&str]| {
+        let line: Vec<&str> = ["template", "prune"].iter().chain(line).copied().collect();
+        match parse(&line) {
+            Ok(Command::Template(template::TemplateArgs {
+                command: template::TemplateCommand::Prune(args),
+            })) => args,
+            other => panic!("{line:?}: {other:?}"),
+        }
+    };
+    let args = pruned(&["--max-size", "1.5g", "--older-than", "7d"]);
+    assert_eq!((args.max_size, args.older_than.unwrap().as_secs()), (Some(3 << 29), 7 * 86_400));
+    assert!(!args.all && !args.dry_run);
+    assert!(refused(&["template", "prune", "--max-size", "much"]).to_string().contains("--max-size"));
+    assert_eq!(refused(&["template", "rm"]).kind(), ErrorKind::MissingRequiredArgument);
+    assert_eq!(refused(&["template", "ls", "-q", "--json"]).kind(), ErrorKind::ArgumentConflict);
+}
+
+#[test]
 fn help_has_every_option_below_its_own_heading() {
     let mut cli = Cli::command();
     assert!(cli.render_help().to_string().starts_with("Runs OCI images and Lambda functions"));

@@ -105,7 +105,7 @@ impl Maker {
         let text = record.seal().map_err(|_| TemplateError::Description)?;
         // What could not be read back would be damage, and made again for ever.
         TemplateRecord::parse(&text, &self.key).map_err(|_| TemplateError::Description)?;
-        self.write_record(&text).map_err(self.failed("written", RECORD))?;
+        self.write_record(&text, record.created()).map_err(self.failed("written", RECORD))?;
         self.held.folder().sync().map_err(self.failed("synchronised", RECORD))?;
         self.show()?;
         match self.templates.look(&self.key)? {
@@ -157,10 +157,12 @@ impl Maker {
         }
     }
 
-    fn write_record(&self, text: &[u8]) -> io::Result<()> {
+    /// Writes it, last used when it was made.
+    fn write_record(&self, text: &[u8], now: SystemTime) -> io::Result<()> {
         self.held.remove_file(RECORD)?;
         let mut file = self.held.new_file(RECORD)?;
         file.write_all(text)?;
+        file.set_modified(now)?;
         file.set_permissions(Permissions::from_mode(0o444))?;
         file.sync_all()
     }

@@ -106,6 +106,8 @@ fn what_is_published_is_found_whole_sparse_and_protected() {
     let key = key(1);
     assert!(bed.templates.find(&key).unwrap().is_none());
     make(&bed.templates, &key);
+    let listed = bed.templates.inspect(&key).unwrap().unwrap();
+    assert_eq!(listed.used, listed.record.unwrap().created());
     let found = bed.templates.find(&key).unwrap().unwrap();
     let mut page = [0; 4097];
     found.file(Part::Memory).read_exact_at(&mut page, PAGE).unwrap();
@@ -168,6 +170,14 @@ fn a_maker_that_gives_up_leaves_nothing_and_its_failure_is_not_inherited() {
         fill(&mut second);
         second.publish(Point::Unpacked, Value::Null).unwrap();
     });
+    assert!(bed.leftovers().is_empty());
+}
+
+#[test]
+fn what_was_published_between_the_look_and_the_lock_is_not_made_again() {
+    let bed = bed();
+    make(&bed.templates, &key(1));
+    assert!(matches!(bed.templates.claim(&key(1)).unwrap(), Some(Acquired::Ready(_))));
     assert!(bed.leftovers().is_empty());
 }
 
