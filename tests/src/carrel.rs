@@ -20,6 +20,7 @@ use crate::{evidence, patience, wait_for};
 pub struct Carrel {
     home: TempDir,
     before: Leftovers,
+    clones: bool,
     // Last: the turn ends when all else is gone.
     _turn: File,
 }
@@ -31,8 +32,18 @@ impl Default for Carrel {
 }
 
 impl Carrel {
-    /// Waits for its turn and makes the home.
+    /// Waits for its turn and makes the home. Rooms begin with a boot: most tests are about what comes after it, and a template for each home would
+    /// double their time.
     pub fn new() -> Self {
+        Self::with(false)
+    }
+
+    /// The same, and rooms begin as they do for users: as clones.
+    pub fn cloning() -> Self {
+        Self::with(true)
+    }
+
+    fn with(clones: bool) -> Self {
         let base = base();
         std::fs::create_dir_all(&base).expect("the tests' folder can be made");
         let turn = OpenOptions::new()
@@ -44,7 +55,7 @@ impl Carrel {
         rustix::fs::flock(&turn, FlockOperation::LockExclusive).expect("the turn can be taken");
         let home =
             tempfile::Builder::new().prefix("carrel-test-").tempdir_in(base).expect("a home can be made");
-        Self { before: Leftovers::now(home.path()), home, _turn: turn }
+        Self { before: Leftovers::now(home.path()), home, clones, _turn: turn }
     }
 
     /// The home.
@@ -63,6 +74,7 @@ impl Carrel {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(binary());
         command.args(arguments).env("CARREL_HOME", self.home()).env_remove("CARREL_LOG_FORMAT");
+        command.env("CARREL_COLD", if self.clones { "0" } else { "1" });
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

@@ -1,0 +1,152 @@
+//! Rooms that begin as clones of a template: what they share, what each has of its own, and what becomes of templates that can't be used.
+
+// A test fails by panicking, and so do the functions that tests share.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use carrel_tests::{Carrel, Done, fixtures};
+use serde_json::Value;
+
+/// Small, so that saving one takes seconds under emulation.
+const MEMORY: &str = "128m";
+
+fn run(carrel: &Carrel, script: &str) -> Done {
+    carrel.run(&["run", "-m", MEMORY, "--timeline", &fixtures::busybox(), "sh", "-c", script])
+}
+
+/// How a room began, as its timeline says.
+fn start(done: &Done) -> &str {
+    let line = done.errors().lines().find(|line| line.starts_with("start: "));
+    line.unwrap_or_else(|| panic!("no timeline: {done:?}")).trim_start_matches("start: ")
+}
+
+fn templates(carrel: &Carrel) -> Vec<Value> {
+    carrel.json(&["template", "ls", "--json"]).as_array().unwrap().clone()
+}
+
+/// The only template's folder.
+fn folder(carrel: &Carrel) -> PathBuf {
+    let all: Vec<PathBuf> = fs::read_dir(carrel.home().join("store/templates"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.join("template.json").exists())
+        .collect();
+    assert_eq!(all.len(), 1, "{all:?}");
+    all.into_iter().next().unwrap()
+}
+
+#[test]
+fn every_start_of_an_image_is_a_clone_and_behaves_as_a_boot_does() {
+    let carrel = Carrel::cloning();
+    for n in 0..3 {
+        let done = run(&carrel, "echo out; echo err >&2; exit 7").ends_with(7);
+        assert_eq!(done.text(), "out\n");
+        assert!(done.errors().contains("err\n"));
+        assert_eq!(start(&done), "clone", "start {n}");
+        for step in ["template found", "clone awake", "workload started", "first output"] {
+            assert!(done.errors().contains(step), "{step}: {done:?}");
+        }
+        assert_eq!(done.errors().contains("template made"), n == 0, "{done:?}");
+    }
+    assert_eq!(templates(&carrel).len(), 1);
+    let cold =
+        carrel.run(&["run", "-m", MEMORY, "--cold", "--timeline", &fixtures::busybox(), "true"]).succeeds();
+    assert_eq!(start(&cold), "cold");
+    // Another machine is another template, and so is another domain.
+    carrel.run(&["run", "-m", "160m", &fixtures::busybox(), "true"]).succeeds();
+    carrel.run(&["run", "-m", MEMORY, "--domain", "other", &fixtures::busybox(), "true"]).succeeds();
+    assert_eq!(templates(&carrel).len(), 3);
+}
+
+#[test]
+fn two_clones_share_neither_random_numbers_nor_names_nor_what_they_write() {
+    let carrel = Carrel::cloning();
+    // The generator's first bytes, its device, the kernel's own ids, the hostname, and what the last room left on the disk.
+    let script = "head -c 32 /dev/urandom | sha256sum; head -c 32 /dev/random | sha256sum; \
+                  cat /proc/sys/kernel/random/uuid; hostname; ls /left 2>&1; echo here > /left; cat /left";
+    let said: Vec<Vec<String>> =
+        (0..3).map(|_| run(&carrel, script).succeeds().text().lines().map(str::to_owned).collect()).collect();
+    for line in 0..4 {
+        let all: BTreeSet<&String> = said.iter().map(|lines| &lines[line]).collect();
+        assert_eq!(all.len(), said.len(), "line {line} of {said:?}");
+    }
+    for lines in &said {
+        assert!(lines[4].contains("No such file") && lines[5] == "here", "{lines:?}");
+    }
+}
+
+#[test]
+fn a_clone_knows_the_time_before_its_workload_runs() {
+    let carrel = Carrel::cloning();
+    run(&carrel, "true").succeeds();
+    // A clone that believed its template's time would be late by this and the template's age.
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    for _ in 0..2 {
+        let before = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let done = run(&carrel, "date +%s; cut -d. -f1 /proc/uptime").succeeds();
+        let after = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+        let said: Vec<u64> = done.text().lines().map(|line| line.parse().unwrap()).collect();
+        assert!((before..=after).contains(&said[0]), "{said:?} not in {before}..={after}");
+    }
+}
+
+#[test]
+fn a_crowd_that_asks_at_once_has_one_template_made() {
+    let carrel = Carrel::cloning();
+    let image = fixtures::busybox();
+    let line = ["run", "-m", MEMORY, "--timeline", &image, "sh", "-c", "cat /proc/sys/kernel/random/uuid"];
+    let crowd: Vec<_> = (0..5).map(|_| carrel.start(&line)).collect();
+    let done: Vec<Done> = crowd.into_iter().map(|running| running.done().succeeds()).collect();
+    assert_eq!(done.iter().filter(|done| done.errors().contains("template made")).count(), 1);
+    assert!(done.iter().all(|done| start(done) == "clone"));
+    let said: BTreeSet<&str> = done.iter().map(Done::text).collect();
+    assert_eq!(said.len(), done.len(), "{said:?}");
+    assert_eq!(templates(&carrel).len(), 1);
+}
+
+#[test]
+fn a_damaged_template_never_runs_and_is_made_again() {
+    let carrel = Carrel::cloning();
+    run(&carrel, "true").succeeds();
+    let state = folder(&carrel).join("state");
+    let good = fs::read(&state).unwrap();
+    let mut bad = good.clone();
+    bad[good.len() / 2] ^= 1;
+    for damaged in [bad, good[..good.len() - 1].to_vec(), Vec::new()] {
+        fs::remove_file(&state).unwrap();
+        fs::write(&state, damaged).unwrap();
+        let done = run(&carrel, "echo well").succeeds();
+        assert_eq!((done.text(), start(&done)), ("well\n", "clone"), "{done:?}");
+        assert_eq!(fs::read(folder(&carrel).join("state")).unwrap().len(), good.len(), "made again");
+        assert_eq!(start(&run(&carrel, "true").succeeds()), "clone");
+    }
+    carrel.run(&["template", "verify"]).succeeds();
+}
+
+#[test]
+fn a_function_begins_as_a_clone() {
+    let carrel = Carrel::cloning();
+    let source = "def handler(event, context):\n    return {'got': event}\n";
+    let zip = carrel_tests::functions::python(&carrel.scratch(), source);
+    for _ in 0..2 {
+        let line = [
+            "invoke",
+            "--timeline",
+            "--runtime",
+            "python3.11",
+            "--handler",
+            "app.handler",
+            "--zip",
+            &zip,
+            "--event",
+            "{\"a\":1}",
+        ];
+        let done = carrel.run(&line).succeeds();
+        assert_eq!(serde_json::from_str::<Value>(done.text()).unwrap(), serde_json::json!({"got": {"a": 1}}));
+        assert_eq!(start(&done), "clone");
+    }
+}
