@@ -393,7 +393,13 @@ fn verity(root: &Path) {
         return;
     }
     let template = make_marked(&place, MARK).unwrap();
-    assert!(Part::ALL.iter().all(|part| template.record().part(*part).verity));
+    let checked = Part::ALL.map(|part| template.record().part(part).verity);
+    // Before Linux 6.17 fs-verity hashes by the crypto API, which may lack SHA-256 (ENOPKG).
+    if checked == [false; 3] && !fs::read_to_string("/proc/crypto").unwrap_or_default().contains("sha256") {
+        eprintln!("this kernel has fs-verity without SHA-256");
+        return;
+    }
+    assert_eq!(checked, [true; 3]);
     assert!(template.verify().is_none());
     let path = place.join("templates").join(key(1).as_str()).join("memory");
     assert!(File::options().write(true).open(path).is_err(), "root can write to it");
