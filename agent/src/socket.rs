@@ -9,7 +9,7 @@ use std::task::{Context, Poll, ready};
 use carrel_protocol::agent::{HOST_CID, Stream};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
 use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 
 /// How the host is reached.
 #[derive(Clone, Debug)]
@@ -134,7 +134,9 @@ impl Socket {
                 let guard: &mut tokio::io::unix::AsyncFdReadyGuard<'_, OwnedFd> = &mut guard;
                 guard.clear_ready();
             }
-            ready = Some(self.0.readable().await?);
+            // A connection that a transport's reset ends is neither readable nor at its end to epoll: an error is all that is told
+            // (net/vmw_vsock, `vsock_poll`), and without asking for it nobody would wake.
+            ready = Some(self.0.ready(Interest::READABLE | Interest::ERROR).await?);
         }
     }
 
