@@ -127,6 +127,9 @@ pub(crate) enum Command {
     Rmi(images::RmiArgs),
     /// Remove what nothing refers to
     Prune(images::PruneArgs),
+    /// Measure what isolation costs, beside other ways of it (carrel bench --help)
+    #[command(disable_help_flag = true)]
+    Bench(BenchArgs),
     /// Print a shell's completion script
     #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions(CompletionsArgs),
@@ -150,6 +153,14 @@ pub(crate) struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// `carrel bench`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Options of carrel-bench, which knows them
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTION")]
+    pub(crate) options: Vec<OsString>,
 }
 
 const COMPLETIONS_EXAMPLES: &str = "\

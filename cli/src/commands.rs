@@ -1,5 +1,6 @@
 //! One function a command: what was asked, one call into store or host, what came back.
 
+mod bench;
 mod doctor;
 mod images;
 mod invoke;
@@ -35,6 +36,7 @@ pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8>
         Command::Images(args) => images::images(&args, configuration),
         Command::Rmi(args) => images::rmi(&args, configuration),
         Command::Prune(args) => images::prune(&args, configuration),
+        Command::Bench(args) => bench::bench(&args, configuration),
         Command::Completions(args) => completions(&args),
         Command::Version(args) => version(&args),
         Command::Owner(args) => Ok(carrel_host::owner::run(&args.room).map(|()| 0)?),

@@ -126,6 +126,7 @@ fn failure_status(command: &Command) -> u8 {
         | Command::Images(_)
         | Command::Rmi(_)
         | Command::Prune(_)
+        | Command::Bench(_)
         | Command::Completions(_)
         | Command::Version(_)
         | Command::Owner(_) => failure::FAILED,
