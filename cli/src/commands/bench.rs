@@ -17,6 +17,9 @@ pub(crate) fn bench(args: &BenchArgs, configuration: &Configuration) -> Result<u
     command.arg("isolation").args(&args.options).env("CARREL_ASSETS", &assets);
     command.env("CARREL_VMM", place::vmm(configuration, &assets)?);
     Err(command.exec()).with_context(|| {
-        format!("{} can't be executed: install carrel-bench beside carrel, or build it with scripts/bench.", program.display())
+        format!(
+            "{} can't be executed: install carrel-bench beside carrel, or build it with scripts/bench.",
+            program.display()
+        )
     })
 }

@@ -44,6 +44,7 @@ use report::Report;
 use results::Results;
 use stage::{Sources, Stage};
 use subjects::{Present, Subject};
+use surface::SourceFolders;
 
 /// The word that comes before its options.
 pub(crate) const COMMAND: &str = "isolation";
@@ -121,9 +122,12 @@ struct Options {
     /// Make the root file system's disk, and end
     #[arg(long, value_name = "FILE", conflicts_with = "root")]
     make_root: Option<PathBuf>,
-    /// Sources to count lines of, a folder a subject
+    /// Sources to count lines of, a folder a subject (apt-get source runc, for one)
     #[arg(long, value_name = "DIR")]
     sources: Option<PathBuf>,
+    /// carrel's own source tree
+    #[arg(long, value_name = "DIR")]
+    carrel_source: Option<PathBuf>,
     /// What to type to repeat it, for the report [default: this command line]
     #[arg(long, value_name = "TEXT", hide = true)]
     repeat: Option<String>,
@@ -161,8 +165,10 @@ pub(crate) fn run(words: impl Iterator<Item = OsString>) -> Result<()> {
     };
     let stage = Stage::new(&sources, present, &interrupted)?;
     let amount = options.amount();
-    let mut bench = Bench::new(&stage, &amount, &chosen, options.sources.as_deref(), results);
+    let folders = SourceFolders { peers: options.sources.clone(), carrel: options.carrel_source.clone() };
+    let mut bench = Bench::new(&stage, &amount, &chosen, &folders, results);
     bench.run();
+    bench.results.sort();
     let was_interrupted = interrupted.load(Ordering::Relaxed);
     let report = Report {
         command: options.repeat.clone().unwrap_or_else(command_line),

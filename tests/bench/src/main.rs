@@ -217,7 +217,7 @@ fn main() -> Result<()> {
 
 /// Memory for two guests, written and given back: it is what the next VMM gets. Without that the first touch of a page that held the last guest's code
 /// would be counted as the VMM's: an emulated host then has its translations to throw away, at up to 200 ms a boot.
-fn scrub() {
+pub(crate) fn scrub() {
     drop(std::hint::black_box(vec![1_u8; 256 << 20]));
 }
 

@@ -1,7 +1,7 @@
 //! Carries out a group of metrics: rounds in which every subject has its turn, or levels that climb as far as the host's memory goes.
 //!
 //! ```text
-//!  rounds:   warm-ups, then runs; in each every subject once, another one first each time
+//!  rounds:   warm-ups, then runs; in each every subject once, another one first each time, on memory that was just written
 //!  bursts:   for each level, waves; in each every subject once
 //!  density:  each subject by itself, up the levels (memory does not jitter)
 //!  surface:  each subject once (counts)
@@ -20,6 +20,7 @@ use super::results::Results;
 use super::room::{Expect, Patience, Plan, Started};
 use super::stage::Stage;
 use super::subjects::Subject;
+use super::surface::SourceFolders;
 use super::{burst, density, surface};
 use crate::engine::try_connect;
 use crate::vsock;
@@ -47,7 +48,7 @@ pub(crate) struct Bench<'a> {
     pub(crate) stage: &'a Stage,
     pub(crate) amount: &'a Amount,
     pub(crate) chosen: &'a [&'static Metric],
-    pub(crate) sources: Option<&'a std::path::Path>,
+    pub(crate) sources: &'a SourceFolders,
     pub(crate) results: Results,
     /// Failures in a row, for each group and subject.
     failures: BTreeMap<(Group, Subject), u32>,
@@ -59,7 +60,7 @@ impl<'a> Bench<'a> {
         stage: &'a Stage,
         amount: &'a Amount,
         chosen: &'a [&'static Metric],
-        sources: Option<&'a std::path::Path>,
+        sources: &'a SourceFolders,
         results: Results,
     ) -> Self {
         Self { stage, amount, chosen, sources, results, failures: BTreeMap::new() }
@@ -150,6 +151,7 @@ impl<'a> Bench<'a> {
                     return;
                 }
                 progress(group, &format!("round {} of {rounds}, {}", round + 1, subject.name()));
+                crate::scrub();
                 match self.sample(group, subject) {
                     Ok(values) => {
                         self.note_success(group, subject);

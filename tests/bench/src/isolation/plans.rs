@@ -271,7 +271,8 @@ fn qemu(stage: &Stage, kernel: &Path, work: Option<Work>, folder: &Path) -> Resu
     command.arg("-kernel").arg(kernel);
     let Some(work) = work else { return Ok(command) };
     command.args(["-append", &command_line(work)]);
-    for (number, disk) in machine(stage, work, folder)?.disks.iter().enumerate() {
+    let disks = machine(stage, work, folder)?.disks;
+    for (number, disk) in disks.iter().enumerate() {
         let mut drive = OsString::from(format!("id=disk{number},format=raw,if=none,file="));
         drive.push(&disk.path);
         drive.push(if disk.read_only { ",readonly=on" } else { ",cache=writeback" });

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use anyhow::{Result, anyhow};
+use plotters::coord::ranged1d::ValueFormatter;
+use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
 use super::metrics::Metric;
@@ -57,18 +59,35 @@ fn reach(values: impl Iterator<Item = f64>) -> (f64, f64) {
     if low > high { (0.5, 2.0) } else { (low / 1.5, high * 2.0) }
 }
 
-/// A row a subject: whiskers to the 95th percentile, a box of the quartiles, a line at the median and its figure.
+/// A row a subject: a whisker to the 95th percentile, a box of the quartiles, a line at the median and its figure. From zero, unless the slowest is many times
+/// the quickest.
 fn boxes(path: &Path, title: &str, of: &[(&Series, Spread)]) -> Drawn {
     let rows = u32::try_from(of.len())?;
     let root = SVGBackend::new(path, (WIDTH, 90 + 34 * rows)).into_drawing_area();
     root.fill(&WHITE)?;
     let (low, high) = reach(of.iter().flat_map(|(_, s)| [s.q1, s.median, s.q3, s.p95]));
-    let mut chart = ChartBuilder::on(&root)
-        .caption(title, (FONT, 18))
-        .margin(10)
-        .x_label_area_size(30)
-        .y_label_area_size(170)
-        .build_cartesian_2d((low..high).log_scale(), 0.0..f64::from(rows))?;
+    let mut chart = ChartBuilder::on(&root);
+    chart.caption(title, (FONT, 18)).margin(10).margin_right(40).x_label_area_size(30).y_label_area_size(170);
+    let names = 0.0..f64::from(rows);
+    if high / low > 20.0 {
+        fill(&mut chart.build_cartesian_2d((low..high).log_scale(), names)?, low, of)?;
+    } else {
+        fill(&mut chart.build_cartesian_2d(0.0..high * 0.65, names)?, 0.0, of)?;
+    }
+    root.present()?;
+    Ok(())
+}
+
+/// The rows themselves, whatever the axis.
+fn fill<X>(
+    chart: &mut ChartContext<'_, SVGBackend<'_>, Cartesian2d<X, RangedCoordf64>>,
+    low: f64,
+    of: &[(&Series, Spread)],
+) -> Drawn
+where
+    X: Ranged<ValueType = f64> + ValueFormatter<f64>,
+{
+    let rows = u32::try_from(of.len())?;
     let name_at = |y: f64| -> &str {
         let row = of.iter().rev().zip(0_u32..).find(|(_, i)| (y - f64::from(*i) - 0.5).abs() < 0.01);
         row.map_or("", |((series, _), _)| series.subject.name())
@@ -86,16 +105,17 @@ fn boxes(path: &Path, title: &str, of: &[(&Series, Spread)]) -> Drawn {
     for (i, (series, s)) in (0..rows).zip(of.iter().rev()) {
         let middle = f64::from(i) + 0.5;
         let color = color(series);
-        let line = |from: f64, to: f64| PathElement::new(vec![(from.max(low), middle), (to, middle)], color);
-        chart.draw_series([line(s.q3, s.p95)])?;
-        let body = [(s.q1.max(low), middle - 0.28), (s.q3, middle + 0.28)];
+        let whisker = vec![(s.q3.max(low), middle), (s.p95.max(low), middle)];
+        chart.draw_series([PathElement::new(whisker, color)])?;
+        let body = [(s.q1.max(low), middle - 0.28), (s.q3.max(low), middle + 0.28)];
         chart.draw_series([Rectangle::new(body, color.mix(0.35).filled())])?;
-        let median = vec![(s.median, middle - 0.34), (s.median, middle + 0.34)];
+        let median = vec![(s.median.max(low), middle - 0.34), (s.median.max(low), middle + 0.34)];
         chart.draw_series([PathElement::new(median, color.stroke_width(3))])?;
-        let at = (s.p95.max(s.median) * 1.04, middle + 0.18);
-        chart.draw_series([Text::new(figure(s.median), at, (FONT, 12))])?;
+        // A little to the right of all that, in pixels: the axis may be of either kind.
+        let at = (s.p95.max(s.median).max(low), middle + 0.18);
+        let text = EmptyElement::at(at) + Text::new(figure(s.median), (6, 0), (FONT, 12));
+        chart.draw_series([text])?;
     }
-    root.present()?;
     Ok(())
 }
 
@@ -106,6 +126,8 @@ fn curves(path: &Path, title: &str, metric: &Metric, of: &[(&Series, Spread)]) -
     let level = |series: &Series| f64::from(series.level.unwrap_or(1));
     let (low, high) = reach(of.iter().flat_map(|(_, s)| [s.median, s.p95]));
     let (few, many) = reach(of.iter().map(|(series, _)| level(series)));
+    // The legend stands to the right of the curves.
+    let many = many * (many / few).powf(0.3);
     let mut chart = ChartBuilder::on(&root)
         .caption(title, (FONT, 18))
         .margin(10)
@@ -140,7 +162,7 @@ fn curves(path: &Path, title: &str, metric: &Metric, of: &[(&Series, Spread)]) -
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(SeriesLabelPosition::MiddleRight)
         .background_style(WHITE.mix(0.8))
         .border_style(BLACK.mix(0.3))
         .label_font((FONT, 12))

@@ -89,6 +89,11 @@ impl Results {
         }
     }
 
+    /// By level, then by subject, as tables and plots want them.
+    pub(crate) fn sort(&mut self) {
+        self.series.sort_by_key(|series| (series.level, series.subject));
+    }
+
     /// Says why there is nothing.
     pub(crate) fn skip(
         &mut self,

@@ -137,6 +137,8 @@ impl Plan {
     pub(crate) fn start(mut self, expect: Expect, patience: &Patience) -> Result<Started> {
         let errors = fs::File::create(self.folder.path().join("stderr"))?;
         self.command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
+        // Ctrl-C is for the bench, which ends its rooms in order.
+        self.command.process_group(0);
         let (procs, root) = (self.cgroup.procs()?, self.root);
         let enter = move || {
             nix::unistd::write(&procs, b"0")?;

@@ -179,7 +179,8 @@ impl Drop for Stage {
                 .env("CARREL_ASSETS", &self.assets);
             let _ = sweep.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status();
         }
-        let _ = nix::mount::umount(&self.root);
+        // With what is bound into it.
+        let _ = nix::mount::umount2(&self.root, nix::mount::MntFlags::MNT_DETACH);
         if let Err(error) = fs::remove_dir_all(&self.folder) {
             eprintln!("bench: {} could not be removed: {error}", self.folder.display());
         }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
@@ -28,7 +28,7 @@ pub(crate) fn count(bench: &mut Bench<'_>) {
             let counted = match metric.name {
                 "syscalls-allowed" => system_calls(bench, subject),
                 "code-mapped" => code_mapped(bench, subject),
-                _ => lines(bench.sources, subject),
+                _ => bench.sources.folders(subject).and_then(|folders| lines(&folders)),
             };
             match counted {
                 Ok(count) => bench.results.add(metric, None, subject, &[count]),
@@ -140,15 +140,36 @@ fn executable_bytes(maps: &str) -> u64 {
     maps.lines().filter_map(size).sum()
 }
 
-/// Lines of source of a subject, from its folder among the sources.
-fn lines(sources: Option<&Path>, subject: Subject) -> Result<f64> {
-    ensure!(subject != Subject::Plain, "there is no source but the kernel's");
-    let folder = sources.context("--sources names no folder with sources")?.join(subject.name());
-    ensure!(folder.is_dir(), "there is no {}", folder.display());
+/// Where sources are.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct SourceFolders {
+    /// A folder a subject, by its name.
+    pub(crate) peers: Option<PathBuf>,
+    /// carrel's own tree.
+    pub(crate) carrel: Option<PathBuf>,
+}
+
+impl SourceFolders {
+    /// Those of a subject.
+    fn folders(&self, subject: Subject) -> Result<Vec<PathBuf>> {
+        ensure!(subject != Subject::Plain, "there is no source but the kernel's");
+        if subject == Subject::Carrel
+            && let Some(tree) = &self.carrel
+        {
+            return Ok(["vmm/src", "protocol/src"].map(|part| tree.join(part)).to_vec());
+        }
+        let peers = self.peers.as_ref().context("--sources names no folder with its sources")?;
+        Ok(vec![peers.join(subject.name())])
+    }
+}
+
+/// Lines of source below some folders.
+fn lines(of: &[PathBuf]) -> Result<f64> {
     let mut total = 0;
-    let mut folders = vec![folder.clone()];
+    let mut folders = of.to_vec();
     while let Some(next) = folders.pop() {
-        for entry in fs::read_dir(&next)?.flatten() {
+        let entries = fs::read_dir(&next).with_context(|| format!("there is no {}", next.display()))?;
+        for entry in entries.flatten() {
             let (path, kind) = (entry.path(), entry.file_type()?);
             if kind.is_dir() && !is_left_out(&path) {
                 folders.push(path);
@@ -157,7 +178,7 @@ fn lines(sources: Option<&Path>, subject: Subject) -> Result<f64> {
             }
         }
     }
-    ensure!(total > 0, "there is no source in {}", folder.display());
+    ensure!(total > 0, "there is no source in {}", of.first().unwrap_or(&PathBuf::new()).display());
     Ok(f64::from(u32::try_from(total)?))
 }
 
@@ -228,9 +249,12 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         }
-        assert_eq!(lines(Some(folder.path()), Subject::Runc).unwrap().to_bits(), 3.0_f64.to_bits());
-        assert!(lines(Some(folder.path()), Subject::Crun).is_err());
-        assert!(lines(None, Subject::Runc).unwrap_err().to_string().contains("--sources"));
+        let sources = SourceFolders { peers: Some(folder.path().to_owned()), carrel: None };
+        let count = |subject| sources.folders(subject).and_then(|folders| lines(&folders));
+        assert_eq!(count(Subject::Runc).unwrap().to_bits(), 3.0_f64.to_bits());
+        assert!(count(Subject::Crun).unwrap_err().to_string().contains("crun"));
+        let none = SourceFolders::default().folders(Subject::Runc).unwrap_err();
+        assert!(none.to_string().contains("--sources"));
     }
 
     #[test]
