@@ -128,7 +128,7 @@ pub(crate) enum Command {
     /// Remove what nothing refers to
     Prune(images::PruneArgs),
     /// Measure what isolation costs, beside other ways of it (carrel bench --help)
-    #[command(disable_help_flag = true)]
+    #[command(disable_help_flag = true, after_help = BENCH_EXAMPLES)]
     Bench(BenchArgs),
     /// Print a shell's completion script
     #[command(after_help = COMPLETIONS_EXAMPLES)]
@@ -154,6 +154,11 @@ pub(crate) struct DoctorArgs {
     #[arg(long)]
     pub(crate) json: bool,
 }
+
+const BENCH_EXAMPLES: &str = "\
+Examples:
+  carrel bench --list
+  carrel bench --quick --out results";
 
 /// `carrel bench`.
 #[derive(Debug, Args)]
