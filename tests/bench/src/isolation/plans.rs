@@ -277,8 +277,9 @@ fn qemu(stage: &Stage, kernel: &Path, work: Option<Work>, folder: &Path) -> Resu
         drive.push(&disk.path);
         drive.push(if disk.read_only { ",readonly=on" } else { ",cache=writeback" });
         command.arg("-drive").arg(drive);
-        command
-            .args(["-device", &format!("virtio-blk-device,drive=disk{number},bus=virtio-mmio-bus.{number}")]);
+        // It names its transports to the kernel from the last one down.
+        let bus = disks.len() - 1 - number;
+        command.args(["-device", &format!("virtio-blk-device,drive=disk{number},bus=virtio-mmio-bus.{bus}")]);
     }
     Ok(command)
 }

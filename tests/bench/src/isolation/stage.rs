@@ -78,8 +78,9 @@ impl Stage {
         let none: Option<&str> = None;
         unshare(CloneFlags::CLONE_NEWNS).context("a bench wants root: it mounts, and makes cgroups")?;
         mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-        sweep(sources.work);
+        // What a killed bench has left: processes, then files.
         let tree = Tree::new()?;
+        sweep(sources.work);
         let folder = sources.work.join(format!("{PREFIX}{}", std::process::id()));
         fs::create_dir(&folder).with_context(|| format!("{} can't be made", folder.display()))?;
         let lock = Flock::lock(File::open(&folder)?, FlockArg::LockExclusiveNonblock)
