@@ -150,8 +150,7 @@ pub(crate) fn run(words: impl Iterator<Item = OsString>) -> Result<()> {
     let present = options.present(&assets, &mut results);
     let interrupted = Arc::new(AtomicBool::new(false));
     for signal in [SIGHUP, SIGINT, SIGTERM] {
-        // The second time it ends at once, as if it had never been asked for patience.
-        signal_hook::flag::register_conditional_default(signal, Arc::clone(&interrupted))?;
+        // However often: what is under way is given up within a moment, and what was started is removed.
         signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
     }
     let place = Place::here();

@@ -22,6 +22,8 @@ const REST: Duration = Duration::from_secs(1);
 pub(crate) fn climb(bench: &mut Bench<'_>) {
     for subject in bench.subjects(GROUP) {
         let (mut rooms, mut weighed) = (Vec::new(), 0);
+        // One beforehand: what is made once for all rooms is not the first one's.
+        drop(one(bench, subject));
         let before = available_kib();
         for level in bench.amount.densities.clone() {
             if bench.is_interrupted() {
@@ -51,7 +53,7 @@ pub(crate) fn climb(bench: &mut Bench<'_>) {
 }
 
 /// Starts rooms until there are `level`; or says what stands in the way.
-fn grow(bench: &Bench<'_>, subject: Subject, level: u32, rooms: &mut Vec<Room>) -> Option<String> {
+fn grow(bench: &mut Bench<'_>, subject: Subject, level: u32, rooms: &mut Vec<Room>) -> Option<String> {
     let wanted = usize::try_from(level).unwrap_or(usize::MAX);
     while rooms.len() < wanted {
         if bench.is_interrupted() {
@@ -62,14 +64,27 @@ fn grow(bench: &Bench<'_>, subject: Subject, level: u32, rooms: &mut Vec<Room>) 
         if available < RESERVE_MIB + subject.room_mib() {
             return Some(format!("capped at {there} rooms: this host has {available} MiB left"));
         }
-        let detached = subject == Subject::Carrel;
-        let expect = if detached { Expect::End } else { Work::Idle.expect() };
-        match plan(bench.stage, subject, Work::Idle).and_then(|plan| plan.start(expect, &bench.patience(1))) {
-            Ok(started) => rooms.push(started.room),
-            Err(error) => return Some(format!("capped at {there} rooms: the next one failed: {error:#}")),
+        match one(bench, subject) {
+            Ok(room) => {
+                bench.note_success(GROUP, subject);
+                rooms.push(room);
+            }
+            Err(error) => {
+                bench.note_failure(GROUP, Some(level), subject, &error);
+                if !bench.subjects(GROUP).contains(&subject) {
+                    return Some(format!("capped at {there} rooms: no further one came up: {error:#}"));
+                }
+            }
         }
     }
     None
+}
+
+/// An idle room.
+fn one(bench: &Bench<'_>, subject: Subject) -> Result<Room> {
+    // A detached carrel room is there when its command has ended.
+    let expect = if subject == Subject::Carrel { Expect::End } else { Work::Idle.expect() };
+    Ok(plan(bench.stage, subject, Work::Idle)?.start(expect, &bench.patience(1))?.room)
 }
 
 /// Measures the rooms that are there.
