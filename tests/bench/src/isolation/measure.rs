@@ -121,7 +121,8 @@ impl<'a> Bench<'a> {
         if self.is_interrupted() {
             return;
         }
-        eprintln!("\nbench: {}: {error:#}", subject.name());
+        progress_end();
+        eprintln!("bench: {}: {error:#}", subject.name());
         let metrics = self.metrics(group);
         for metric in &metrics {
             self.results.failed(metric, level, subject);

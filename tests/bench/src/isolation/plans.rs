@@ -113,7 +113,7 @@ pub(crate) fn plan(stage: &Stage, subject: Subject, work: Work) -> Result<Plan> 
             plan.command = Command::new(stage.program(subject)?);
             plan.command.args(["--api-sock", "api", "--log-path", "/dev/null", "--level", "Off"]);
             plan.command.current_dir(&folder);
-            plan.restore = Some(Restore { snapshot: stage.snapshot()?.clone(), work, resident });
+            plan.restore = Some(Restore { snapshot: stage.snapshot(subject)?.clone(), work, resident });
             // Its guest goes on listening.
             plan.leave = Leave::Killed;
         }

@@ -21,7 +21,6 @@ use serde_json::{Value, json};
 use super::plans::{Work, command_line};
 use super::room::{Expect, Leave, Patience, Plan, read_until};
 use super::stage::{GUEST_MIB, Stage};
-use super::subjects::Subject;
 use crate::engine::{Disk, try_connect};
 use crate::vsock::PORT;
 
@@ -49,10 +48,10 @@ pub(crate) struct Restore {
 
 impl Snapshot {
     /// Boots a guest up to where it listens, and saves it below `into`.
-    pub(crate) fn make(stage: &Stage, into: &Path) -> Result<Self> {
+    pub(crate) fn make(stage: &Stage, firecracker: &Path, into: &Path) -> Result<Self> {
         let folder = stage.room_folder()?;
         let api = folder.path().join("api");
-        let mut command = Command::new(stage.program(Subject::FirecrackerSnapshot)?);
+        let mut command = Command::new(firecracker);
         command
             .args(["--api-sock", "api", "--log-path", "/dev/null", "--level", "Off"])
             .current_dir(folder.path());

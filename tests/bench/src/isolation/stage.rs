@@ -156,11 +156,11 @@ impl Stage {
         Ok(tempfile::Builder::new().prefix("room.").tempdir_in(&self.folder)?)
     }
 
-    /// Firecracker's snapshot, made when it is first asked for.
-    pub(crate) fn snapshot(&self) -> Result<&Snapshot> {
+    /// Firecracker's snapshot, made when the first of its subjects asks for it.
+    pub(crate) fn snapshot(&self, subject: Subject) -> Result<&Snapshot> {
         if self.snapshot.get().is_none() {
-            let made =
-                Snapshot::make(self, &self.folder).context("Firecracker's snapshot could not be made")?;
+            let made = Snapshot::make(self, self.program(subject)?, &self.folder)
+                .context("Firecracker's snapshot could not be made")?;
             // Made by two threads at once, the first is kept.
             let _ = self.snapshot.set(made);
         }
