@@ -142,6 +142,9 @@ pub(crate) enum Command {
     Prune(images::PruneArgs),
     /// List, pin, verify and remove templates, of which rooms are cloned
     Template(template::TemplateArgs),
+    /// Measure what isolation costs, beside other ways of it (carrel bench --help)
+    #[command(disable_help_flag = true, after_help = BENCH_EXAMPLES)]
+    Bench(BenchArgs),
     /// Print a shell's completion script
     #[command(after_help = COMPLETIONS_EXAMPLES)]
     Completions(CompletionsArgs),
@@ -165,6 +168,19 @@ pub(crate) struct DoctorArgs {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+const BENCH_EXAMPLES: &str = "\
+Examples:
+  carrel bench --list
+  carrel bench --quick --out results";
+
+/// `carrel bench`.
+#[derive(Debug, Args)]
+pub(crate) struct BenchArgs {
+    /// Options of carrel-bench, which knows them
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "OPTION")]
+    pub(crate) options: Vec<OsString>,
 }
 
 const COMPLETIONS_EXAMPLES: &str = "\

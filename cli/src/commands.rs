@@ -1,6 +1,7 @@
 //! One function a command: what was asked, one call into store or host, what came back.
 
 mod begin;
+mod bench;
 mod doctor;
 mod images;
 mod invoke;
@@ -38,6 +39,7 @@ pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8>
         Command::Rmi(args) => images::rmi(&args, configuration),
         Command::Prune(args) => images::prune(&args, configuration),
         Command::Template(args) => template::template(&args, configuration),
+        Command::Bench(args) => bench::bench(&args, configuration),
         Command::Completions(args) => completions(&args),
         Command::Version(args) => version(&args),
         Command::Owner(args) => Ok(carrel_host::owner::run(&args.room).map(|()| 0)?),

@@ -127,6 +127,7 @@ fn failure_status(command: &Command) -> u8 {
         | Command::Rmi(_)
         | Command::Prune(_)
         | Command::Template(_)
+        | Command::Bench(_)
         | Command::Completions(_)
         | Command::Version(_)
         | Command::Owner(_) => failure::FAILED,

@@ -236,3 +236,14 @@ fn help_has_every_option_below_its_own_heading() {
     assert_eq!(heading("usage_file").as_deref(), Some("Usage"));
     assert_eq!(heading("workdir").as_deref(), Some("Process"));
 }
+
+#[test]
+fn the_options_of_bench_are_its_programs_own() {
+    for words in [&["--help"][..], &["--quick", "--out", "dir"], &["--only=burst", "-x"], &[]] {
+        let line = [&["carrel", "bench"], words].concat();
+        match Cli::try_parse_from(line).map(|cli| cli.command) {
+            Ok(Some(Command::Bench(args))) => assert_eq!(args.options, words),
+            other => panic!("{words:?}: {other:?}"),
+        }
+    }
+}

@@ -53,7 +53,7 @@ fn own_directory() -> Result<PathBuf> {
 }
 
 /// The configured folder; else carrel's own if a kernel is there; else `lib/carrel` beside its `bin`.
-fn assets_directory(configuration: &Configuration) -> Result<PathBuf> {
+pub(super) fn assets_directory(configuration: &Configuration) -> Result<PathBuf> {
     if let Some(folder) = &configuration.assets {
         let cannot = || format!("The folder of assets {} is no usable path.", folder.display());
         return std::path::absolute(folder).with_context(cannot);
@@ -63,16 +63,20 @@ fn assets_directory(configuration: &Configuration) -> Result<PathBuf> {
 }
 
 /// The configured program; else the one beside carrel, in the assets, on the PATH.
-fn vmm(configuration: &Configuration, assets: &Path) -> Result<PathBuf> {
-    const NAME: &str = "carrel-vmm";
-    if let Some(program) = &configuration.vmm {
-        return std::path::absolute(program)
-            .with_context(|| format!("The VMM {} is no usable path.", program.display()));
+pub(super) fn vmm(configuration: &Configuration, assets: &Path) -> Result<PathBuf> {
+    match &configuration.vmm {
+        Some(program) => std::path::absolute(program)
+            .with_context(|| format!("The VMM {} is no usable path.", program.display())),
+        None => program("carrel-vmm", assets),
     }
+}
+
+/// A program of ours: beside carrel, in the assets, on the PATH.
+pub(super) fn program(name: &str, assets: &Path) -> Result<PathBuf> {
     let on_path = std::env::var_os("PATH").unwrap_or_default();
     let folders = [own_directory()?, assets.to_owned()];
-    let found = folders.into_iter().chain(std::env::split_paths(&on_path)).map(|folder| folder.join(NAME));
-    let beside = own_directory()?.join(NAME);
+    let found = folders.into_iter().chain(std::env::split_paths(&on_path)).map(|folder| folder.join(name));
+    let beside = own_directory()?.join(name);
     // Where there is none, the place where it should be is named by whoever opens it.
     Ok(found.into_iter().find(|program| program.is_file()).unwrap_or(beside))
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use carrel_protocol::units::{MemoryMib, VcpuCount};
-use carrel_protocol::vmm::{Kernel, SerialConfig, VmFile, VsockConfig};
+use carrel_protocol::vmm::{BlockConfig, Kernel, SerialConfig, VmFile, VsockConfig};
 use serde_json::json;
 
 use crate::guest_images::READY;
@@ -52,12 +52,42 @@ pub(crate) struct Machine {
     pub(crate) vcpus: u8,
     /// Whether it has a vsock device, with its socket at `vsock` in the run's folder.
     pub(crate) vsock: bool,
+    /// Raw disks, in the order in which the guest names them.
+    pub(crate) disks: Vec<Disk>,
+}
+
+/// A raw disk.
+#[derive(Clone, Debug)]
+pub(crate) struct Disk {
+    /// The file.
+    pub(crate) path: PathBuf,
+    /// Whether the guest may only read it.
+    pub(crate) read_only: bool,
 }
 
 /// A VMM process that has been started; killed and waited for when dropped.
 pub(crate) struct Running {
     child: Child,
     folder: tempfile::TempDir,
+}
+
+impl Disk {
+    fn block(&self) -> Result<BlockConfig<PathBuf>> {
+        let size_bytes = fs::metadata(&self.path)?.len();
+        let path = Some(self.path.clone());
+        let (base, overlay) = if self.read_only { (path, None) } else { (None, path) };
+        Ok(BlockConfig { id: "bench".into(), base, overlay, size_bytes, limit: None })
+    }
+
+    /// As Firecracker's API has it; the guest is told of its root by the command line alone.
+    pub(crate) fn drive(&self, number: u32) -> serde_json::Value {
+        json!({
+            "drive_id": format!("disk{number}"),
+            "path_on_host": self.path,
+            "is_root_device": false,
+            "is_read_only": self.read_only,
+        })
+    }
 }
 
 impl Engine {
@@ -71,7 +101,7 @@ impl Engine {
     }
 
     /// Writes the machine's configuration into a fresh folder and returns the command that runs it.
-    fn command(&self, machine: &Machine, folder: &Path) -> Result<Command> {
+    pub(crate) fn command(&self, machine: &Machine, folder: &Path) -> Result<Command> {
         let socket = machine.vsock.then(|| folder.join("vsock"));
         let config = folder.join("vm.json");
         let mut command;
@@ -92,7 +122,7 @@ impl Engine {
                         socket: Some(path),
                         connections: 256,
                     }),
-                    blocks: Vec::new(),
+                    blocks: machine.disks.iter().map(Disk::block).collect::<Result<_>>()?,
                     entropy: None,
                     balloon: None,
                     serial: Some(SerialConfig { output: "/dev/stdout".into(), limit_bytes: 1 << 20 }),
@@ -104,13 +134,14 @@ impl Engine {
                 command.arg("--config").arg(&config).args(arguments);
             }
             Self::Firecracker { binary } => {
+                let drives: Vec<_> = (0..).zip(&machine.disks).map(|(i, disk)| disk.drive(i)).collect();
                 let mut vm = json!({
                     "boot-source": {
                         "kernel_image_path": machine.kernel,
                         "initrd_path": machine.initramfs,
                         "boot_args": machine.command_line,
                     },
-                    "drives": [],
+                    "drives": drives,
                     "machine-config": { "vcpu_count": machine.vcpus, "mem_size_mib": machine.memory_mib },
                 });
                 if let Some(path) = socket {
@@ -219,7 +250,8 @@ impl Drop for Running {
     }
 }
 
-fn try_connect(path: &Path, port: u32) -> Result<UnixStream> {
+/// Says `CONNECT port` at a VMM's vsock socket, once.
+pub(crate) fn try_connect(path: &Path, port: u32) -> Result<UnixStream> {
     use std::io::Write;
     let mut stream = UnixStream::connect(path)?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes())?;

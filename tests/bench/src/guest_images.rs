@@ -26,6 +26,44 @@ pub(crate) fn tiny_kernel() -> Vec<u8> {
     elf(&code, KERNEL_BASE)
 }
 
+/// The same with a note that gives its entry in 32-bit mode (Xen's PVH, `XEN_ELFNOTE_PHYS32_ENTRY`), the only one that QEMU enters an ELF by. The
+/// instructions mean the same in both modes.
+pub(crate) fn tiny_pvh_kernel() -> Vec<u8> {
+    const NOTE_BYTES: u64 = 12 + 4 + 8;
+    let mut image = tiny_kernel();
+    let code = image.split_off(usize::try_from(HEADERS).unwrap_or(0));
+    // A second program header and the note go between the first and the code.
+    let headers = HEADERS + 56;
+    let entry = KERNEL_BASE + headers + NOTE_BYTES;
+    put(&mut image, 24, entry);
+    put(&mut image, 56, 0x0040_0002); // e_phnum 2, e_shentsize 64, no sections
+    image.truncate(64);
+    let size = headers + NOTE_BYTES + u64::try_from(code.len()).unwrap_or(0);
+    for (kind, flags, offset, at, length, align) in [
+        (1_u32, 5_u32, 0, KERNEL_BASE, size, 0x1000_u64),
+        (4, 4, headers, KERNEL_BASE + headers, NOTE_BYTES, 4),
+    ] {
+        image.extend(kind.to_le_bytes());
+        image.extend(flags.to_le_bytes());
+        for word in [offset, at, at, length, length, align] {
+            image.extend(word.to_le_bytes());
+        }
+    }
+    for word in [4_u32, 8, 18] {
+        image.extend(word.to_le_bytes()); // length of the name, of the entry; XEN_ELFNOTE_PHYS32_ENTRY
+    }
+    image.extend(b"Xen\0");
+    image.extend(entry.to_le_bytes());
+    image.extend(code);
+    image
+}
+
+fn put(image: &mut [u8], at: usize, value: u64) {
+    if let Some(place) = image.get_mut(at..at + 8) {
+        place.copy_from_slice(&value.to_le_bytes());
+    }
+}
+
 /// A static program: `write(1, READY, 1)`, then `pause(2)` for ever. Its standard output is the console, as the kernel leaves it to init.
 pub(crate) fn ready_init() -> Vec<u8> {
     let code = [
@@ -130,6 +168,19 @@ mod tests {
         cpio.stdin.take().unwrap().write_all(&initramfs(&ready_init())).unwrap();
         let listed = cpio.wait_with_output().unwrap();
         assert_eq!(String::from_utf8_lossy(&listed.stdout), "dev\ndev/console\ninit\n");
+    }
+
+    #[test]
+    fn the_pvh_kernels_note_and_header_name_the_same_first_instruction() {
+        let kernel = tiny_pvh_kernel();
+        let word = |at: usize| u64::from_le_bytes(kernel[at..at + 8].try_into().unwrap());
+        let entry = word(24);
+        let note = usize::try_from(word(64 + 56 + 8)).unwrap();
+        assert_eq!(&kernel[note..note + 16], b"\x04\0\0\0\x08\0\0\0\x12\0\0\0Xen\0");
+        assert_eq!(word(note + 16), entry);
+        let offset = usize::try_from(entry - KERNEL_BASE).unwrap();
+        assert_eq!(kernel[offset..], tiny_kernel()[usize::try_from(HEADERS).unwrap()..]);
+        assert_eq!(u16::from_le_bytes(kernel[56..58].try_into().unwrap()), 2, "program headers");
     }
 
     #[test]

@@ -5,15 +5,24 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
-/// `pid` and all its descendants, from every process's parent.
-pub(crate) fn family(pid: u32) -> Vec<u32> {
-    let parents: Vec<(u32, u32)> = fs::read_dir("/proc")
+/// Every process and its parent, at one moment.
+pub(crate) fn parents() -> Vec<(u32, u32)> {
+    fs::read_dir("/proc")
         .into_iter()
         .flatten()
         .flatten()
         .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
         .filter_map(|child| Some((child, stat_field(child, 4)?.try_into().ok()?)))
-        .collect();
+        .collect()
+}
+
+/// `pid` and all its descendants, from every process's parent.
+pub(crate) fn family(pid: u32) -> Vec<u32> {
+    family_in(&parents(), pid)
+}
+
+/// The same, by a look at the parents that was taken before.
+pub(crate) fn family_in(parents: &[(u32, u32)], pid: u32) -> Vec<u32> {
     let mut family = vec![pid];
     let mut next = 0;
     while let Some(&of) = family.get(next) {
@@ -31,6 +40,21 @@ pub(crate) fn pss_kib(pids: &[u32], guest_mib: u32) -> Result<u64> {
         let path = format!("/proc/{pid}/smaps");
         let text = fs::read_to_string(&path).with_context(|| path.clone())?;
         total += own_pss(&text, u64::from(guest_mib) << 10);
+    }
+    Ok(total)
+}
+
+/// Proportional set size of the processes, KiB, guest memory included. One that has ended since has none.
+pub(crate) fn whole_pss_kib(pids: &[u32]) -> Result<u64> {
+    let mut total = 0;
+    for pid in pids {
+        match fs::read_to_string(format!("/proc/{pid}/smaps_rollup")) {
+            Ok(text) => total += field(&text, "Pss:").context("smaps_rollup has no line Pss")?,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            // ESRCH: it is a zombie, or ended between open and read.
+            Err(error) if error.raw_os_error() == Some(nix::libc::ESRCH) => {}
+            Err(error) => return Err(error).with_context(|| format!("/proc/{pid}/smaps_rollup")),
+        }
     }
     Ok(total)
 }
@@ -118,7 +142,7 @@ impl Drop for Cgroup {
 }
 
 /// The number after a line's name.
-fn field(text: &str, name: &str) -> Option<u64> {
+pub(crate) fn field(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
 }
 
@@ -146,6 +170,7 @@ mod tests {
         assert_eq!(family(me).first(), Some(&me));
         assert!(pss_kib(&[me], 1 << 20).unwrap() > 100);
         assert!(page_faults(&[me]) > 10);
+        assert!(whole_pss_kib(&[me, u32::MAX]).unwrap() > 100);
         assert_eq!(field("a 1\nPss:   12 kB\n", "Pss:"), Some(12));
     }
 }

@@ -1,4 +1,4 @@
-//! The host's half of the vsock benchmark; the guest's is `guest.rs`.
+//! The host's half of the vsock benchmark; the guest's is `guest/serve.rs`.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;

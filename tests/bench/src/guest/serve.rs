@@ -1,7 +1,8 @@
-//! `/init` of the vsock benchmark: listens on [`PORT`] and does what each connection's first nine bytes ask for.
+//! The guest's half of what is asked over vsock: one connection at a time, its first nine bytes say what.
 //!
 //! `i` and a count: read that many bytes, then answer with the count. `o` and a count: send that many bytes. `p` and a
-//! count: echo single bytes that many times. Counts are u64, little-endian.
+//! count: echo single bytes that many times. `x` and 0: `true`; and 1: Python's `print(1)`, each with the connection as its output. Numbers are
+//! u64, little-endian.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -9,11 +10,13 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept, bind, listen, socket};
 
-const PORT: u32 = 5000;
-const READY: u8 = 0xa5;
+use crate::{READY, work};
 
-fn main() -> io::Result<()> {
-    let listener = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::empty(), None)?;
+const PORT: u32 = 5000;
+
+/// Serves for ever.
+pub(crate) fn listen_for_ever() -> io::Result<()> {
+    let listener = socket(AddressFamily::Vsock, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
     bind(listener.as_raw_fd(), &VsockAddr::new(u32::MAX, PORT))?;
     listen(&listener, Backlog::new(8)?)?;
     // The console is standard output; this byte says that the guest is ready.
@@ -34,8 +37,8 @@ fn serve(stream: &mut File) -> io::Result<()> {
     let [kind, count @ ..] = request;
     let count = u64::from_le_bytes(count);
     let mut buffer = vec![0; 256 << 10];
-    match kind {
-        b'i' => {
+    match (kind, count) {
+        (b'i', _) => {
             let mut left = count;
             while left > 0 {
                 let read = stream.read(&mut buffer)?;
@@ -46,8 +49,8 @@ fn serve(stream: &mut File) -> io::Result<()> {
             }
             stream.write_all(&count.to_le_bytes())
         }
-        b'o' => io::copy(&mut io::repeat(0x5a).take(count), stream).map(drop),
-        b'p' => {
+        (b'o', _) => io::copy(&mut io::repeat(0x5a).take(count), stream).map(drop),
+        (b'p', _) => {
             let mut byte = [0];
             for _ in 0..count {
                 stream.read_exact(&mut byte)?;
@@ -55,6 +58,8 @@ fn serve(stream: &mut File) -> io::Result<()> {
             }
             Ok(())
         }
-        other => Err(io::Error::other(format!("unknown request {other}"))),
+        (b'x', 0) => stream.write_all(&[READY]),
+        (b'x', 1) => work::python(stream.try_clone()?.into()),
+        (other, _) => Err(io::Error::other(format!("unknown request {other} {count}"))),
     }
 }
