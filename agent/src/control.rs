@@ -78,6 +78,7 @@ impl Control {
             | FromHost::Signal(_)
             | FromHost::Resize(_)
             | FromHost::Invoke(_)
+            | FromHost::Collect(_)
             | FromHost::ReportUsage(_)
             | FromHost::Shutdown(_) => Err(ControlError::NoWelcome),
         }

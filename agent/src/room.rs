@@ -16,13 +16,14 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use carrel_protocol::agent::{
-    ContainerId, Ending, EndingReason, Exec, ExitStatus, Exited, Failed, Failure, FromAgent, FromHost,
-    Invoke, Prepare, ProcessId, Request, Start, Started, Usage,
+    Collect, ContainerId, Ending, EndingReason, Exec, ExitStatus, Exited, Failed, Failure, FromAgent,
+    FromHost, Invoke, Prepare, ProcessId, Request, Start, Started, Usage,
 };
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
 use tokio::time::MissedTickBehavior;
 
+use crate::collect;
 use crate::container::StartError;
 use crate::container::cgroup::{self, Cgroup};
 use crate::container::launch::{Launch, Live};
@@ -144,7 +145,8 @@ impl Room {
                     | FromHost::Exec(_)
                     | FromHost::Signal(_)
                     | FromHost::Resize(_)
-                    | FromHost::Invoke(_)) => self.carry_out(other),
+                    | FromHost::Invoke(_)
+                    | FromHost::Collect(_)) => self.carry_out(other),
                 },
                 Some(message) = outgoing.recv() => control.send(&message).await?,
                 _ = sample.tick() => self.sample(),
@@ -167,6 +169,9 @@ impl Room {
             }
             FromHost::Invoke(request) => {
                 self.answer(Request::Invoke(request.id.clone()), Rc::clone(self).invoke(request));
+            }
+            FromHost::Collect(request) => {
+                self.answer(Request::Collect(request.container), Rc::clone(self).collect(request));
             }
             FromHost::Signal(request) => {
                 if let Some(live) = self.processes.borrow().get(&request.process) {
@@ -365,6 +370,21 @@ impl Room {
         let invoked = function.invoke(&self.host.dialler, request).await?;
         self.tell(invoked);
         Ok(())
+    }
+
+    /// Of a container whose processes are gone, so that nothing changes under whoever reads.
+    async fn collect(self: Rc<Self>, request: Collect) -> Result<(), Refusal> {
+        let state = self.containers.borrow().get(&request.container).cloned();
+        if !matches!(state, Some(State::Ended(_))) {
+            let message = format!(
+                "no files can be sent of container {}: it is {}",
+                request.container.0,
+                in_words(state.as_ref())
+            );
+            return Err(Refusal::new(Failure::BadRequest, message));
+        }
+        let rootfs = self.folder(request.container).join(unpack::ROOTFS);
+        collect::in_a_child(&self.host.dialler, &rootfs, &request).await
     }
 
     /// Containers that have been started.

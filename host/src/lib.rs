@@ -23,6 +23,7 @@ pub mod log;
 pub mod outcome;
 pub mod owner;
 pub mod patience;
+pub mod program;
 pub mod record;
 pub mod session;
 pub mod signal;

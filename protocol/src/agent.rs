@@ -17,6 +17,7 @@
 //!    │ ── Started / Failed ──────────────▶  │
 //!    │ ◀── Exec, Signal, Resize, Invoke ────│  any number, any order
 //!    │ ── Exited, Invoked, Usage ────────▶  │
+//!    │ ◀───────────────────────── Collect ──│  files that the workload wrote, as a stream
 //!    │ ◀──────────────────────── Shutdown ──│
 //!    │ ── Usage (the last), Ending ──────▶  │  then the guest restarts, which ends its VMM
 //! ```
@@ -58,6 +59,7 @@ crate::messages! {
         8 Invoke 64 * KIB;
         9 ReportUsage KIB;
         10 Shutdown KIB;
+        20 Collect 64 * KIB;
     }
 }
 
@@ -482,6 +484,19 @@ pub struct Usage {
     pub last: bool,
 }
 
+/// Send files of a container that has ended. They go over the stream, as [`crate::returned`] says, whose end is the answer; what keeps them from being sent
+/// is answered by [`Failed`] too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Collect {
+    /// Whose; its workload has ended.
+    pub container: ContainerId,
+    /// Absolute, each a file or a directory with all that is below. Links on the way are followed within the container's root.
+    pub paths: Vec<String>,
+    /// Where they go.
+    pub stream: Stream,
+}
+
 /// End: kill what still runs, flush disks, report, restart.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -530,6 +545,8 @@ pub enum Request {
     Process(ProcessId),
     /// [`Invoke`].
     Invoke(String),
+    /// [`Collect`].
+    Collect(ContainerId),
 }
 
 /// Kinds of failure.

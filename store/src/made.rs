@@ -296,7 +296,8 @@ mod tests {
     #[test]
     fn what_nobody_used_for_long_is_retired_and_an_images_layer_stays() {
         let (folder, store) = store();
-        let image = acquire(&store, &Sample::new("amd64", &[b"shared"]).write(&folder.path().join("i"))).unwrap();
+        let image =
+            acquire(&store, &Sample::new("amd64", &[b"shared"]).write(&folder.path().join("i"))).unwrap();
         let make = |print: &[u8], bytes: &'static [u8]| {
             store.obtain(&Digest::of(print), |to| to.write_all(bytes).map(|()| written(true))).unwrap()
         };

@@ -8,6 +8,8 @@
 //!    │ ◀─────────────────────────── Started ───── │
 //!    │ ── Signal, Resize ───────────────────────▶ │
 //!    │ ◀──────────────────────────── Exited ───── │
+//!    │ ── Return ───────────────────────────────▶ │  files that the workload wrote, by the creator alone
+//!    │ ◀───── Connected + a socket, or Refused ── │
 //!    │ ── Drained ──────────────────────────────▶ │  all output was read: the room may go
 //!    │ ◀───────────────────────────── Ended ───── │
 //! ```
@@ -39,6 +41,7 @@ carrel_protocol::messages! {
         7 Wait KIB;
         8 Drained KIB;
         9 Invoke 16 * KIB;
+        10 Return 64 * KIB;
     }
 }
 
@@ -117,6 +120,13 @@ pub struct Invoke {
     pub headers: BTreeMap<String, String>,
 }
 
+/// Files of the room's, now that its workload has ended. Answered by [`Connected`] with the stream of [`carrel_protocol::returned`], or by [`Refused`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Return {
+    /// Absolute paths in the room.
+    pub paths: Vec<String>,
+}
+
 /// One of the process's streams, as the socket beside this.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Connected {
@@ -136,6 +146,8 @@ pub enum StreamKind {
     Stderr,
     /// A function's response, or its error.
     Response,
+    /// Files of the room's.
+    Returned,
 }
 
 /// The process runs.

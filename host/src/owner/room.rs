@@ -364,6 +364,10 @@ impl Room {
                 let message = api::Connected { stream: StreamKind::Response };
                 self.tell_client_with(client, message, socket.as_fd());
             }
+            Purpose::Returned(client) => {
+                let message = api::Connected { stream: StreamKind::Returned };
+                self.tell_client_with(client, message, socket.as_fd());
+            }
             Purpose::Process(id, stream) => self.connect_process(id, stream, socket),
         }
     }

@@ -257,6 +257,9 @@ impl Room {
                     self.tell_client(self.creator, api::Refused { failure: failed.failure, message });
                 }
             }
+            Request::Collect(_) => {
+                self.tell_client(self.creator, api::Refused { failure: failed.failure, message });
+            }
             // A signal or a size for a process that is gone already.
             Request::Process(_) | Request::Prepare(_) => {
                 tracing::debug!(message, "the agent refused a request")

@@ -167,7 +167,8 @@ impl Guest {
                 | FromHost::Start(_)
                 | FromHost::Exec(_)
                 | FromHost::Resize(_)
-                | FromHost::Invoke(_)) => panic!("{other:?}"),
+                | FromHost::Invoke(_)
+                | FromHost::Collect(_)) => panic!("{other:?}"),
             }
         }
         let usage = GuestUsage { wall_us: 77, ..GuestUsage::default() };
