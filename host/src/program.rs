@@ -251,10 +251,10 @@ impl Program<'_> {
         match &with.at {
             None => {
                 // Links stand for where they lead, so what was named must be there under its own name.
-                tree.add(&path, Skip::Nothing).map(drop)
+                tree.add(&path, Skip::Caches).map(drop)
             }
             Some(at) if !at.is_absolute() => return Err(ProgramError::Place(at.clone())),
-            Some(at) => tree.add_at(&path, at, Skip::Nothing),
+            Some(at) => tree.add_at(&path, at, Skip::Caches),
         }
         .map_err(unreadable(&path))?;
         Ok(tree)

@@ -31,6 +31,10 @@ const VERSION: u32 = 1;
 /// More than this no record has.
 const LARGEST_RECORD: u64 = 16 << 20;
 
+/// Beside the records: held while a layer is made, and touched when old ones were taken out.
+const LOCK: &str = "lock";
+const STAMP: &str = "retired";
+
 /// A layer that is in the store.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Made {
@@ -81,7 +85,7 @@ impl Store {
         }
         let folder = self.made_folder();
         create_private(&folder)?;
-        let path = folder.join("lock");
+        let path = folder.join(LOCK);
         let lock = open_lock(&path).map_err(BlobError::io("opened", &path))?;
         lock.lock().map_err(BlobError::io("locked", &path))?;
         if let Some(made) = self.made(of) {
@@ -164,6 +168,23 @@ impl Store {
         Ok(gone)
     }
 
+    /// [`Store::retire_made`], once a day.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn tend_made(&self, unused: Duration) -> Result<Vec<Digest>, StoreError> {
+        const DAY: Duration = Duration::from_secs(24 * 3600);
+        let stamp = self.made_folder().join(STAMP);
+        let done = fs::metadata(&stamp).and_then(|metadata| metadata.modified());
+        if done.is_ok_and(|done| done.elapsed().is_ok_and(|age| age < DAY)) {
+            return Ok(Vec::new());
+        }
+        create_private(&self.made_folder())?;
+        fs::write(&stamp, "").map_err(BlobError::io("written", &stamp))?;
+        self.retire_made(unused)
+    }
+
     /// Removes records whose blobs are gone.
     pub(crate) fn sweep_made(&self) -> Result<(), StoreError> {
         for path in self.made_records()? {
@@ -183,7 +204,7 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
             other => other.map_err(BlobError::io("read", &folder))?,
         };
-        let record = |entry: &fs::DirEntry| entry.file_name() != "lock";
+        let record = |entry: &fs::DirEntry| entry.file_name() != LOCK && entry.file_name() != STAMP;
         Ok(entries.flatten().filter(record).map(|entry| entry.path()).collect())
     }
 }

@@ -188,7 +188,7 @@ mod tests {
 
     #[test]
     fn libraries_are_those_that_the_loader_would_take() {
-        for program in ["/proc/self/exe", "/bin/sh", "/usr/bin/python3", "/usr/bin/ssh", "/usr/bin/curl"] {
+        for program in ["/bin/sh", "/usr/bin/python3", "/usr/bin/ssh", "/usr/bin/curl"] {
             if !Path::new(program).exists() {
                 continue;
             }
