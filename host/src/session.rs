@@ -389,10 +389,17 @@ impl Session {
                         return Ok(Ended { outcome, usage: None });
                     }
                     // The owner may have ended the room meanwhile; its last word is waiting then.
-                    let _ = match &taking {
-                        Some(Taking { paths, .. }) => self.remote().send(Return { paths: paths.to_vec() }),
-                        None => self.remote().send(Drained {}),
-                    };
+                    let asked = taking
+                        .as_ref()
+                        .map(|taking| self.remote().send(Return { paths: taking.paths.to_vec() }));
+                    if let Some(Err(error)) = &asked
+                        && let Some(taking) = taking.take()
+                    {
+                        (taking.take)(Err(error.to_string()));
+                    }
+                    if !matches!(asked, Some(Ok(()))) {
+                        let _ = self.remote().send(Drained {});
+                    }
                 }
                 ToClient::Refused(Refused { message, .. }) if taking.is_some() => {
                     if let Some(taking) = taking.take() {

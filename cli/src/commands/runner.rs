@@ -109,6 +109,8 @@ pub(crate) fn runner(args: &RunnerArgs, configuration: &Configuration) -> Result
     })?;
     report::usage(&args.usage, ended.usage.as_ref())?;
     retire(&store);
+    let ran = matches!(ended.outcome, Outcome::Exited { .. } | Outcome::TimedOut { .. });
+    ensure!(paths.is_empty() || taken.is_some() || !ran, "The room ended before it sent its files.");
     told(taken, options.quiet)?;
     end(&ended)
 }

@@ -365,6 +365,7 @@ impl Room {
                 self.tell_client_with(client, message, socket.as_fd());
             }
             Purpose::Returned(client) => {
+                self.deadlines.step.take_if(|(_, step, _)| *step == Step::Return);
                 let message = api::Connected { stream: StreamKind::Returned };
                 self.tell_client_with(client, message, socket.as_fd());
             }

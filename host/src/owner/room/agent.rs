@@ -258,6 +258,7 @@ impl Room {
                 }
             }
             Request::Collect(_) => {
+                self.deadlines.step.take_if(|(_, step, _)| *step == Step::Return);
                 self.tell_client(self.creator, api::Refused { failure: failed.failure, message });
             }
             // A signal or a size for a process that is gone already.

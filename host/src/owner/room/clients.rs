@@ -198,7 +198,11 @@ impl Room {
 
     fn collect(&mut self, id: ClientId, paths: Vec<String>) {
         match self.streams.agree(Purpose::Returned(id)) {
-            Ok(stream) => self.tell_agent(Collect { container: CONTAINER, paths, stream }),
+            Ok(stream) => {
+                let time = self.own.patience.returned();
+                self.deadlines.step = Some((Instant::now() + time, Step::Return, time));
+                self.tell_agent(Collect { container: CONTAINER, paths, stream });
+            }
             Err(error) => self.refuse(id, &chain(&error)),
         }
     }

@@ -12,6 +12,7 @@ use carrel_protocol::vmm::{Dialled, End, FromOwner};
 mod execs;
 mod hostile;
 mod invocations;
+mod returning;
 
 use super::*;
 use crate::launch::testing;
