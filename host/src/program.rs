@@ -132,13 +132,8 @@ impl Program<'_> {
         let cargo = Cargo::of(&real, self.whole_workspace, self.variables);
 
         let mut above = Vec::new();
-        for folder in interpreters.iter().flat_map(|path| self.python(path)) {
-            above.push(self.layer(
-                store,
-                &self.folder(&folder, Skip::Nothing)?,
-                Times::Kept,
-                &mut notices,
-            )?);
+        for (folder, skip) in interpreters.iter().flat_map(|path| self.python(path)) {
+            above.push(self.layer(store, &self.folder(&folder, skip)?, Times::Kept, &mut notices)?);
         }
         for with in self.with {
             above.push(self.layer(store, &self.with(with)?, Times::Kept, &mut notices)?);
@@ -227,7 +222,7 @@ impl Program<'_> {
         Ok((tree, called))
     }
 
-    fn python(&self, called: &Path) -> Vec<PathBuf> {
+    fn python(&self, called: &Path) -> Vec<(PathBuf, Skip)> {
         let real = std::fs::canonicalize(called).unwrap_or_else(|_| called.to_owned());
         python::folders(called, &real, &self.account.home, self.value("PYTHONPATH"))
     }

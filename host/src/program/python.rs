@@ -5,40 +5,55 @@
 
 use std::path::{Path, PathBuf};
 
-/// Folders that an interpreter reads, each worth a layer of its own; nothing if the program is none. `program` is as it is called, `real` what its
-/// links lead to.
-pub(crate) fn folders(program: &Path, real: &Path, home: &Path, path_variable: &str) -> Vec<PathBuf> {
+use super::tree::Skip;
+
+/// Of no use to anybody but who tests Python itself (the library's own words of `test`), and a quarter of the library.
+const ITS_OWN_TESTS: Skip = Skip::Named(&["test"]);
+/// The same, without packages: those of a virtual environment come from it alone.
+const BARE: Skip = Skip::Named(&["test", "site-packages", "dist-packages"]);
+
+/// Folders that an interpreter reads, each worth a layer of its own, and what of each is left out; nothing if the program is none. `program` is as it is
+/// called, `real` what its links lead to.
+pub(crate) fn folders(program: &Path, real: &Path, home: &Path, path_variable: &str) -> Vec<(PathBuf, Skip)> {
     let Some(version) = real.file_name().and_then(|name| name.to_str()).and_then(version) else {
         return Vec::new();
     };
-    let mut found = Vec::new();
     let environment = virtual_environment(program);
-    found.extend(environment.clone());
+    let bare = environment.as_ref().is_some_and(|folder| !has_system_packages(folder));
+    let mut found = Vec::new();
+    found.extend(environment.map(|folder| (folder, Skip::Nothing)));
     let prefix = real.parent().and_then(Path::parent);
-    for prefix in prefix.into_iter().chain([Path::new("/usr/local")]) {
-        let library = prefix.join("lib").join(&version);
+    let library =
+        prefix.map(|prefix| prefix.join("lib").join(&version)).filter(|path| path.join("os.py").is_file());
+    found.extend(library.map(|library| (library, if bare { BARE } else { ITS_OWN_TESTS })));
+    if !bare {
         // Packages that Debian installs are shared by all versions; those of /usr/local are the machine's own.
-        for folder in [library, prefix.join("lib/python3/dist-packages")] {
-            if folder.join("os.py").is_file()
-                || folder.ends_with("dist-packages")
-                || folder.join("dist-packages").is_dir()
-            {
-                found.push(folder);
-            }
-        }
+        let shared = prefix.map(|prefix| prefix.join("lib/python3/dist-packages"));
+        let local = Path::new("/usr/local/lib").join(&version).join("dist-packages");
+        let own = home.join(".local/lib").join(&version).join("site-packages");
+        found.extend(
+            [shared, Some(local), Some(own)].into_iter().flatten().map(|folder| (folder, Skip::Nothing)),
+        );
     }
-    if environment.is_none() {
-        found.push(home.join(".local/lib").join(&version).join("site-packages"));
-    }
-    found.extend(path_variable.split(':').filter(|folder| folder.starts_with('/')).map(PathBuf::from));
-    found.retain(|folder| folder.is_dir());
-    let mut kept: Vec<PathBuf> = Vec::new();
-    for folder in found {
-        if !kept.iter().any(|other| folder.starts_with(other)) {
-            kept.push(folder);
+    let named = path_variable.split(':').filter(|folder| folder.starts_with('/'));
+    found.extend(named.map(|folder| (folder.into(), Skip::Caches)));
+    let mut kept: Vec<(PathBuf, Skip)> = Vec::new();
+    for (folder, skip) in found {
+        if folder.is_dir() && !kept.iter().any(|(other, _)| folder.starts_with(other)) {
+            kept.push((folder, skip));
         }
     }
     kept
+}
+
+/// PEP 405: only if it says so are the base's packages read too.
+fn has_system_packages(environment: &Path) -> bool {
+    let text = std::fs::read_to_string(environment.join("pyvenv.cfg")).unwrap_or_default();
+    let value = |line: &str| {
+        let (name, value) = line.split_once('=')?;
+        (name.trim() == "include-system-site-packages").then(|| value.trim().eq_ignore_ascii_case("true"))
+    };
+    text.lines().find_map(value).unwrap_or(false)
 }
 
 /// `python3.11`, of the program's real name: `python3` is a link wherever there is more than one version.
@@ -62,6 +77,10 @@ mod tests {
     use std::fs;
 
     use super::*;
+
+    fn only_paths(found: Vec<(PathBuf, Skip)>) -> Vec<PathBuf> {
+        found.into_iter().map(|(path, _)| path).collect()
+    }
 
     fn touch(path: &Path) {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -89,8 +108,12 @@ mod tests {
             touch(&root.join(path));
         }
         let path = format!("{}:relative:/missing", root.join("path").display());
-        let found =
-            folders(&root.join("bin/python3"), &root.join("bin/python3.11"), &root.join("home"), &path);
+        let found = only_paths(folders(
+            &root.join("bin/python3"),
+            &root.join("bin/python3.11"),
+            &root.join("home"),
+            &path,
+        ));
         let expected = [
             "lib/python3.11",
             "lib/python3/dist-packages",
@@ -115,12 +138,34 @@ mod tests {
         ] {
             touch(&root.join(path));
         }
-        let found =
-            folders(&root.join("venv/bin/python"), &root.join("usr/bin/python3.11"), &root.join("home"), "");
+        let found = only_paths(folders(
+            &root.join("venv/bin/python"),
+            &root.join("usr/bin/python3.11"),
+            &root.join("home"),
+            "",
+        ));
         assert!(
             found.contains(&root.join("venv")) && found.contains(&root.join("usr/lib/python3.11")),
             "{found:?}"
         );
         assert!(!found.iter().any(|folder| folder.starts_with(root.join("home"))), "{found:?}");
+    }
+
+    #[test]
+    fn an_environment_that_asks_for_the_bases_packages_has_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        for path in ["venv/pyvenv.cfg", "usr/lib/python3.11/os.py", "usr/lib/python3/dist-packages/x.py"] {
+            touch(&root.join(path));
+        }
+        let find = || {
+            folders(&root.join("venv/bin/python"), &root.join("usr/bin/python3.11"), &root.join("home"), "")
+        };
+        let library = (root.join("usr/lib/python3.11"), BARE);
+        assert!(find().contains(&library) && find().len() == 2, "{:?}", find());
+        fs::write(root.join("venv/pyvenv.cfg"), "home = /usr/bin\ninclude-system-site-packages = true\n")
+            .unwrap();
+        let library = (root.join("usr/lib/python3.11"), ITS_OWN_TESTS);
+        assert!(find().contains(&library) && find().len() == 3, "{:?}", find());
     }
 }

@@ -113,6 +113,8 @@ pub(crate) enum Skip {
     Nothing,
     /// What can be made again: `.git`, and folders with a `CACHEDIR.TAG`, as Cargo's `target`.
     Caches,
+    /// Folders of these names, directly below.
+    Named(&'static [&'static str]),
 }
 
 impl Tree {
@@ -188,6 +190,7 @@ impl Tree {
             return Err(io::Error::other("it is neither a file nor a directory"));
         }
         let mut folders = vec![(source.to_owned(), at.to_owned(), metadata)];
+        let top = source;
         while let Some((source, at, metadata)) = folders.pop() {
             let node = Node::Directory { mode: metadata.mode() & 0o7777, owner: owner(&metadata) };
             if at != Path::new("/") {
@@ -203,6 +206,12 @@ impl Tree {
             for entry in entries {
                 let entry = entry?;
                 let (from, to) = (entry.path(), at.join(entry.file_name()));
+                if let Skip::Named(names) = skip
+                    && source == top
+                    && entry.file_name().to_str().is_some_and(|name| names.contains(&name))
+                {
+                    continue;
+                }
                 let metadata = match fs::symlink_metadata(&from) {
                     Ok(metadata) => metadata,
                     // Gone meanwhile.
