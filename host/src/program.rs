@@ -59,12 +59,9 @@ pub enum ProgramError {
     /// A path in the room that is none.
     #[error("{0:?} is no place in a room; give an absolute path after the colon")]
     Place(PathBuf),
-    /// A variable or path that can't be said to the room.
-    #[error("{0} is not UTF-8, and a room takes nothing else; rename it, or leave it out")]
-    NotUtf8(&'static str),
     /// The store doesn't take it.
     #[error(transparent)]
-    Store(#[from] StoreError),
+    Store(#[from] Box<StoreError>),
 }
 
 /// A file or folder to be taken along.

@@ -39,8 +39,11 @@ pub(crate) fn runner(args: &RunnerArgs, configuration: &Configuration) -> Result
     report::check_file(&args.usage)?;
     let here = std::env::current_dir().context("The working directory is gone.")?;
     let directory = options.dir.as_ref().map_or_else(|| here.clone(), |dir| here.join(dir));
-    let variables = variables(&options)?;
+    let mut variables = variables(&options)?;
     let account = account(options.user.as_deref(), &variables)?;
+    if options.user.is_some() {
+        become_known(&account, &options, &mut variables);
+    }
     let with = options.with.iter().map(|text| with(text)).collect::<Result<Vec<_>>>()?;
     let returns = returns(&options.returns, &directory, &here)?;
     let limit = one("return_limit", options.return_limit.as_deref(), size::bytes)?.unwrap_or(RETURN_LIMIT);
@@ -127,10 +130,10 @@ fn title(word: &str) -> String {
 /// One that isn't there has the status that a shell gives.
 fn missing(error: program::ProgramError) -> anyhow::Error {
     const NOT_FOUND: u8 = 127;
-    match error {
-        program::ProgramError::NotFound(_) => WithStatus::new(NOT_FOUND, error.to_string()).into(),
-        other => other.into(),
+    if matches!(error, program::ProgramError::NotFound(_)) {
+        return WithStatus::new(NOT_FOUND, error.to_string()).into();
     }
+    error.into()
 }
 
 /// An option's text, whoever gave it.
@@ -208,6 +211,19 @@ fn account(user: Option<&str>, variables: &[(String, String)]) -> Result<Account
     };
     let gid = if group.is_empty() { own } else { group.parse().map_err(|_| wrong())? };
     Ok(Account::of(uid, gid, None))
+}
+
+/// The variables that say who one is are another user's now, but for those that were set.
+fn become_known(account: &Account, options: &RunnerOptions, variables: &mut Vec<(String, String)>) {
+    let home = account.home.to_string_lossy();
+    for (name, value) in [("HOME", &*home), ("USER", &account.name), ("LOGNAME", &account.name)] {
+        let is_set =
+            options.env.iter().any(|option| option.split_once('=').is_some_and(|(set, _)| set == name));
+        if !is_set {
+            variables.retain(|(known, _)| known != name);
+            variables.push((name.to_owned(), value.to_owned()));
+        }
+    }
 }
 
 fn with(text: &str) -> Result<With> {
@@ -332,6 +348,10 @@ mod tests {
         assert_eq!((root.uid, root.gid), (0, 0));
         let number = account(Some("54321:99"), &[]).unwrap();
         assert_eq!((number.uid, number.gid), (54321, 99));
+        let mut variables = vec![("HOME".to_owned(), "/root".to_owned())];
+        become_known(&number, &options(&["USER=me"], &[]), &mut variables);
+        let expected = [("HOME", "/home/user54321"), ("LOGNAME", "user54321")];
+        assert_eq!(variables, expected.map(|(name, value)| (name.to_owned(), value.to_owned())));
         assert!(account(Some("nobody-is-called-so"), &[]).is_err());
         let own = account(None, &[("HOME".to_owned(), "/data/me".to_owned())]).unwrap();
         assert_eq!(

@@ -99,7 +99,7 @@ mod tests {
         ]);
         let test = root.join("target/debug/deps/it-0123");
         let found = Cargo::of(&test, false, &all);
-        assert_eq!(found.package, Some(package.clone()));
+        assert_eq!(found.package, Some(package));
         assert_eq!(found.named, [tool]);
         assert_eq!(found.scratch, Some(root.join("target/tmp")));
         assert_eq!(found.profile, Some(root.join("target/debug")));

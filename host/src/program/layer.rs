@@ -69,11 +69,11 @@ pub(crate) struct Wanted<'a> {
 
 impl Wanted<'_> {
     /// The layer, from the store or made now. The caller holds a lease.
-    pub(crate) fn obtain(&self, store: &Store) -> Result<Layer, StoreError> {
-        let made = store.obtain(&self.fingerprint(), |to| self.write(to))?;
+    pub(crate) fn obtain(&self, store: &Store) -> Result<Layer, Box<StoreError>> {
+        let made = store.obtain(&self.fingerprint(), |to| self.write(to)).map_err(Box::new)?;
         let Made { digest, size, notes } = made;
         let notes = serde_json::from_value(notes).unwrap_or_default();
-        let file = store.blob(&digest)?;
+        let file = store.blob(&digest).map_err(Box::new)?;
         let (digest, compression) = (digest.to_string(), Compression::None);
         let spec = LayerSpec { diff_id: digest.clone(), digest, size, compression };
         Ok(Layer { spec, file, notes })

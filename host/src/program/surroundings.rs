@@ -34,7 +34,7 @@ pub struct Account {
 }
 
 impl Account {
-    /// The user with this number, as this host's `/etc/passwd` calls him, at home where `home` says, and else where that file says.
+    /// The user with this number, as this host's `/etc/passwd` calls him, at home where `home` says, else where that file says, else below `/home`.
     #[must_use]
     pub fn of(uid: u32, gid: u32, home: Option<&Path>) -> Self {
         let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
@@ -51,12 +51,9 @@ impl Account {
         let known = entry.as_ref().and_then(|fields| fields.get(5)).map(PathBuf::from);
         let absolute = |path: &PathBuf| path.is_absolute();
         let home = home.map(Path::to_owned).filter(absolute).or(known.filter(absolute));
-        Self {
-            name: name.map_or_else(|| format!("user{uid}"), |name| (*name).to_owned()),
-            uid,
-            gid,
-            home: home.unwrap_or_else(|| "/".into()),
-        }
+        let name = name.map_or_else(|| format!("user{uid}"), |name| (*name).to_owned());
+        let home = home.unwrap_or_else(|| Path::new("/home").join(&name));
+        Self { name, uid, gid, home }
     }
 
     pub(crate) fn ids(&self) -> Ids {
@@ -111,7 +108,7 @@ mod tests {
         let elsewhere = Account::among(PASSWD, 1000, 100, Some(Path::new("/data/me")));
         assert_eq!(elsewhere.home, Path::new("/data/me"));
         let unknown = Account::among(PASSWD, 7, 7, Some(Path::new("relative")));
-        assert_eq!((unknown.name.as_str(), unknown.home.as_path()), ("user7", Path::new("/")));
+        assert_eq!((unknown.name.as_str(), unknown.home.as_path()), ("user7", Path::new("/home/user7")));
     }
 
     #[test]

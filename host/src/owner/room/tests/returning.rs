@@ -8,11 +8,11 @@ use crate::session::{Ended as Over, SessionError, Taking};
 
 const LIMITS: Limits = Limits { bytes: 1000, entries: 10 };
 
-/// Runs a room and takes this file; what came of both.
-fn run(
-    session: Session,
-    to: std::path::PathBuf,
-) -> JoinHandle<(Result<Over, SessionError>, Option<Result<Received, ReturnError>>)> {
+/// What came of a room and of its file.
+type Came = (Result<Over, SessionError>, Option<Result<Received, ReturnError>>);
+
+/// Runs a room and takes this file.
+fn run(session: Session, to: std::path::PathBuf) -> JoinHandle<Came> {
     std::thread::spawn(move || {
         let to = [Destination { in_room: "/out/report".into(), on_host: to }];
         let mut taken = None;
@@ -31,11 +31,11 @@ fn run(
 /// The order to send files.
 fn collect(guest: &mut Guest) -> agent::Collect {
     loop {
-        match guest.hear() {
-            FromHost::Collect(collect) => return collect,
-            FromHost::ReportUsage(_) => {}
-            other => panic!("{other:?}"),
+        let heard = guest.hear();
+        if let FromHost::Collect(collect) = heard {
+            return collect;
         }
+        assert!(matches!(heard, FromHost::ReportUsage(_)), "{heard:?}");
     }
 }
 
@@ -101,13 +101,8 @@ fn nobody_takes_files_of_a_workload_that_runs_nor_of_another_commands_room() {
     let beside = Session::connect(&place.path(), Patience::default()).unwrap();
     for session in [&place.session, &beside] {
         session.remote().send(api::Return { paths: vec!["/etc".into()] }).unwrap();
-        loop {
-            match session.receive().unwrap().message {
-                api::ToClient::Refused(_) => break,
-                api::ToClient::Connected(_) | api::ToClient::Started(_) => {}
-                other => panic!("{other:?}"),
-            }
-        }
+        // Its streams and its start were told before.
+        while !matches!(session.receive().unwrap().message, api::ToClient::Refused(_)) {}
     }
     drop(streams);
 }
