@@ -75,7 +75,7 @@ fn what_comes_back_from_a_room_is_pinned() {
         ("missing", Missing { root: 0 }.into()),
         ("done", Done { left_out: 2 }.into()),
     ];
-    pinned("from_room", agent::VERSION, &messages);
+    pinned("from-room", agent::VERSION, &messages);
     // The longest that there is, all of it escaped.
     let longest = "\u{1}".repeat(4096);
     let entry = entry(&longest, Kind::Link { target: longest.clone() }, 0o777);
@@ -448,6 +448,7 @@ mod hostile {
             match direction.as_str() {
                 "agent-from-agent" => survives::<agent::FromAgent>(&bytes)?,
                 "agent-from-host" => survives::<agent::FromHost>(&bytes)?,
+                "from-room" => survives::<carrel_protocol::returned::FromRoom>(&bytes)?,
                 "vmm-from-owner" => survives::<vmm::FromOwner>(&bytes)?,
                 "vmm-from-vmm" => survives::<vmm::FromVmm>(&bytes)?,
                 other => prop_assert!(false, "{other} is no direction"),
