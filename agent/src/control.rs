@@ -124,6 +124,7 @@ impl Control {
             | FromHost::Signal(_)
             | FromHost::Resize(_)
             | FromHost::Invoke(_)
+            | FromHost::Collect(_)
             | FromHost::ReportUsage(_)
             | FromHost::Freeze(_)
             | FromHost::Attach(_)

@@ -15,6 +15,7 @@
 //! (layers, zips, mounts, `/etc/passwd`) happens in a forked process, whose death is an answer like any other.
 
 mod boot;
+mod collect;
 mod container;
 mod control;
 mod disk;

@@ -21,13 +21,14 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use carrel_protocol::agent::{
-    ContainerId, Ending, EndingReason, Failed, FromAgent, FromHost, Frozen, ProcessId, ReportUsage, Request,
-    Usage,
+    Collect, ContainerId, Ending, EndingReason, Failed, Failure, FromAgent, FromHost, Frozen, ProcessId, ReportUsage,
+    Request, Usage,
 };
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
 use tokio::time::MissedTickBehavior;
 
+use crate::collect;
 use crate::container::cgroup::{self, Cgroup};
 use crate::container::launch::Live;
 use crate::control::Control;
@@ -95,6 +96,7 @@ enum Work {
     Executing,
     Invoking,
     Attaching,
+    Collecting,
 }
 
 /// Work, until this is dropped. It is there before the request's task first runs.
@@ -234,7 +236,8 @@ impl Room {
                     | FromHost::Signal(_)
                     | FromHost::Resize(_)
                     | FromHost::Attach(_)
-                    | FromHost::Invoke(_)) => self.carry_out(other),
+                    | FromHost::Invoke(_)
+                    | FromHost::Collect(_)) => self.carry_out(other),
                 },
                 Some(message) = outgoing.recv() => control.send(&message).await?,
                 _ = sample.tick() => self.sample(),
@@ -264,6 +267,10 @@ impl Room {
             FromHost::Attach(request) => {
                 let work = self.begin(Work::Attaching);
                 self.answer(Request::Attach(request.process), Rc::clone(self).attach(request, work));
+            }
+            FromHost::Collect(request) => {
+                let work = self.begin(Work::Collecting);
+                self.answer(Request::Collect(request.container), Rc::clone(self).collect(request, work));
             }
             FromHost::Signal(request) => {
                 if let Some(live) = self.processes.borrow().get(&request.process) {
@@ -316,6 +323,21 @@ impl Room {
 
     fn rootfs(&self, id: ContainerId) -> PathBuf {
         self.folder(id).join(unpack::ROOTFS)
+    }
+
+    /// Of a container whose processes are gone, so that nothing changes under whoever reads.
+    async fn collect(self: Rc<Self>, request: Collect, _work: AtWork) -> Result<(), Refusal> {
+        let state = self.containers.borrow().get(&request.container).cloned();
+        if !matches!(state, Some(State::Ended(_))) {
+            let message = format!(
+                "no files can be sent of container {}: it is {}",
+                request.container.0,
+                in_words(state.as_ref())
+            );
+            return Err(Refusal::new(Failure::BadRequest, message));
+        }
+        let rootfs = self.folder(request.container).join(unpack::ROOTFS);
+        collect::in_a_child(&self.host.dialler, &rootfs, &request).await
     }
 
     /// Containers that have been started.

@@ -5,6 +5,7 @@ pub(crate) mod invoke;
 pub(crate) mod rooms;
 pub(crate) mod run;
 pub(crate) mod template;
+pub(crate) mod runner;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -17,6 +18,7 @@ Examples:
   carrel run alpine:3.20 uname -r               a command in a microVM of its own
   carrel run -it debian:12 bash                 a shell, with a terminal
   carrel run oci:./image sh -c 'exit 7'         an image from an OCI layout
+  carrel runner ./tests --quick                 a program of this host's, alone with its files
   carrel invoke --zip f.zip --handler app.handler --event '{\"n\": 1}'
   carrel ps -a --json                           all rooms, for a script
 
@@ -24,7 +26,7 @@ Exit status:
   0        success
   1        the command failed; stderr says why
   2        the command line is wrong
-  run, exec: the workload's own status, or 124 timeout, 125 carrel failed,
+  run, exec, runner: the workload's own status, or 124 timeout, 125 carrel failed,
              126 not executable, 127 not found, 128+n ended by signal n
   invoke:    0 response, 1 the function's error, 3 its runtime failed,
              4 response too large, 124 timeout, 125 carrel failed
@@ -114,6 +116,8 @@ pub(crate) enum Command {
     Doctor(DoctorArgs),
     /// Run a command in a new room
     Run(Box<run::RunArgs>),
+    /// Run a program of this host's in a room of its own, as a test runner does
+    Runner(Box<runner::RunnerArgs>),
     /// Run a function once, on one event
     Invoke(Box<invoke::InvokeArgs>),
     /// List rooms

@@ -10,6 +10,7 @@ mod place;
 mod report;
 mod rooms;
 mod run;
+mod runner;
 mod signals;
 mod template;
 
@@ -25,6 +26,7 @@ pub(crate) fn run(command: Command, configuration: &Configuration) -> Result<u8>
     match command {
         Command::Doctor(args) => doctor::doctor(&args, configuration),
         Command::Run(args) => run::run(&args, configuration),
+        Command::Runner(args) => runner::runner(&args, configuration),
         Command::Exec(args) => run::exec(&args, configuration),
         Command::Invoke(args) => invoke::invoke(&args, configuration),
         Command::Ps(args) => rooms::ps(&args, configuration),

@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use carrel_host::Patience;
 use serde::{Deserialize, Serialize};
 
+use crate::arguments::runner::RunnerOptions;
 use crate::arguments::{Global, LogFormat};
 
 /// The outcome.
@@ -25,6 +26,8 @@ pub(crate) struct Configuration {
     pub(crate) assets: Option<PathBuf>,
     /// By what every deadline is stretched.
     pub(crate) patience: Patience,
+    /// How `carrel runner` runs programs.
+    pub(crate) runner: RunnerOptions,
 }
 
 /// The file's fields; all optional.
@@ -37,6 +40,8 @@ struct File {
     vmm: Option<PathBuf>,
     assets: Option<PathBuf>,
     patience: Option<Patience>,
+    #[serde(default)]
+    runner: RunnerOptions,
 }
 
 impl Configuration {
@@ -85,6 +90,7 @@ impl Configuration {
             vmm: variable("CARREL_VMM").or(file.vmm),
             assets: variable("CARREL_ASSETS").or(file.assets),
             patience: patience.or(file.patience).unwrap_or_default(),
+            runner: RunnerOptions::from_environment(variable).over(file.runner),
         })
     }
 }

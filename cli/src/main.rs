@@ -50,9 +50,12 @@ fn main() -> ExitCode {
 fn dispatch(cli: Cli, format: &mut LogFormat) -> anyhow::Result<u8> {
     let is_root = rustix::process::geteuid().is_root();
     let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(Into::into);
-    let configuration = Configuration::load(&cli.global, is_root, &variable)?;
+    let mut configuration = Configuration::load(&cli.global, is_root, &variable)?;
     *format = configuration.log_format;
     if cli.global.print_config {
+        if let Some(Command::Runner(args)) = &cli.command {
+            configuration.runner = args.options.clone().over(configuration.runner);
+        }
         failure::print(format_args!("{}\n", serde_json::to_string_pretty(&configuration)?))?;
         return Ok(0);
     }
@@ -105,7 +108,7 @@ fn usage_error(error: &clap::Error) -> u8 {
     };
     // Whoever runs a workload takes its status for the workload's own, so a wrong line must not look like one.
     match command {
-        Some("run" | "exec" | "invoke") => failure::OURS,
+        Some("run" | "exec" | "runner" | "invoke") => failure::OURS,
         Some(_) | None => failure::USAGE,
     }
 }
@@ -113,7 +116,7 @@ fn usage_error(error: &clap::Error) -> u8 {
 /// The status of a failure that has none of its own.
 fn failure_status(command: &Command) -> u8 {
     match command {
-        Command::Run(_) | Command::Exec(_) | Command::Invoke(_) => failure::OURS,
+        Command::Run(_) | Command::Runner(_) | Command::Exec(_) | Command::Invoke(_) => failure::OURS,
         Command::Doctor(_)
         | Command::Ps(_)
         | Command::Logs(_)

@@ -24,6 +24,7 @@ pub mod outcome;
 pub mod owner;
 pub mod patience;
 pub mod pool;
+pub mod program;
 pub mod record;
 pub mod session;
 pub mod signal;

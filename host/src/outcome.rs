@@ -105,6 +105,8 @@ pub enum Step {
     Invoke,
     /// Ending the workload after SIGKILL.
     Kill,
+    /// Sending the first of the files that were asked for.
+    Return,
 }
 
 impl Outcome {
@@ -192,6 +194,7 @@ impl Outcome {
                     Step::Start => "The workload did not start",
                     Step::Invoke => "The guest's agent did not answer for the function",
                     Step::Kill => "The workload did not end after SIGKILL",
+                    Step::Return => "The room did not send its files",
                 };
                 let cpu = seconds(*cpu_ms);
                 format!(

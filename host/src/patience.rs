@@ -57,6 +57,12 @@ impl Patience {
         self.of(120 + (bytes >> 28) * 60)
     }
 
+    /// A room's silence while it sends files back.
+    #[must_use]
+    pub fn returned(self) -> Duration {
+        self.of(60)
+    }
+
     /// Reading the headers of one archive: seconds on the slowest disk.
     pub(crate) fn archive(self) -> Duration {
         self.of(60)

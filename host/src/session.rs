@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   Home::create ─▶ Session ── run(streams) ─────────▶ Ended      the workload, attached
+//!                      ├────── run_and_take ─────────▶ Ended      … and its files
 //!                      └────── wait_started ─────────▶ running    … detached
 //!   Room::connect ─▶ Session ─ exec(process, streams) ▶ Ended     one more process
 //!                      ├────── remote().signal/stop/resize
@@ -16,6 +17,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -31,7 +33,7 @@ pub use crate::owner::api::{Ended, StreamKind};
 
 use crate::outcome::Outcome;
 use crate::owner::api::{
-    Connected, Drained, Exec, Exited, FromClient, Noticed, ReadUsage, Refused, Resize, Signal, Stop,
+    Connected, Drained, Exec, Exited, FromClient, Noticed, ReadUsage, Refused, Resize, Return, Signal, Stop,
     ToClient, Used, Wait,
 };
 use crate::packet::{Connection, Packet, PacketError};
@@ -127,6 +129,14 @@ impl Streams {
     }
 }
 
+/// Files that are taken out of a room when its workload has ended.
+pub struct Taking<'a> {
+    /// Absolute paths in the room.
+    pub paths: &'a [String],
+    /// Is handed the stream on which they come ([`crate::program::returned`]), or why none comes. Not called if the room ends otherwise.
+    pub take: Box<dyn FnOnce(Result<UnixStream, String>) + 'a>,
+}
+
 /// Whether a detached workload came up.
 #[derive(Debug)]
 pub enum Beginning {
@@ -213,7 +223,17 @@ impl Session {
 
     /// Serves the workload's streams until the room has ended. `notice` is told what the user should know meanwhile.
     pub fn run(self, streams: Streams, notice: &mut dyn FnMut(&str)) -> Result<Ended, SessionError> {
-        self.serve(streams, true, notice)
+        self.serve(streams, true, None, notice)
+    }
+
+    /// As [`Self::run`]; when the workload has ended, whatever its status, and before the room does, its files are taken.
+    pub fn run_and_take(
+        self,
+        streams: Streams,
+        taking: Taking<'_>,
+        notice: &mut dyn FnMut(&str),
+    ) -> Result<Ended, SessionError> {
+        self.serve(streams, true, Some(taking), notice)
     }
 
     /// Starts one more process in the room and serves it to its end. Its environment is put after the workload's; an empty working directory or
@@ -225,7 +245,7 @@ impl Session {
         notice: &mut dyn FnMut(&str),
     ) -> Result<Ended, SessionError> {
         self.remote().send(Exec { process: process.clone() })?;
-        self.serve(streams, false, notice)
+        self.serve(streams, false, None, notice)
     }
 
     /// Waits until the workload of a room that was just made runs, or is over.
@@ -338,6 +358,7 @@ impl Session {
         self,
         streams: Streams,
         to_the_rooms_end: bool,
+        mut taking: Option<Taking<'_>>,
         notice: &mut dyn FnMut(&str),
     ) -> Result<Ended, SessionError> {
         let mut pumps = Pumps::new(streams, self.patience);
@@ -350,6 +371,12 @@ impl Session {
                 }
             };
             match message {
+                ToClient::Connected(Connected { stream: StreamKind::Returned }) => {
+                    if let (Some(taking), Some(socket)) = (taking.take(), descriptors.into_iter().next()) {
+                        (taking.take)(Ok(socket.into()));
+                    }
+                    let _ = self.remote().send(Drained {});
+                }
                 ToClient::Connected(Connected { stream }) => {
                     for socket in descriptors {
                         pumps.connect(stream, socket.into())?;
@@ -362,6 +389,22 @@ impl Session {
                         return Ok(Ended { outcome, usage: None, timeline: Vec::new() });
                     }
                     // The owner may have ended the room meanwhile; its last word is waiting then.
+                    let asked = taking
+                        .as_ref()
+                        .map(|taking| self.remote().send(Return { paths: taking.paths.to_vec() }));
+                    if let Some(Err(error)) = &asked
+                        && let Some(taking) = taking.take()
+                    {
+                        (taking.take)(Err(error.to_string()));
+                    }
+                    if !matches!(asked, Some(Ok(()))) {
+                        let _ = self.remote().send(Drained {});
+                    }
+                }
+                ToClient::Refused(Refused { message, .. }) if taking.is_some() => {
+                    if let Some(taking) = taking.take() {
+                        (taking.take)(Err(message));
+                    }
                     let _ = self.remote().send(Drained {});
                 }
                 ToClient::Refused(Refused { failure, message }) if !to_the_rooms_end => {

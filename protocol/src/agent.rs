@@ -26,6 +26,7 @@
 //!    │ ── Awake ─────────────────────────▶  │  and what was frozen runs again; Start and the rest follow as above
 //!    │ ◀────────────────────────── Attach ──│  new streams for a process that was frozen
 //!    │ ── Attached / Failed ─────────────▶  │
+//!    │ ◀───────────────────────── Collect ──│  files that the workload wrote, as a stream
 //!    │ ◀──────────────────────── Shutdown ──│
 //!    │ ── Usage (the last), Ending ──────▶  │  then the guest restarts, which ends its VMM
 //! ```
@@ -75,6 +76,7 @@ crate::messages! {
         10 Shutdown KIB;
         11 Freeze KIB;
         12 Attach 4 * KIB;
+        20 Collect 64 * KIB;
     }
 }
 
@@ -508,6 +510,19 @@ pub struct Usage {
     pub last: bool,
 }
 
+/// Send files of a container that has ended. They go over the stream, as [`crate::returned`] says, whose end is the answer; what keeps them from being sent
+/// is answered by [`Failed`] too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Collect {
+    /// Whose; its workload has ended.
+    pub container: ContainerId,
+    /// Absolute, each a file or a directory with all that is below. Links on the way are followed within the container's root.
+    pub paths: Vec<String>,
+    /// Where they go.
+    pub stream: Stream,
+}
+
 /// End: kill what still runs, flush disks, report, restart.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -560,6 +575,8 @@ pub enum Request {
     Freeze,
     /// [`Attach`].
     Attach(ProcessId),
+    /// [`Collect`].
+    Collect(ContainerId),
 }
 
 /// Kinds of failure.

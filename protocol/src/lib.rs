@@ -17,6 +17,7 @@
 pub mod agent;
 pub mod confinement;
 pub mod frame;
+pub mod returned;
 pub mod units;
 pub mod usage;
 pub mod vmm;

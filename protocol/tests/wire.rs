@@ -65,6 +65,24 @@ fn blob(port: u32) -> Blob {
 }
 
 #[test]
+fn what_comes_back_from_a_room_is_pinned() {
+    use carrel_protocol::returned::{Done, Entry, FromRoom, Kind, Missing};
+    let entry = |path: &str, kind, mode| Entry { root: 1, path: path.into(), kind, mode, mtime: -1 };
+    let messages: Vec<(&str, FromRoom)> = vec![
+        ("directory", entry("", Kind::Directory, 0o755).into()),
+        ("file", entry("a/\u{e9}", Kind::File { bytes: 1 << 40 }, 0o644).into()),
+        ("link", entry("b", Kind::Link { target: "a/c".into() }, 0o777).into()),
+        ("missing", Missing { root: 0 }.into()),
+        ("done", Done { left_out: 2 }.into()),
+    ];
+    pinned("from-room", agent::VERSION, &messages);
+    // The longest that there is, all of it escaped.
+    let longest = "\u{1}".repeat(4096);
+    let entry = entry(&longest, Kind::Link { target: longest.clone() }, 0o777);
+    FromRoom::from(entry).encode().unwrap();
+}
+
+#[test]
 fn what_the_host_tells_the_agent_is_pinned() {
     let messages: Vec<(&str, agent::FromHost)> = vec![
         (
@@ -144,6 +162,15 @@ fn what_the_host_tells_the_agent_is_pinned() {
         ),
         ("report-usage", ReportUsage { every_ms: Some(1000) }.into()),
         ("report-usage-once", ReportUsage { every_ms: None }.into()),
+        (
+            "collect",
+            Collect {
+                container: ContainerId(0),
+                paths: vec!["/work/report.xml".into()],
+                stream: stream(0x1_0009),
+            }
+            .into(),
+        ),
         ("shutdown", Shutdown {}.into()),
         ("freeze", Freeze {}.into()),
         ("attach", Attach { process: ProcessId(0), stdio: process(0).stdio }.into()),
@@ -475,6 +502,7 @@ mod hostile {
             match direction.as_str() {
                 "agent-from-agent" => survives::<agent::FromAgent>(&bytes)?,
                 "agent-from-host" => survives::<agent::FromHost>(&bytes)?,
+                "from-room" => survives::<carrel_protocol::returned::FromRoom>(&bytes)?,
                 "vmm-from-owner" => survives::<vmm::FromOwner>(&bytes)?,
                 "vmm-from-vmm" => survives::<vmm::FromVmm>(&bytes)?,
                 other => prop_assert!(false, "{other} is no direction"),

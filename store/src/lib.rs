@@ -42,6 +42,7 @@ mod acquire;
 #[cfg(test)]
 mod hostile;
 mod ingest;
+mod made;
 mod options;
 mod origin;
 mod store;
@@ -54,6 +55,7 @@ pub use digest::Digest;
 pub use document::Compression;
 pub use images::{Image, LayerBlob};
 pub use lease::Lease;
+pub use made::{Made, Written};
 pub use options::{Patience, Policy, PullOptions};
 pub use platform::Platform;
 pub use prune::{PruneOptions, Pruned};

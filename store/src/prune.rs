@@ -89,6 +89,9 @@ impl Store {
             pruned.bytes = pruned.bytes.saturating_add(size);
             pruned.blobs.push(digest);
         }
+        if !options.dry_run {
+            self.sweep_made()?;
+        }
         let downloads = options.older_than.is_none();
         let swept = ingest::sweep(&self.blobs, now, downloads, options.dry_run)?;
         pruned.bytes = pruned.bytes.saturating_add(swept);

@@ -131,6 +131,7 @@ impl Room {
             FromHost::Exec(request) => Request::Process(request.process.id),
             FromHost::Invoke(request) => Request::Invoke(request.id.clone()),
             FromHost::Attach(request) => Request::Attach(request.process),
+            FromHost::Collect(request) => Request::Collect(request.container),
             // None of them is answered ever, or they were served before.
             FromHost::Signal(_)
             | FromHost::Resize(_)
@@ -249,5 +250,6 @@ fn in_words(work: Work) -> &'static str {
         Work::Executing => "an exec runs",
         Work::Invoking => "the function handles an event",
         Work::Attaching => "a process is being connected with its streams",
+        Work::Collecting => "files of it are being sent",
     }
 }

@@ -436,6 +436,7 @@ fn what_is_at_work_cannot_be_frozen() {
             (Work::Executing, "an exec runs"),
             (Work::Invoking, "handles an event"),
             (Work::Attaching, "connected with its streams"),
+            (Work::Collecting, "files"),
         ] {
             let work = bench.room.begin(work);
             bench.control.say(Freeze {}).await;

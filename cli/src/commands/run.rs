@@ -173,11 +173,11 @@ fn terminal_for(wanted: bool, interactive: bool) -> Result<Option<TerminalSize>>
 
 /// What of the user's terminal a process has.
 #[derive(Clone, Copy, Debug)]
-struct Attached {
+pub(super) struct Attached {
     /// It has one of its own, of the same size.
-    terminal: bool,
+    pub(super) terminal: bool,
     /// It reads standard input.
-    keys: bool,
+    pub(super) keys: bool,
 }
 
 impl Attached {
@@ -188,7 +188,7 @@ impl Attached {
 }
 
 /// Serves a session with this process's own streams; signals are forwarded meanwhile, and a terminal whose keys are the process's is raw.
-fn attach(
+pub(super) fn attach(
     session: Session,
     attached: Attached,
     serve: impl FnOnce(Session, Streams, &mut dyn FnMut(&str)) -> Result<Ended, carrel_host::SessionError>,
@@ -217,16 +217,21 @@ pub(super) fn machine(args: &MachineArgs) -> Result<Machine> {
 }
 
 fn surroundings(args: &RunArgs, image: &Image) -> Surroundings {
-    let tmpfs =
-        |tmpfs: &crate::values::Tmpfs| Tmpfs { path: tmpfs.path.clone(), options: tmpfs.options.clone() };
     Surroundings {
         read_only_root: args.machine.read_only,
-        tmpfs: args.machine.tmpfs.iter().map(tmpfs).collect(),
+        tmpfs: surroundings_tmpfs(&args.machine),
         volumes: image.config.volumes.iter().cloned().collect(),
         // A whole number of CPUs is as many vCPUs. The host's own quota has some for the VMM beside it.
         cpu_millis: args.machine.cpus.map(CpuMillis::get).filter(|millis| !millis.is_multiple_of(1000)),
         ..Surroundings::default()
     }
+}
+
+/// What `--tmpfs` asks for.
+pub(super) fn surroundings_tmpfs(args: &MachineArgs) -> Vec<Tmpfs> {
+    let tmpfs =
+        |tmpfs: &crate::values::Tmpfs| Tmpfs { path: tmpfs.path.clone(), options: tmpfs.options.clone() };
+    args.tmpfs.iter().map(tmpfs).collect()
 }
 
 /// What `--unconfined` names.

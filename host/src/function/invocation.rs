@@ -148,7 +148,8 @@ impl Progress {
                 self.pump = Some((pump.map_err(SessionError::Streams)?, socket));
                 Ok(())
             }
-            (StreamKind::Response, None) => Ok(()),
+            // Nobody asks for files of a function's room.
+            (StreamKind::Response, None) | (StreamKind::Returned, _) => Ok(()),
             (StreamKind::Stdin | StreamKind::Stdout | StreamKind::Stderr, _) => {
                 self.pumps.connect(stream, socket)
             }

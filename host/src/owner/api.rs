@@ -8,6 +8,8 @@
 //!    │ ◀─────────────────────────── Started ───── │
 //!    │ ── Signal, Resize ───────────────────────▶ │
 //!    │ ◀──────────────────────────── Exited ───── │
+//!    │ ── Return ───────────────────────────────▶ │  files that the workload wrote, by the creator alone
+//!    │ ◀───── Connected + a socket, or Refused ── │
 //!    │ ── Drained ──────────────────────────────▶ │  all output was read: the room may go
 //!    │ ◀───────────────────────────── Ended ───── │
 //! ```
@@ -40,6 +42,8 @@ carrel_protocol::messages! {
         7 Wait KIB;
         8 Drained KIB;
         9 Invoke 16 * KIB;
+        // The agent's own message is longer, by its stream.
+        10 Return 60 * KIB;
     }
 }
 
@@ -118,6 +122,13 @@ pub struct Invoke {
     pub headers: BTreeMap<String, String>,
 }
 
+/// Files of the room's, now that its workload has ended. Answered by [`Connected`] with the stream of [`carrel_protocol::returned`], or by [`Refused`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Return {
+    /// Absolute paths in the room.
+    pub paths: Vec<String>,
+}
+
 /// One of the process's streams, as the socket beside this.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Connected {
@@ -137,6 +148,8 @@ pub enum StreamKind {
     Stderr,
     /// A function's response, or its error.
     Response,
+    /// Files of the room's.
+    Returned,
 }
 
 /// The process runs.

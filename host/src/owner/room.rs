@@ -381,6 +381,11 @@ impl Room {
                 let message = api::Connected { stream: StreamKind::Response };
                 self.tell_client_with(client, message, socket.as_fd());
             }
+            Purpose::Returned(client) => {
+                self.deadlines.step.take_if(|(_, step, _)| *step == Step::Return);
+                let message = api::Connected { stream: StreamKind::Returned };
+                self.tell_client_with(client, message, socket.as_fd());
+            }
             Purpose::Process(id, stream) => self.connect_process(id, stream, socket),
         }
     }

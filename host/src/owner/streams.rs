@@ -35,6 +35,8 @@ pub(crate) enum Purpose {
     Event,
     /// A function's response, for this client.
     Response(ClientId),
+    /// Files of the container's, for this client.
+    Returned(ClientId),
 }
 
 /// All streams of a room that were agreed on and not dialled yet.

@@ -56,7 +56,7 @@ impl Pumps {
             }
             StreamKind::Stdout => self.stdout.take(),
             StreamKind::Stderr => self.stderr.take(),
-            StreamKind::Response => None,
+            StreamKind::Response | StreamKind::Returned => None,
         };
         if let Some(output) = output {
             self.outputs.push(Output::begin(socket, output, &self.first)?);

@@ -289,8 +289,13 @@ impl Room {
                     self.tell_client(self.creator, api::Refused { failure: failed.failure, message });
                 }
             }
-            // A signal or a size for a process that is gone already; the last two are not asked for yet.
-            Request::Process(_) | Request::Prepare(_) | Request::Freeze | Request::Attach(_) => {
+            Request::Freeze => self.give_up(Outcome::Refused { failure: failed.failure, message }),
+            Request::Collect(_) => {
+                self.deadlines.step.take_if(|(_, step, _)| *step == Step::Return);
+                self.tell_client(self.creator, api::Refused { failure: failed.failure, message });
+            }
+            // A signal or a size for a process that is gone already; the last is not asked for yet.
+            Request::Process(_) | Request::Prepare(_) | Request::Attach(_) => {
                 tracing::debug!(message, "the agent refused a request")
             }
         }

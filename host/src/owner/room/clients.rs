@@ -5,7 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use carrel_protocol::agent::{Failure, Invoke, ProcessId, Resize, Signal};
+use carrel_protocol::agent::{Collect, Failure, Invoke, ProcessId, Resize, Signal};
 
 use super::super::api::{self, FromClient, StreamKind, ToClient};
 use super::super::events::ClientId;
@@ -14,6 +14,7 @@ use super::{Client, Room, SIGKILL, WORKLOAD};
 use crate::outcome::{Outcome, Step};
 use crate::packet::{Connection, Packet};
 use crate::record::Phase;
+use crate::spec::CONTAINER;
 use carrel_protocol::chain;
 
 /// Commands at once.
@@ -68,6 +69,13 @@ impl Room {
             FromClient::Drained(_) => {
                 if id == self.creator && self.record.phase == Phase::Draining {
                     self.shut_down();
+                }
+            }
+            FromClient::Return(api::Return { paths }) => {
+                if id == self.creator && self.record.phase == Phase::Draining {
+                    self.collect(id, paths);
+                } else {
+                    self.refuse(id, "files come back once the workload has ended, to its creator alone");
                 }
             }
             FromClient::Invoke(invoke) => {
@@ -193,6 +201,17 @@ impl Room {
                     timeout_ms,
                     headers,
                 });
+            }
+            Err(error) => self.refuse(id, &chain(&error)),
+        }
+    }
+
+    fn collect(&mut self, id: ClientId, paths: Vec<String>) {
+        match self.streams.agree(Purpose::Returned(id)) {
+            Ok(stream) => {
+                let time = self.own.patience.returned();
+                self.deadlines.step = Some((Instant::now() + time, Step::Return, time));
+                self.tell_agent(Collect { container: CONTAINER, paths, stream });
             }
             Err(error) => self.refuse(id, &chain(&error)),
         }

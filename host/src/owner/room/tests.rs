@@ -12,6 +12,7 @@ use carrel_protocol::vmm::{Dialled, End, FromOwner};
 mod execs;
 mod hostile;
 mod invocations;
+mod returning;
 
 use super::*;
 use crate::launch::testing;
@@ -186,7 +187,8 @@ impl Guest {
                 | FromHost::Resize(_)
                 | FromHost::Invoke(_)
                 | FromHost::Freeze(_)
-                | FromHost::Attach(_)) => panic!("{other:?}"),
+                | FromHost::Attach(_)
+                | FromHost::Collect(_)) => panic!("{other:?}"),
             }
         }
         let usage = GuestUsage { wall_us: 77, ..GuestUsage::default() };

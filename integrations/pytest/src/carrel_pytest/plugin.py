@@ -1,0 +1,217 @@
+"""Runs tests in rooms of carrel's, and shows what they report as if they had run here.
+
+    this process: collect, select ──▶ group (test | module | session)
+        └─ carrel runner … python -m pytest NODEIDS ──▶ in the room: Inside writes each report as a line of JSON
+    this process: ◀── the file comes back ── reports ──▶ pytest_runtest_logreport
+
+Reports are made and read by pytest's own hooks for that (pytest_report_to_serializable), which pytest-xdist uses too. They are text from a
+stranger: nothing of them is executed, and a line that is no report is a failure of its test.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+INSIDE = "CARREL_PYTEST_REPORT"
+REPORT = "/tmp/carrel-pytest-report.jsonl"
+# More of what a room said is cut from a failure's text.
+TAIL = 8000
+# What a room may report: a terminal is not the place for more.
+LARGEST_REPORT = 64 << 20
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("carrel", "tests in microVMs")
+    group.addoption("--carrel", action="store_true", help="run each test in a microVM of its own")
+    group.addoption(
+        "--carrel-scope",
+        choices=("test", "module", "session"),
+        default="test",
+        help="what has a microVM together (default: test)",
+    )
+    group.addoption(
+        "--carrel-option",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="a further option of `carrel runner`, such as --memory=1g",
+    )
+    group.addoption(
+        "--carrel-runner",
+        default=os.environ.get("CARREL_PYTEST_RUNNER", "carrel runner"),
+        metavar="COMMAND",
+        help="in place of `carrel runner`",
+    )
+
+
+def pytest_configure(config):
+    inside = os.environ.get(INSIDE)
+    if inside:
+        config.pluginmanager.register(Inside(config, inside), "carrel-inside")
+    elif config.getoption("carrel"):
+        if config.getoption("usepdb"):
+            raise pytest.UsageError("--pdb can't be used with --carrel: nobody can type into a test's room")
+        config.pluginmanager.register(Outside(config), "carrel-outside")
+
+
+class Inside:
+    """In the room: writes down what is reported."""
+
+    def __init__(self, config, path):
+        self.config = config
+        self.file = open(path, "w", encoding="utf-8")
+
+    def pytest_runtest_logreport(self, report):
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        self.file.write(json.dumps(data) + "\n")
+        # A test that kills its interpreter has told of its set-up.
+        self.file.flush()
+
+    def pytest_unconfigure(self):
+        self.file.close()
+
+
+class Outside:
+    """On this host: groups, runs and shows."""
+
+    def __init__(self, config):
+        self.config = config
+        self.runner = shlex.split(config.getoption("carrel_runner"))
+        self.scope = config.getoption("carrel_scope")
+        # By group: node ID to its reports.
+        self.results = {}
+
+    def pytest_report_header(self):
+        return f"carrel: a microVM for each {self.scope}, by `{shlex.join(self.runner)}`"
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item, nextitem):
+        del nextitem
+        key = self.key(item)
+        if key not in self.results:
+            # Groups come one after the other: what another one left is read.
+            self.results = {key: self.run([one.nodeid for one in self.group(item, key)])}
+        item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        reports, broken = self.results[key]
+        for report in self.complete(item, reports.get(item.nodeid, []), broken):
+            item.ihook.pytest_runtest_logreport(report=report)
+        item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        return True
+
+    def key(self, item):
+        if self.scope == "test":
+            return item.nodeid
+        return str(item.path) if self.scope == "module" else "session"
+
+    def group(self, item, key):
+        if self.scope == "test" or "PYTEST_XDIST_WORKER" in os.environ and self.scope == "session":
+            # A worker of pytest-xdist has been given this test, and perhaps not the next.
+            return [item]
+        return [one for one in item.session.items if self.key(one) == key]
+
+    def run(self, nodeids):
+        """Runs tests in one room. Returns their reports by node ID, and what went wrong with the room, if anything did."""
+        with tempfile.TemporaryDirectory(prefix="carrel-pytest-") as folder:
+            back = os.path.join(folder, "report.jsonl")
+            command = self.command(nodeids, back)
+            live = self.config.getoption("capture") == "no"
+            streams = {} if live else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            try:
+                done = subprocess.run(command, stdin=subprocess.DEVNULL, **streams)
+            except OSError as error:
+                raise pytest.UsageError(f"carrel can't be run ({error}): install it, or see --carrel-runner")
+            said = (done.stdout or b"").decode("utf-8", "replace")
+            reports, damaged = self.read(back)
+        # 0: passed; 1: some failed; 5: none was selected, which their absence says.
+        if done.returncode in (0, 1, 5) and not damaged:
+            return reports, None
+        return reports, f"{damaged or ended(done.returncode)}\n{said[-TAIL:]}"
+
+    def command(self, nodeids, back):
+        config = self.config
+        return [
+            *self.runner,
+            *["--quiet", f"--with={config.rootpath}", f"--dir={config.invocation_params.dir}"],
+            *[f"--env={INSIDE}={REPORT}", f"--return={REPORT}:{back}"],
+            *config.getoption("carrel_option"),
+            *["--", sys.executable, "-m", "pytest", "-p", "carrel_pytest.plugin"],
+            # Tests that are selected by what failed here are named one by one: the room has no memory of its own.
+            *["-o", "cache_dir=/tmp/carrel-pytest-cache", f"--rootdir={config.rootpath}"],
+            *self.arguments(),
+            *[os.path.join(config.rootpath, nodeid) for nodeid in nodeids],
+        ]
+
+    def arguments(self):
+        """What pytest was called with here, but for paths and what is about rooms and workers."""
+        paths = list(self.config.option.file_or_dir)
+        kept, skip = [], False
+        takes_value = ("--carrel-scope", "--carrel-option", "--carrel-runner", "-n", "--numprocesses", "--dist", "--tx", "--maxprocesses", "--rootdir")
+        for argument in map(str, self.config.invocation_params.args):
+            name = argument.split("=", 1)[0]
+            if skip:
+                skip = False
+            elif argument in paths:
+                paths.remove(argument)
+            elif name in takes_value:
+                skip = "=" not in argument
+            elif name != "--carrel" and not (argument[:2] == "-n" and argument[2:].isalnum()):
+                kept.append(argument)
+        return kept
+
+    def read(self, path):
+        """Reports by node ID, and what is wrong with them."""
+        reports = {}
+        try:
+            if os.path.getsize(path) > LARGEST_REPORT:
+                return {}, "The room reported more than anybody could read."
+            with open(path, encoding="utf-8") as lines:
+                for line in lines:
+                    data = json.loads(line)
+                    report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
+                    if not isinstance(report, pytest.TestReport):
+                        return reports, "The room reported something that is no test's report."
+                    reports.setdefault(report.nodeid, []).append(report)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # pytest asserts on what it reads, and a stranger wrote it.
+            return reports, f"The room's reports can't be read: {error}"
+        return reports, None
+
+    def complete(self, item, reports, broken):
+        """A test's reports; where its room ended before it, one more that says so."""
+        if reports and reports[-1].when == "teardown":
+            return reports
+        why = broken or "The room ended well, and said nothing of this test."
+        when = "call" if reports else "setup"
+        last = pytest.TestReport(
+            nodeid=item.nodeid,
+            location=item.location,
+            keywords={item.name: 1},
+            outcome="failed",
+            longrepr=why,
+            when=when,
+        )
+        return [*reports, last]
+
+
+def ended(status):
+    """How the runner ended, in words."""
+    number = -status if status < 0 else status - 128
+    if status < 0 or 128 < status < 192:
+        try:
+            name = signal.Signals(number).name
+        except ValueError:
+            name = f"signal {number}"
+        return f"The test's room was ended by {name} before the test was over."
+    words = {
+        124: "The test's room ran out of its time.",
+        125: "carrel could not run the test's room.",
+        127: "The interpreter is not in the test's room.",
+    }
+    return words.get(status, f"The test's room ended with status {status} before the test was over.")
