@@ -21,14 +21,13 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use carrel_protocol::agent::{
-    Collect, ContainerId, Ending, EndingReason, Failed, Failure, FromAgent, FromHost, Frozen, ProcessId, ReportUsage,
-    Request, Usage,
+    ContainerId, Ending, EndingReason, Failed, FromAgent, FromHost, Frozen, ProcessId, ReportUsage, Request,
+    Usage,
 };
 use tokio::sync::mpsc;
 use tokio::task::spawn_local;
 use tokio::time::MissedTickBehavior;
 
-use crate::collect;
 use crate::container::cgroup::{self, Cgroup};
 use crate::container::launch::Live;
 use crate::control::Control;
@@ -323,21 +322,6 @@ impl Room {
 
     fn rootfs(&self, id: ContainerId) -> PathBuf {
         self.folder(id).join(unpack::ROOTFS)
-    }
-
-    /// Of a container whose processes are gone, so that nothing changes under whoever reads.
-    async fn collect(self: Rc<Self>, request: Collect, _work: AtWork) -> Result<(), Refusal> {
-        let state = self.containers.borrow().get(&request.container).cloned();
-        if !matches!(state, Some(State::Ended(_))) {
-            let message = format!(
-                "no files can be sent of container {}: it is {}",
-                request.container.0,
-                in_words(state.as_ref())
-            );
-            return Err(Refusal::new(Failure::BadRequest, message));
-        }
-        let rootfs = self.folder(request.container).join(unpack::ROOTFS);
-        collect::in_a_child(&self.host.dialler, &rootfs, &request).await
     }
 
     /// Containers that have been started.

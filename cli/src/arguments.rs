@@ -4,8 +4,8 @@ pub(crate) mod images;
 pub(crate) mod invoke;
 pub(crate) mod rooms;
 pub(crate) mod run;
-pub(crate) mod template;
 pub(crate) mod runner;
+pub(crate) mod template;
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -5,12 +5,13 @@ use std::rc::Rc;
 use std::time::Instant;
 
 use carrel_protocol::agent::{
-    Attach, Attached, ContainerId, Exec, ExitStatus, Exited, Failure, Invoke, Prepare, ProcessId, Start,
-    Started,
+    Attach, Attached, Collect, ContainerId, Exec, ExitStatus, Exited, Failure, Invoke, Prepare, ProcessId,
+    Start, Started,
 };
 use tokio::task::spawn_local;
 
 use super::{AtWork, Container, Room, State};
+use crate::collect;
 use crate::container::StartError;
 use crate::container::launch::{Launch, Live};
 use crate::container::root::{Root, SetIds};
@@ -224,6 +225,21 @@ impl Room {
         pumps.join(connections);
         self.tell(Attached { process: id });
         Ok(())
+    }
+
+    /// Of a container whose processes are gone, so that nothing changes under whoever reads.
+    pub(super) async fn collect(self: Rc<Self>, request: Collect, _work: AtWork) -> Result<(), Refusal> {
+        let state = self.containers.borrow().get(&request.container).cloned();
+        if !matches!(state, Some(State::Ended(_))) {
+            let message = format!(
+                "no files can be sent of container {}: it is {}",
+                request.container.0,
+                in_words(state.as_ref())
+            );
+            return Err(Refusal::new(Failure::BadRequest, message));
+        }
+        let rootfs = self.rootfs(request.container);
+        collect::in_a_child(&self.host.dialler, &rootfs, &request).await
     }
 
     pub(super) async fn invoke(self: Rc<Self>, request: Invoke, _work: AtWork) -> Result<(), Refusal> {
