@@ -174,12 +174,11 @@ impl<'a> Pool<'a> {
         let description = template::description(&spec, host, &self.domain);
         let (_room, session) = self.home.create_template(spec, blobs, files)?;
         let ended = session.wait().map_err(PoolError::Maker)?;
-        match ended.outcome {
-            Outcome::Saved { .. } => Ok(maker.publish(Point::Unpacked, description)?),
-            other => {
-                Err(PoolError::Outcome(other.sentence().unwrap_or_else(|| "its room ended early".into())))
-            }
+        if let Outcome::Saved { .. } = ended.outcome {
+            return Ok(maker.publish(Point::Unpacked, description)?);
         }
+        let why = ended.outcome.sentence().unwrap_or_else(|| "its room ended early".into());
+        Err(PoolError::Outcome(why))
     }
 }
 

@@ -6,7 +6,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
 use carrel_protocol::vmm::{
     Descriptor, Done, FromOwner, FromVmm, Pause, Resume, Snapshot, SnapshotKind, Snapshotted,
@@ -106,17 +105,13 @@ impl Machine {
 
     /// The guest's next connection, its first words said.
     pub fn dialled(&self) -> Conversation {
-        loop {
-            let packet = self.receive();
-            match packet.message {
-                FromVmm::Dialled(dialled) => {
-                    assert_eq!(dialled.port, 5000);
-                    let socket: OwnedFd = packet.descriptors.into_iter().next().unwrap();
-                    return Conversation::new(socket.into());
-                }
-                other => panic!("{other:?}: {}", said(&self.folder)),
-            }
-        }
+        let packet = self.receive();
+        let FromVmm::Dialled(dialled) = packet.message else {
+            panic!("{:?}: {}", packet.message, said(&self.folder))
+        };
+        assert_eq!(dialled.port, 5000);
+        let socket: OwnedFd = packet.descriptors.into_iter().next().unwrap();
+        Conversation::new(socket.into())
     }
 
     fn receive(&self) -> carrel_vmm::owner::Packet<FromVmm> {
@@ -156,10 +151,8 @@ impl Machine {
         let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap();
         let request = Snapshot { kvm: Descriptor(0), state: Descriptor(1), memory: Descriptor(2), kind };
         self.owner.send(&FromOwner::from(request), &[kvm.as_fd(), state.as_fd(), memory.as_fd()]).unwrap();
-        let snapshotted = match self.receive().message {
-            FromVmm::Snapshotted(snapshotted) => snapshotted,
-            other => panic!("{other:?}"),
-        };
+        let answer = self.receive().message;
+        let FromVmm::Snapshotted(snapshotted) = answer else { panic!("{answer:?}") };
         fs::copy(self.folder.join("overlay"), to.join("disk")).unwrap();
         snapshotted
     }
@@ -227,10 +220,5 @@ impl Conversation {
     /// The number of the next block.
     pub fn next(&self) -> u64 {
         self.next
-    }
-
-    /// Waits for a while without answering.
-    pub fn idle(&self, time: Duration) {
-        std::thread::sleep(time);
     }
 }

@@ -104,8 +104,8 @@ pub(crate) struct RunnerOptions {
         value_parser = checked(str::parse::<Without>)
     )]
     pub(crate) unconfined: Option<String>,
-    /// Boot afresh, even where a clone would do
-    #[arg(long)]
+    /// Begin with a boot, not as a clone of the program's template
+    #[arg(long, env = "CARREL_COLD", value_parser = clap::builder::BoolishValueParser::new(), action = clap::ArgAction::SetTrue)]
     pub(crate) cold: bool,
     /// Don't say what was left out
     #[arg(short, long)]

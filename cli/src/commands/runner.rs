@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use carrel_host::pool::Started;
 use carrel_host::program::returned::{self, Destination, Limits, Received, ReturnError};
 use carrel_host::program::{self, Account, Program, With};
 use carrel_host::session::{Ended, Taking};
@@ -16,8 +17,8 @@ use carrel_store::Store;
 use rustix::process::{Resource, Rlimit, Signal};
 
 use super::run::{Attached, attach, machine, millis, surroundings_tmpfs, without};
-use super::{place, report};
-use crate::arguments::run::MachineArgs;
+use super::{begin, place, report};
+use crate::arguments::run::{BeginArgs, MachineArgs};
 use crate::arguments::runner::{RunnerArgs, RunnerOptions};
 use crate::configuration::Configuration;
 use crate::failure::{OURS, WithStatus};
@@ -96,20 +97,26 @@ pub(crate) fn runner(args: &RunnerArgs, configuration: &Configuration) -> Result
         without: without(machine_args.unconfined.as_ref()),
         function: None,
     };
-    let (_room, session) = home.create(spec, packed.blobs)?;
-    // The room has its blobs open: nobody can take them away any more.
+    // The rooms have its blobs open: nobody can take them away any more.
     drop(lease);
     let paths: Vec<String> = returns.iter().map(|destination| destination.in_room.clone()).collect();
     let mut taken = None;
     let attached = Attached { terminal: terminal.is_some(), keys };
-    let ended = attach(session, attached, |session, streams, notice| {
-        if paths.is_empty() {
-            return session.run(streams, notice);
-        }
-        let limits = Limits { bytes: limit, entries: MOST_ENTRIES };
-        let take = Box::new(|stream| taken = Some(take(stream, &returns, limits, configuration.patience)));
-        session.run_and_take(streams, Taking { paths: &paths, take }, notice)
-    })?;
+    let begin = BeginArgs { cold: options.cold, domain: None, timeline: false };
+    let serve = |started: Started| {
+        let ended = attach(started.session, attached, |session, streams, notice| {
+            if paths.is_empty() {
+                return session.run(streams, notice);
+            }
+            let limits = Limits { bytes: limit, entries: MOST_ENTRIES };
+            let take =
+                Box::new(|stream| taken = Some(take(stream, &returns, limits, configuration.patience)));
+            session.run_and_take(streams, Taking { paths: &paths, take }, notice)
+        })?;
+        let outcome = ended.outcome.clone();
+        Ok((ended, Some(outcome)))
+    };
+    let ended = begin::serve(&home, &store, &begin, (&spec, &packed.blobs), serve)?;
     report::usage(&args.usage, ended.usage.as_ref())?;
     retire(&store);
     let ran = matches!(ended.outcome, Outcome::Exited { .. } | Outcome::TimedOut { .. });

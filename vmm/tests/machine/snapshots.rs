@@ -74,10 +74,9 @@ impl Counting {
     }
 
     fn save(&self, to: &Saved, kind: SnapshotKind) -> Snapshotted {
-        match self.try_save(to, kind) {
-            FromVmm::Snapshotted(snapshotted) => snapshotted,
-            other => panic!("{other:?}"),
-        }
+        let answer = self.try_save(to, kind);
+        let FromVmm::Snapshotted(snapshotted) = answer else { panic!("{answer:?}") };
+        snapshotted
     }
 
     fn try_save(&self, to: &Saved, kind: SnapshotKind) -> FromVmm {
@@ -239,9 +238,9 @@ fn what_can_not_be_saved_is_refused_and_the_machine_goes_on() {
         return;
     }
     let mut original = counting(1, |_| {});
-    let refused = |answer: FromVmm, word: &str| match answer {
-        FromVmm::Refused(refused) => assert!(refused.reason.contains(word), "{}", refused.reason),
-        other => panic!("{other:?}"),
+    let refused = |answer: FromVmm, word: &str| {
+        let FromVmm::Refused(refused) = answer else { panic!("{answer:?}") };
+        assert!(refused.reason.contains(word), "{}", refused.reason);
     };
     let saved = Saved::new();
     refused(original.try_save(&saved, SnapshotKind::Full), "not paused");
