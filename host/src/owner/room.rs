@@ -303,7 +303,9 @@ impl Room {
         match packet.message {
             FromVmm::Booted(booted) => {
                 let marks = booted.timeline.into_iter().take(MOST_MARKS);
-                self.own.timeline.extend(marks.map(|mark| Mark { done: clean(&mark.done), ..mark }));
+                self.own
+                    .timeline
+                    .extend(marks.map(|mark| Mark { done: format!("VMM: {}", clean(&mark.done)), ..mark }));
             }
             FromVmm::Dialled(dialled) => {
                 for socket in packet.descriptors {
