@@ -1,6 +1,6 @@
 //! How rooms of commands begin: by the pool, and what of it is shown.
 
-use std::fmt::Write as _;
+use std::io::Write;
 use std::os::fd::OwnedFd;
 
 use anyhow::Result;
@@ -63,8 +63,6 @@ pub(crate) fn print_timeline(beginning: &str, marks: &[Mark]) {
         table.row([ms(mark.at_us - first), ms(mark.at_us - before), mark.done.clone()]);
         before = mark.at_us;
     }
-    let mut text = String::new();
-    let _ = writeln!(text, "start: {beginning}");
-    let _ = write!(text, "{table}");
-    eprint!("{text}");
+    // If nobody reads stderr, the status alone must do.
+    let _ = std::io::stderr().write_all(format!("start: {beginning}\n{table}").as_bytes());
 }

@@ -31,7 +31,7 @@ use crate::record::{Phase, ProcessMark, Record, Remains};
 use crate::spec::{RoomId, RoomSpec, WORKLOAD};
 use crate::timestamp::{mark, now_ms};
 use crate::usage::UsageReport;
-use carrel_protocol::chain;
+use carrel_protocol::{chain, one_line};
 
 mod agent;
 mod clients;
@@ -40,8 +40,9 @@ mod template;
 
 pub(crate) use ending::end_without_vmm;
 
-/// Marks taken of a VMM's own start.
-const MOST_MARKS: usize = 32;
+/// Marks of a start, and characters in one of the VMM's.
+const MOST_MARKS: usize = 64;
+const MARK_CHARACTERS: usize = 40;
 const SIGKILL: u8 = 9;
 const SIGTERM: u8 = 15;
 /// How often the host's meter is read, and how often the guest reports.
@@ -299,13 +300,20 @@ impl Room {
         }
     }
 
+    /// Notes a step of the start, each once and so many at most: guests and broken VMMs repeat themselves, and all of it goes into one message.
+    fn note(&mut self, mark: Mark) {
+        let timeline = &mut self.own.timeline;
+        if timeline.len() < MOST_MARKS && timeline.iter().all(|noted| noted.done != mark.done) {
+            timeline.push(mark);
+        }
+    }
+
     fn hear_vmm(&mut self, packet: Packet<FromVmm>) {
         match packet.message {
             FromVmm::Booted(booted) => {
-                let marks = booted.timeline.into_iter().take(MOST_MARKS);
-                self.own
-                    .timeline
-                    .extend(marks.map(|mark| Mark { done: format!("VMM: {}", clean(&mark.done)), ..mark }));
+                for Mark { done, at_us } in booted.timeline {
+                    self.note(Mark { done: format!("VMM: {}", one_line(&done, MARK_CHARACTERS)), at_us });
+                }
             }
             FromVmm::Dialled(dialled) => {
                 for socket in packet.descriptors {
@@ -350,7 +358,7 @@ impl Room {
         if std::mem::replace(&mut self.control_taken, true) {
             return tracing::debug!("the guest dialled the control port again");
         }
-        self.own.timeline.push(mark("agent dialled"));
+        self.note(mark("agent dialled"));
         let control = UnixStream::from(socket);
         let taken =
             control.set_nonblocking(false).and_then(|()| self.teller.watch_agent(control.try_clone()?));

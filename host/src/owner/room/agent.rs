@@ -30,7 +30,7 @@ impl Room {
             (FromAgent::Hello(hello), Phase::Handshaking) if self.pressure.is_none() => self.welcome(&hello),
             (FromAgent::Prepared(prepared), Phase::Preparing) => {
                 tracing::debug!(?prepared, "the payload is in place");
-                self.own.timeline.push(mark("payload unpacked"));
+                self.note(mark("payload unpacked"));
                 match self.own.task {
                     Task::Template => self.freeze(),
                     Task::Run | Task::Clone => self.start_or_give_up(),
@@ -39,7 +39,7 @@ impl Room {
             (FromAgent::Frozen(_), Phase::Freezing) => self.frozen(),
             (FromAgent::Awake(awake), _) if self.own.task == Task::Clone => {
                 tracing::debug!(?awake, "the clone is itself");
-                self.own.timeline.push(mark("clone awake"));
+                self.note(mark("clone awake"));
             }
             (FromAgent::Started(started), _) => self.started(started.process),
             (FromAgent::Exited(exited), _) => self.exited(&exited),
@@ -105,7 +105,7 @@ impl Room {
             entropy,
         };
         self.tell_agent(Welcome { version: agent::VERSION, identity });
-        self.own.timeline.push(mark("welcomed"));
+        self.note(mark("welcomed"));
         if self.own.task == Task::Clone {
             // Its payload is in place. The agent carries this out once it is itself.
             return self.start_or_give_up();
@@ -221,7 +221,7 @@ impl Room {
         if id != WORKLOAD || self.record.phase != Phase::Starting {
             return;
         }
-        self.own.timeline.push(mark("workload started"));
+        self.note(mark("workload started"));
         self.record.started_ms = Some(now_ms());
         self.enter(Phase::Running, None);
         self.deadlines.timeout =

@@ -26,7 +26,7 @@ impl Room {
 
     /// The agent rests.
     pub(super) fn frozen(&mut self) {
-        self.own.timeline.push(mark("frozen"));
+        self.note(mark("frozen"));
         let time = self.own.patience.save(self.own.spec.machine.memory_mib.bytes());
         self.enter(Phase::Saving, Some((Step::Save, time)));
         self.tell_vmm(&Pause {}.into(), None);
@@ -52,7 +52,7 @@ impl Room {
         if self.record.phase != Phase::Saving {
             return;
         }
-        self.own.timeline.push(mark("saved"));
+        self.note(mark("saved"));
         let Snapshotted { state_bytes, memory_bytes, .. } = *snapshotted;
         self.give_up(Outcome::Saved { state_bytes, memory_bytes });
     }

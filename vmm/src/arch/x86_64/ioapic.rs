@@ -182,7 +182,10 @@ impl IoApic {
     ///
     /// KVM's, if it does not take them.
     pub fn route(&self) -> Result<(), kvm_ioctls::Error> {
-        let Ok(registers) = self.registers.lock() else { return Ok(()) };
+        self.tell(&self.state())
+    }
+
+    fn tell(&self, registers: &Registers) -> Result<(), kvm_ioctls::Error> {
         let routes = KvmIrqRouting::from_entries(&registers.routes());
         self.vm.set_gsi_routing(&routes.map_err(|_| kvm_ioctls::Error::new(libc::EINVAL))?)
     }
@@ -219,8 +222,7 @@ impl IoApic {
             return Ok(());
         }
         // Told with the lock held, so that the last to write is the last to be told.
-        let routes = KvmIrqRouting::from_entries(&registers.routes());
-        self.vm.set_gsi_routing(&routes.map_err(|_| kvm_ioctls::Error::new(libc::EINVAL))?)
+        self.tell(&registers)
     }
 }
 

@@ -1,7 +1,7 @@
 //! Guests whose agent is the attacker's: every message out of order, too often, about what there is not, or never read.
 
 use carrel_protocol::agent::{Ending, EndingReason, Invoked, Outcome as Answer};
-use carrel_protocol::vmm::DeviceStopped;
+use carrel_protocol::vmm::{Booted, DeviceStopped};
 
 use super::*;
 use crate::session::SessionError;
@@ -305,4 +305,26 @@ fn a_command_is_told_why_its_room_could_not_begin() {
     assert!(matches!(ended.outcome, Outcome::OwnerFailed { .. }), "{ended:?}");
     assert!(!room.exists());
     assert!(matches!(session.receive(), Err(SessionError::OwnerGone(_))));
+}
+
+#[test]
+fn a_start_is_noted_once_however_often_its_steps_are_said() {
+    let (place, mut guest) = begin(spec(false));
+    let _streams = guest.boot();
+    let marks = |round: usize| {
+        let long = "x".repeat(200);
+        (0..20).map(|n| Mark { done: format!("{round}.{n} {long}"), at_us: 1 }).collect()
+    };
+    for round in 0..8 {
+        guest.vmm.send_blocking(&FromVmm::from(Booted { timeline: marks(round) }), &[]).unwrap();
+        guest.say(Started { process: WORKLOAD });
+    }
+    must_be_well(&place, &mut guest);
+    let session = place.session;
+    guest.end(End::Panic);
+    let all = told(&session, |message| matches!(message, api::ToClient::Ended(_)));
+    let Some(api::ToClient::Ended(ended)) = all.last() else { panic!("no end") };
+    assert_eq!(ended.timeline.len(), MOST_MARKS);
+    assert!(ended.timeline.iter().all(|mark| mark.done.chars().count() <= 60));
+    assert_eq!(ended.timeline.iter().filter(|mark| mark.done == "workload started").count(), 1);
 }
