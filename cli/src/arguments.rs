@@ -2,6 +2,7 @@
 
 pub(crate) mod images;
 pub(crate) mod invoke;
+pub(crate) mod pool;
 pub(crate) mod rooms;
 pub(crate) mod run;
 pub(crate) mod runner;
@@ -53,6 +54,9 @@ pub(crate) struct Global {
     /// Where all state lives [default: /var/lib/carrel for root, else the XDG data directory]
     #[arg(long, global = true, env = "CARREL_HOME", value_name = "DIR")]
     pub(crate) home: Option<PathBuf>,
+    /// Where images and templates are, which homes may share [default: store in the home]
+    #[arg(long, global = true, env = "CARREL_STORE", value_name = "DIR")]
+    pub(crate) store: Option<PathBuf>,
     /// Configuration file [default: carrel.json in the home, if it exists]
     #[arg(long, global = true, env = "CARREL_CONFIG", value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
@@ -146,6 +150,8 @@ pub(crate) enum Command {
     Prune(images::PruneArgs),
     /// List, pin, verify and remove templates, of which rooms are cloned
     Template(template::TemplateArgs),
+    /// Own rooms in one process that has ready what the next ones need
+    Pool(pool::PoolArgs),
     /// Measure what isolation costs, beside other ways of it (carrel bench --help)
     #[command(disable_help_flag = true, after_help = BENCH_EXAMPLES)]
     Bench(BenchArgs),

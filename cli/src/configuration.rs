@@ -3,19 +3,24 @@
 //! The file is JSON, [`File`] its fields. A field that isn't known, or has a wrong value, is an error that names it.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use carrel_host::Patience;
+use carrel_store::templates::TemplateBounds;
 use serde::{Deserialize, Serialize};
 
 use crate::arguments::runner::RunnerOptions;
 use crate::arguments::{Global, LogFormat};
+use crate::values::{size, span};
 
 /// The outcome.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Configuration {
     /// Where all state lives.
     pub(crate) home: PathBuf,
+    /// Where images and templates are; homes of one user may share it.
+    pub(crate) store: PathBuf,
     /// How diagnostics are written.
     pub(crate) log_format: LogFormat,
     /// How much is said, in tracing's filter syntax.
@@ -26,6 +31,12 @@ pub(crate) struct Configuration {
     pub(crate) assets: Option<PathBuf>,
     /// By what every deadline is stretched.
     pub(crate) patience: Patience,
+    /// Whether a resident owner is asked to own rooms, where there is one.
+    pub(crate) pool: bool,
+    /// What templates may take of the disk, in bytes, before the longest unused go.
+    pub(crate) template_bytes: u64,
+    /// After how long an unused template goes, s.
+    pub(crate) template_age_s: u64,
     /// How `carrel runner` runs programs.
     pub(crate) runner: RunnerOptions,
 }
@@ -35,11 +46,17 @@ pub(crate) struct Configuration {
 #[serde(deny_unknown_fields)]
 struct File {
     home: Option<PathBuf>,
+    store: Option<PathBuf>,
     log_format: Option<LogFormat>,
     log_level: Option<String>,
     vmm: Option<PathBuf>,
     assets: Option<PathBuf>,
     patience: Option<Patience>,
+    pool: Option<bool>,
+    /// As `--max-size` of `template prune` takes it.
+    template_bytes: Option<String>,
+    /// As `--older-than` takes it.
+    template_age: Option<String>,
     #[serde(default)]
     runner: RunnerOptions,
 }
@@ -80,18 +97,53 @@ impl Configuration {
         };
         let home = std::path::absolute(&home)
             .with_context(|| format!("The home {} is no usable path.", home.display()))?;
+        let store = flags.store.clone().or(file.store).unwrap_or_else(|| home.join("store"));
+        let store = std::path::absolute(&store)
+            .with_context(|| format!("The store {} is no usable path.", store.display()))?;
         let patience: Option<Patience> = variable("CARREL_PATIENCE")
             .map(|factor| factor.to_string_lossy().parse().context("CARREL_PATIENCE is wrong."))
             .transpose()?;
+        let bounds = TemplateBounds::default();
+        let text = |name: &str, file: Option<String>| {
+            variable(name).map(|value| value.to_string_lossy().into_owned()).or(file)
+        };
+        let template_bytes = text("CARREL_TEMPLATE_BYTES", file.template_bytes)
+            .map_or(Ok(bounds.most_bytes), |text| size::bytes(&text))
+            .context("CARREL_TEMPLATE_BYTES (template_bytes) is wrong.")?;
+        let template_age = text("CARREL_TEMPLATE_AGE", file.template_age)
+            .map_or(Ok(bounds.unused_for), |text| span::parse(&text))
+            .context("CARREL_TEMPLATE_AGE (template_age) is wrong.")?;
         Ok(Self {
             home,
+            store,
+            template_bytes,
+            template_age_s: template_age.as_secs(),
             log_format: flags.log_format.or(file.log_format).unwrap_or_default(),
             log_level: flags.log_level.clone().or(file.log_level).unwrap_or_else(|| "warn".to_owned()),
             vmm: variable("CARREL_VMM").or(file.vmm),
             assets: variable("CARREL_ASSETS").or(file.assets),
             patience: patience.or(file.patience).unwrap_or_default(),
+            pool: switch("CARREL_POOL", variable)?.or(file.pool).unwrap_or(true),
             runner: RunnerOptions::from_environment(variable).over(file.runner),
         })
+    }
+}
+
+impl Configuration {
+    /// What templates may take.
+    pub(crate) fn template_bounds(&self) -> TemplateBounds {
+        let unused_for = Duration::from_secs(self.template_age_s);
+        TemplateBounds { most_bytes: self.template_bytes, unused_for }
+    }
+}
+
+/// A variable that turns something on or off, in the words that flags' variables take.
+fn switch(name: &str, variable: &impl Fn(&str) -> Option<PathBuf>) -> Result<Option<bool>> {
+    let Some(word) = variable(name) else { return Ok(None) };
+    match word.to_string_lossy().to_ascii_lowercase().as_str() {
+        "1" | "true" | "yes" | "on" | "y" | "t" => Ok(Some(true)),
+        "" | "0" | "false" | "no" | "off" | "n" | "f" => Ok(Some(false)),
+        other => bail!("{name} is {other:?}: give true or false."),
     }
 }
 
@@ -106,7 +158,14 @@ mod tests {
     use super::*;
 
     fn flags() -> Global {
-        Global { home: None, config: None, log_format: None, log_level: None, print_config: false }
+        Global {
+            home: None,
+            store: None,
+            config: None,
+            log_format: None,
+            log_level: None,
+            print_config: false,
+        }
     }
 
     fn no_variables(_: &str) -> Option<PathBuf> {
@@ -147,6 +206,21 @@ mod tests {
     }
 
     #[test]
+    fn the_store_is_in_the_home_unless_it_is_said_to_be_elsewhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let of = |store: Option<&str>| {
+            let given =
+                Global { home: Some(dir.path().to_owned()), store: store.map(PathBuf::from), ..flags() };
+            Configuration::load(&given, true, &no_variables).unwrap().store
+        };
+        assert_eq!(of(None), dir.path().join("store"));
+        std::fs::write(dir.path().join("carrel.json"), r#"{"store":"/file"}"#).unwrap();
+        assert_eq!((of(None), of(Some("/flag"))), ("/file".into(), "/flag".into()));
+        // Owners and rooms have working directories of their own.
+        assert_eq!(of(Some("here")), std::env::current_dir().unwrap().join("here"));
+    }
+
+    #[test]
     fn patience_is_the_environments_or_the_files_and_nonsense_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let given = Global { home: Some(dir.path().to_owned()), ..flags() };
@@ -159,6 +233,38 @@ mod tests {
         assert_eq!((of(None).unwrap(), of(Some("2.5")).unwrap()), (20.0, 2.5));
         let error = format!("{:#}", of(Some("soon")).unwrap_err());
         assert!(error.contains("CARREL_PATIENCE") && error.contains("soon"), "{error}");
+    }
+
+    #[test]
+    fn a_pool_is_used_unless_somebody_says_otherwise() {
+        let of = |word: Option<&str>| {
+            let look_up = |name: &str| match name {
+                "HOME" => Some(PathBuf::from("/nowhere")),
+                _ => word.filter(|_| name == "CARREL_POOL").map(PathBuf::from),
+            };
+            Configuration::load(&flags(), false, &look_up).map(|loaded| loaded.pool)
+        };
+        assert!(of(None).unwrap() && of(Some("on")).unwrap());
+        assert!(!of(Some("0")).unwrap() && !of(Some("False")).unwrap());
+        assert!(of(Some("perhaps")).unwrap_err().to_string().contains("CARREL_POOL"));
+    }
+
+    #[test]
+    fn templates_bounds_are_the_environments_the_files_or_ten_gibibytes_and_thirty_days() {
+        let dir = tempfile::tempdir().unwrap();
+        let given = Global { home: Some(dir.path().to_owned()), ..flags() };
+        let of = |bytes: Option<&str>| {
+            let look_up = |name: &str| bytes.filter(|_| name == "CARREL_TEMPLATE_BYTES").map(PathBuf::from);
+            Configuration::load(&given, true, &look_up).map(|loaded| loaded.template_bounds())
+        };
+        assert_eq!(of(None).unwrap(), TemplateBounds::default());
+        std::fs::write(dir.path().join("carrel.json"), r#"{"template_bytes":"1g","template_age":"7d"}"#)
+            .unwrap();
+        let week = Duration::from_secs(7 * 86_400);
+        assert_eq!(of(None).unwrap(), TemplateBounds { most_bytes: 1 << 30, unused_for: week });
+        assert_eq!(of(Some("2m")).unwrap(), TemplateBounds { most_bytes: 2 << 20, unused_for: week });
+        let error = format!("{:#}", of(Some("much")).unwrap_err());
+        assert!(error.contains("CARREL_TEMPLATE_BYTES"), "{error}");
     }
 
     #[test]

@@ -130,6 +130,7 @@ fn failure_status(command: &Command) -> u8 {
         | Command::Rmi(_)
         | Command::Prune(_)
         | Command::Template(_)
+        | Command::Pool(_)
         | Command::Bench(_)
         | Command::Completions(_)
         | Command::Version(_)

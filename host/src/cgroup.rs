@@ -99,15 +99,17 @@ impl Cgroup {
         let claim =
             claimed(&parent, &path).map_err(|source| CgroupError::Io { path: path.clone(), source })?;
         let made = Self { path, _claim: Some(Arc::new(claim)) };
-        let set = || {
-            made.write("memory.max", limits.memory_bytes)?;
-            // Swapped guest memory would be slow beyond reason, and readable on the host's disk. Not every host has swap accounting.
-            let _ = made.write("memory.swap.max", 0);
-            made.write("pids.max", limits.threads)?;
-            made.limit_cpu(limits.cpu_millis)
-        };
-        set().inspect_err(|_| made.remove())?;
+        // Swapped guest memory would be slow beyond reason, and readable on the host's disk. Not every host has swap accounting.
+        let _ = made.write("memory.swap.max", 0);
+        made.limit(limits).inspect_err(|_| made.remove())?;
         Ok(made)
+    }
+
+    /// Sets all limits anew.
+    pub(crate) fn limit(&self, limits: Limits) -> Result<(), CgroupError> {
+        self.write("memory.max", limits.memory_bytes)?;
+        self.write("pids.max", limits.threads)?;
+        self.limit_cpu(limits.cpu_millis)
     }
 
     /// Where it is.

@@ -91,8 +91,9 @@ pub enum Status {
     Missing,
 }
 
-/// Examines this host. `home` is made if it isn't there; it holds the disk of the room that is tried. Takes a second or two on hardware.
-pub fn examine(home: &Path, assets: &Assets, patience: Patience) -> Report {
+/// Examines this host. `home` is made if it isn't there; it holds the disk of the room that is tried. So is `store`, which is a check of its own where it
+/// is not in the home. Takes a second or two on hardware.
+pub fn examine(home: &Path, store: &Path, assets: &Assets, patience: Patience) -> Report {
     // What an earlier doctor left that was killed.
     crate::cgroup::sweep();
     let readings = Readings::of_this_host();
@@ -100,8 +101,11 @@ pub fn examine(home: &Path, assets: &Assets, patience: Patience) -> Report {
         requirements::kernel(&readings),
         requirements::kvm_device(&readings),
         requirements::assets(assets),
-        requirements::home(home),
+        requirements::place("home", "CARREL_HOME", home),
     ];
+    if !store.starts_with(home) {
+        checks.push(requirements::place("store", "CARREL_STORE", store));
+    }
     if assets.vmm.is_file() {
         checks.push(requirements::kvm_capabilities(&assets.vmm));
         checks.extend(guests::examine(assets, home, &readings, patience));
@@ -143,9 +147,15 @@ mod tests {
             scratch: nowhere.join("scratch.ext4"),
             vmm: nowhere.join("carrel-vmm"),
         };
-        let report = examine(home.path(), &assets, Patience::default());
+        let within = home.path().join("store");
+        let report = examine(home.path(), &within, &assets, Patience::default());
         assert!(report.missing().any(|name| name == "assets"), "{report:?}");
         assert!(report.checks.iter().any(|check| check.name == "swap"), "{report:?}");
         assert!(report.checks.iter().all(|check| check.is_ok() == check.mend.is_none()), "{report:?}");
+        let asked = |report: &Report| report.checks.iter().any(|check| check.name == "store");
+        assert!(!asked(&report), "it is the home's disk: {report:?}");
+        let elsewhere = tempfile::tempdir().unwrap();
+        let report = examine(home.path(), &elsewhere.path().join("store"), &assets, Patience::default());
+        assert!(asked(&report), "{report:?}");
     }
 }

@@ -214,8 +214,8 @@ pub struct Parts {
 pub struct Circumstances {
     /// How long INIT may take before the function's own timeout begins to count.
     pub init: Duration,
-    /// Its log stream.
-    pub log_stream: String,
+    /// Its log stream. Instances that begin initialised are clones of one that ran before them, so they have none.
+    pub log_stream: Option<String>,
 }
 
 impl Circumstances {
@@ -228,7 +228,12 @@ impl Circumstances {
         let mut bytes = [0; 16];
         random(&mut bytes)?;
         let stream = log_stream(crate::timestamp::now_ns(), bytes);
-        Ok(Self { init: patience.init(), log_stream: stream })
+        Ok(Self { init: patience.init(), log_stream: Some(stream) })
+    }
+
+    /// A new instance that begins where an earlier one had loaded its handler.
+    pub fn initialised(patience: Patience) -> Self {
+        Self { init: patience.init(), log_stream: None }
     }
 }
 
@@ -320,6 +325,7 @@ impl Function {
                 init_timeout_ms: init_ms.saturating_add(self.timeout.millis()),
                 response_bytes: RESPONSE_BYTES,
             }),
+            initialised: around.log_stream.is_none(),
         })
     }
 
@@ -406,11 +412,14 @@ impl Function {
             format!("AWS_LAMBDA_FUNCTION_MEMORY_SIZE={}", self.memory.get()),
             format!("AWS_LAMBDA_FUNCTION_VERSION={VERSION}"),
             "AWS_LAMBDA_INITIALIZATION_TYPE=on-demand".into(),
-            format!("AWS_LAMBDA_LOG_GROUP_NAME=/aws/lambda/{}", self.name),
-            format!("AWS_LAMBDA_LOG_STREAM_NAME={}", around.log_stream),
             format!("LAMBDA_TASK_ROOT={TASK_ROOT}"),
             format!("LAMBDA_RUNTIME_DIR={RUNTIME_ROOT}"),
         ]);
+        // As with SnapStart, where neither is there.
+        if let Some(stream) = &around.log_stream {
+            all.push(format!("AWS_LAMBDA_LOG_GROUP_NAME=/aws/lambda/{}", self.name));
+            all.push(format!("AWS_LAMBDA_LOG_STREAM_NAME={stream}"));
+        }
         all.extend(handler.map(|handler| format!("_HANDLER={handler}")));
         match &self.engine {
             Engine::Managed(name) if !self.engine.is_custom() => {

@@ -12,25 +12,24 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use carrel_protocol::FrameError;
-use carrel_protocol::vmm::MAX_DESCRIPTORS;
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::cgroup;
 use crate::outcome::Outcome;
-use crate::owner::api::{FromClient, Supply};
-use crate::owner::journal;
+use crate::owner::{self, journal};
 use crate::packet::{Connection, PacketError};
 use crate::patience::Patience;
 use crate::record::{Phase, Record};
+use crate::resident;
 use crate::session::{Ended, Session, SessionError};
 use crate::spec::{LEAST_DISK_BYTES, MOST_BLOBS, Machine, Part, RoomId, RoomName, RoomSpec};
 use crate::timestamp::now_ms;
@@ -162,6 +161,16 @@ pub(crate) struct Order {
     pub(crate) patience: Patience,
     #[serde(default)]
     pub(crate) task: Task,
+    #[serde(default)]
+    pub(crate) extras: Extras,
+}
+
+/// Which of a template's optional files there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Extras {
+    pub(crate) working_set: bool,
+    pub(crate) record: bool,
 }
 
 /// What an owner does with its room.
@@ -186,6 +195,10 @@ pub struct TemplateFiles {
     pub memory: OwnedFd,
     /// The disk.
     pub disk: OwnedFd,
+    /// Of a clone: which pages to have ahead of its guest.
+    pub working_set: Option<OwnedFd>,
+    /// Of a clone: an empty file into which its VMM writes which pages were touched, once the workload has come to a result.
+    pub record: Option<OwnedFd>,
 }
 
 /// The directory of all rooms.
@@ -196,6 +209,8 @@ pub struct Home {
     patience: Patience,
     /// The program that is started as `PROGRAM owner DIR`.
     owner: PathBuf,
+    /// Whether the resident owner is asked first.
+    asks_resident: bool,
 }
 
 impl Home {
@@ -214,7 +229,13 @@ impl Home {
     /// # }
     /// ```
     pub fn open(root: &Path, assets: Assets, patience: Patience) -> Result<Self, HomeError> {
-        let home = Self { root: root.to_owned(), assets, patience, owner: "/proc/self/exe".into() };
+        let home = Self {
+            root: root.to_owned(),
+            assets,
+            patience,
+            owner: "/proc/self/exe".into(),
+            asks_resident: true,
+        };
         let rooms = home.rooms_directory();
         DirBuilder::new().recursive(true).mode(0o700).create(&rooms).map_err(failed("made", &rooms))?;
         home.sweep()?;
@@ -226,6 +247,12 @@ impl Home {
         Self { owner, ..self }
     }
 
+    /// Every room has an owner of its own, whether there is a resident one or not.
+    #[must_use]
+    pub fn without_resident(self) -> Self {
+        Self { asks_resident: false, ..self }
+    }
+
     /// Where it is.
     pub fn root(&self) -> &Path {
         &self.root
@@ -234,6 +261,16 @@ impl Home {
     /// What its rooms need.
     pub fn assets(&self) -> &Assets {
         &self.assets
+    }
+
+    /// By what its deadlines are stretched.
+    pub fn patience(&self) -> Patience {
+        self.patience
+    }
+
+    /// Where the room of this id has its files, if there is one.
+    pub(crate) fn directory_of(&self, room: &RoomId) -> PathBuf {
+        self.rooms_directory().join(room.as_str())
     }
 
     fn rooms_directory(&self) -> PathBuf {
@@ -280,7 +317,7 @@ impl Home {
     /// [`Session::wait_started`] tells whether the workload came up.
     pub fn create(&self, spec: RoomSpec, blobs: Vec<OwnedFd>) -> Result<(Room, Session), HomeError> {
         check_blobs(&spec, &blobs)?;
-        self.make(spec, Task::Run, blobs)
+        self.make(spec, Task::Run, Extras::default(), blobs)
     }
 
     /// The same for a room that goes on from a template of this payload and machine ([`crate::template::key`]).
@@ -289,7 +326,8 @@ impl Home {
         spec: RoomSpec,
         template: TemplateFiles,
     ) -> Result<(Room, Session), HomeError> {
-        self.make(spec, Task::Clone, template.into_order().into())
+        let extras = template.extras();
+        self.make(spec, Task::Clone, extras, template.into_order().collect())
     }
 
     /// Makes a room that has its payload unpacked, is saved into these files (a state file, one as long as its memory, one as long as its disk, all of them
@@ -301,13 +339,15 @@ impl Home {
         template: TemplateFiles,
     ) -> Result<(Room, Session), HomeError> {
         check_blobs(&spec, &blobs)?;
-        self.make(spec, Task::Template, template.into_order().into_iter().chain(blobs).collect())
+        let extras = template.extras();
+        self.make(spec, Task::Template, extras, template.into_order().chain(blobs).collect())
     }
 
     fn make(
         &self,
         mut spec: RoomSpec,
         task: Task,
+        extras: Extras,
         supplies: Vec<OwnedFd>,
     ) -> Result<(Room, Session), HomeError> {
         self.check_machine(&spec.machine)?;
@@ -318,8 +358,9 @@ impl Home {
             cgroup::make_way();
         }
         let (room, lock) = self.make_directory(&mut spec)?;
-        let order = Order { spec, assets: self.assets.clone(), patience: self.patience, task };
-        let begun = room.begin(&order, &self.owner, lock, supplies);
+        let order = Order { spec, assets: self.assets.clone(), patience: self.patience, task, extras };
+        let supplies: Vec<OwnedFd> = std::iter::once(OwnedFd::from(lock)).chain(supplies).collect();
+        let begun = self.begin(&room, &order, &supplies);
         match begun {
             Ok(session) => Ok((room, session)),
             Err(error) => {
@@ -327,6 +368,40 @@ impl Home {
                 Err(error)
             }
         }
+    }
+
+    /// Writes the order and finds an owner for it: the resident one, if there is one and the room is not to outlive its command, or one of its own.
+    fn begin(&self, room: &Room, order: &Order, supplies: &[OwnedFd]) -> Result<Session, HomeError> {
+        let path = room.directory.join("room.json");
+        Record::new(now_ms())
+            .write(&room.directory.join("state.json"))
+            .and_then(|()| fs::write(&path, serde_json::to_vec(order)?))
+            .map_err(failed("written", &path))?;
+        if self.asks_resident && !order.spec.detached {
+            let taken = resident::offer(&self.root, &room.id, supplies, order.patience)?;
+            if let Some(session) = taken {
+                return Ok(session);
+            }
+        }
+        self.start_owner(room, order, supplies)
+    }
+
+    fn start_owner(&self, room: &Room, order: &Order, supplies: &[OwnedFd]) -> Result<Session, HomeError> {
+        let (ours, theirs) = Connection::pair().map_err(HomeError::Owner)?;
+        let path = room.directory.join("owner.log");
+        let says = journal::append(&path).map_err(failed("made", &path))?;
+        Command::new(&self.owner)
+            .arg0("carrel")
+            .arg("owner")
+            .arg(&room.directory)
+            .current_dir("/")
+            .stdin(Stdio::from(theirs.into_inner()))
+            .stdout(Stdio::null())
+            .stderr(says)
+            .spawn()
+            .map_err(HomeError::Owner)?;
+        owner::supply(&ours, supplies).map_err(HomeError::Supply)?;
+        Ok(Session::new(ours, order.patience))
     }
 
     /// Makes the directory of a fresh id, locked.
@@ -401,8 +476,37 @@ impl Home {
 }
 
 impl TemplateFiles {
-    fn into_order(self) -> [OwnedFd; 3] {
-        [self.state, self.memory, self.disk]
+    /// The same files once more.
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            state: self.state.try_clone()?,
+            memory: self.memory.try_clone()?,
+            disk: self.disk.try_clone()?,
+            working_set: self.working_set.as_ref().map(OwnedFd::try_clone).transpose()?,
+            record: self.record.as_ref().map(OwnedFd::try_clone).transpose()?,
+        })
+    }
+
+    fn extras(&self) -> Extras {
+        Extras { working_set: self.working_set.is_some(), record: self.record.is_some() }
+    }
+
+    fn into_order(self) -> impl Iterator<Item = OwnedFd> {
+        [self.state, self.memory, self.disk].into_iter().chain(self.working_set).chain(self.record)
+    }
+
+    /// The other way round.
+    pub(crate) fn from_order<E>(
+        extras: Extras,
+        mut next: impl FnMut() -> Result<OwnedFd, E>,
+    ) -> Result<Self, E> {
+        Ok(Self {
+            state: next()?,
+            memory: next()?,
+            disk: next()?,
+            working_set: extras.working_set.then(&mut next).transpose()?,
+            record: extras.record.then(&mut next).transpose()?,
+        })
     }
 }
 
@@ -508,41 +612,5 @@ impl Room {
             Err(rustix::io::Errno::WOULDBLOCK) => Err(HomeError::Running(self.title().to_owned())),
             Err(e) => Err(failed("locked", &path)(e.into())),
         }
-    }
-
-    /// Writes the order, starts the owner, and hands over the lock and what it needs.
-    fn begin(
-        &self,
-        order: &Order,
-        owner: &Path,
-        lock: File,
-        supplies: Vec<OwnedFd>,
-    ) -> Result<Session, HomeError> {
-        let path = self.directory.join("room.json");
-        Record::new(now_ms())
-            .write(&self.directory.join("state.json"))
-            .and_then(|()| fs::write(&path, serde_json::to_vec(order)?))
-            .map_err(failed("written", &path))?;
-        let (ours, theirs) = Connection::pair().map_err(HomeError::Owner)?;
-        let path = self.directory.join("owner.log");
-        let says = journal::append(&path).map_err(failed("made", &path))?;
-        Command::new(owner)
-            .arg0("carrel")
-            .arg("owner")
-            .arg(&self.directory)
-            .current_dir("/")
-            .stdin(Stdio::from(theirs.into_inner()))
-            .stdout(Stdio::null())
-            .stderr(says)
-            .spawn()
-            .map_err(HomeError::Owner)?;
-        let all: Vec<OwnedFd> = std::iter::once(OwnedFd::from(lock)).chain(supplies).collect();
-        let mut parts = all.chunks(MAX_DESCRIPTORS).peekable();
-        while let Some(part) = parts.next() {
-            let borrowed: Vec<_> = part.iter().map(AsFd::as_fd).collect();
-            let supply = FromClient::from(Supply { last: parts.peek().is_none() });
-            ours.send_blocking(&supply, &borrowed).map_err(HomeError::Supply)?;
-        }
-        Ok(Session::new(ours, order.patience))
     }
 }

@@ -6,6 +6,8 @@
 //!   Configure + descriptors ─▶ its socket
 //! ```
 //!
+//! Or ahead of need, by whoever stays ([`prepare`]): the same with Prepare in Configure's place, and a template's files when there is a room for it.
+//!
 //! Whatever fails takes back what was made before it.
 
 use std::fs::{self, File, OpenOptions};
@@ -15,6 +17,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use carrel_protocol::agent::GUEST_CID;
+use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::{
     self, BalloonConfig, BlockConfig, Configure, Descriptor, EntropyConfig, FromOwner, Kernel, Restore,
     RestoreConfig, RestoredBlock, SerialConfig, VmConfig, VsockConfig,
@@ -27,9 +30,12 @@ use crate::home::{Order, Task, TemplateFiles};
 use crate::packet::{Connection, PacketError};
 use crate::spec::{Machine, Part, RoomId};
 
+mod prepared;
 #[expect(unsafe_code, reason = "clone3 and what a child may do before execve have no safe form")]
 mod process;
 
+pub use prepared::{Going, Standing};
+pub(crate) use prepared::{Prepared, prepare};
 pub(crate) use process::{Child, ChildEnd, OWNER_FD, Plan, owner_socket, spawn, wait_until_ended};
 
 /// What the VMM itself takes beside the guest's memory, at most: its own pages, KVM's, and dirty pages of the room's disk.
@@ -91,6 +97,9 @@ pub enum LaunchError {
         #[source]
         source: io::Error,
     },
+    /// A VMM that was to be kept ready is not.
+    #[error("a VMM can't be kept ready: {0}")]
+    NotPrepared(String),
     /// The socket to the VMM failed.
     #[error("the VMM ended before it was told its machine")]
     Packet(#[from] PacketError),
@@ -116,6 +125,8 @@ pub(crate) struct Launched {
     pub(crate) cgroup: Option<Cgroup>,
     /// Of a template to be: where it is saved.
     pub(crate) saved: Option<Saved>,
+    /// Of a clone: where its working set is written, if its template has none.
+    pub(crate) record: Option<OwnedFd>,
 }
 
 /// Where a template is saved, beside its disk.
@@ -136,7 +147,7 @@ pub(crate) fn launch(
 ) -> Result<Launched, LaunchError> {
     match (order.task, template) {
         (Task::Clone, Some(template)) => restore(order, id, directory, template),
-        (Task::Template, Some(TemplateFiles { state, memory, disk })) => {
+        (Task::Template, Some(TemplateFiles { state, memory, disk, .. })) => {
             let launched = boot(order, id, directory, verbose, disk)?;
             Ok(Launched { saved: Some(Saved { state, memory }), ..launched })
         }
@@ -193,15 +204,30 @@ fn restore(
     order: &Order,
     id: &RoomId,
     directory: &Path,
-    template: TemplateFiles,
+    mut template: TemplateFiles,
 ) -> Result<Launched, LaunchError> {
     let machine = &order.spec.machine;
+    let record = template.record.take();
+    let (first, parts) = going_on(Some(open_kvm()?), machine, directory, template)?;
+    let launched =
+        start(id, &order.spec.without, &order.assets.vmm, limits(machine), &first.into(), &parts.0)?;
+    Ok(Launched { record, ..launched })
+}
+
+/// What a VMM is told that goes on from a template; without KVM, one that has it.
+fn going_on(
+    kvm: Option<OwnedFd>,
+    machine: &Machine,
+    directory: &Path,
+    template: TemplateFiles,
+) -> Result<(Restore, Parts), LaunchError> {
     let mut parts = Parts::default();
     let vm = RestoreConfig {
-        kvm: parts.add(open_kvm()?),
+        kvm: kvm.map(|kvm| parts.add(kvm)),
         state: parts.add(template.state),
         memory: parts.add(template.memory),
         vsock: None,
+        working_set: template.working_set.map(|file| parts.add(file)),
         blocks: vec![RestoredBlock {
             id: DISK.into(),
             base: Some(parts.add(template.disk)),
@@ -212,8 +238,7 @@ fn restore(
         control: None,
         track_dirty: false,
     };
-    let first = Restore { version: vmm::VERSION, vm };
-    start(id, &order.spec.without, &order.assets.vmm, limits(machine), &first.into(), &parts.0)
+    Ok((Restore { version: vmm::VERSION, vm }, parts))
 }
 
 /// KVM, as every VMM is handed it.
@@ -251,7 +276,7 @@ pub(crate) fn start(
         Ok((ours, child))
     };
     match begun() {
-        Ok((connection, child)) => Ok(Launched { connection, child, cgroup, saved: None }),
+        Ok((connection, child)) => Ok(Launched { connection, child, cgroup, saved: None, record: None }),
         Err(error) => {
             if let Some(cgroup) = &cgroup {
                 cgroup.remove();
@@ -291,8 +316,13 @@ pub(crate) fn reading_user() -> u32 {
 
 /// What a room's VMM may take from the host. While it boots it may use all of its vCPUs; see [`running_cpu_millis`].
 pub(crate) fn limits(machine: &Machine) -> Limits {
-    let memory = machine.memory_mib.bytes();
-    let vcpus = u64::from(machine.vcpus.get());
+    limits_of(machine.vcpus, machine.memory_mib)
+}
+
+/// The same of a machine of which no more is known.
+pub(crate) fn limits_of(vcpus: VcpuCount, memory: MemoryMib) -> Limits {
+    let memory = memory.bytes();
+    let vcpus = u64::from(vcpus.get());
     Limits {
         // KVM's page tables for the guest's memory are a 512th of it at most, its metadata as much.
         memory_bytes: memory + memory / 128 + VMM_BYTES,

@@ -8,8 +8,9 @@
 //!                                               the room's directory: the truth that every command reads
 //! ```
 //!
-//! There is no daemon: a room's directory holds its specification, its lock (held by the owner while it lives), its
-//! socket, its record and its log. Everything here blocks; the owner is a process of a few threads.
+//! No daemon is needed: a room's directory holds its specification, its lock (held by the owner while it lives), its
+//! socket, its record and its log. Everything here blocks; the owner is a process of a few threads. [`resident`] is one
+//! that owns many rooms and has VMMs ready for them.
 
 #![deny(unsafe_code)]
 
@@ -26,6 +27,7 @@ pub mod patience;
 pub mod pool;
 pub mod program;
 pub mod record;
+pub mod resident;
 pub mod session;
 pub mod signal;
 pub mod spec;

@@ -78,6 +78,11 @@ pub enum Outcome {
         /// One sentence.
         message: String,
     },
+    /// The host has promised all that it can to other rooms, or has nothing left.
+    NoCapacity {
+        /// One sentence, without its end.
+        message: String,
+    },
     /// The owner itself could not go on.
     OwnerFailed {
         /// One sentence, causes included.
@@ -101,6 +106,8 @@ pub enum Step {
     Save,
     /// Starting the workload.
     Start,
+    /// The workload's own way to where it is ready to be cloned.
+    Initialise,
     /// Handling an event, beyond the function's own timeouts.
     Invoke,
     /// Ending the workload after SIGKILL.
@@ -124,6 +131,7 @@ impl Outcome {
             | Self::GuestEnded { .. }
             | Self::Overdue { .. }
             | Self::AgentFailed { .. }
+            | Self::NoCapacity { .. }
             | Self::OwnerFailed { .. }
             | Self::Lost => 125,
         }
@@ -192,6 +200,7 @@ impl Outcome {
                     Step::Freeze => "The guest did not come to rest",
                     Step::Save => "The guest was not saved",
                     Step::Start => "The workload did not start",
+                    Step::Initialise => "The workload did not say that it is ready to be cloned",
                     Step::Invoke => "The guest's agent did not answer for the function",
                     Step::Kill => "The workload did not end after SIGKILL",
                     Step::Return => "The room did not send its files",
@@ -202,6 +211,7 @@ impl Outcome {
                 )
             }
             Self::AgentFailed { message } => format!("The guest's agent failed: {message}"),
+            Self::NoCapacity { message } => format!("The room was not begun: {message}."),
             Self::OwnerFailed { message } => format!("The room's owner failed: {message}"),
             Self::Lost => "The room's owner was killed, so nobody knows how the room ended.".into(),
         })
@@ -213,6 +223,14 @@ pub fn exit_status(status: ExitStatus) -> u8 {
     match status {
         ExitStatus::Code(code) => code,
         ExitStatus::Signal(signal) => 128_u8.saturating_add(signal),
+    }
+}
+
+/// `exit status 3`, `signal 9`.
+pub fn exit_in_words(status: ExitStatus) -> String {
+    match status {
+        ExitStatus::Code(code) => format!("exit status {code}"),
+        ExitStatus::Signal(signal) => format!("signal {signal}"),
     }
 }
 

@@ -8,6 +8,8 @@
 //!            a refusal, a deadline, a signal, a killed command or VMM: the outcome is set, and the end begins
 //! ```
 //!
+//! That is a room which runs its workload. One that becomes a template leaves this way before Starting, or after it: see `room/template.rs`.
+//!
 //! One thread owns the room and makes every transition; the others wait for one thing each (the VMM's packets, its death, the agent's
 //! messages, each command's messages, a stream's token) and tell it over a bounded channel. Bytes of standard streams go between guest
 //! and command without passing here.
@@ -18,16 +20,19 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use carrel_protocol::chain;
+use carrel_protocol::vmm::{MAX_DESCRIPTORS, Mark};
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use thiserror::Error;
 
 use crate::home::{Order, Task, TemplateFiles};
-use crate::launch;
+use crate::launch::{self, LaunchError, Launched};
 use crate::outcome::Outcome;
 use crate::packet::{Connection, PacketError};
 use crate::patience::Patience;
+use crate::resident::Starting;
 use crate::session::socket_address;
+use crate::spec::RoomId;
 use crate::timestamp::mark;
 
 pub mod api;
@@ -38,7 +43,7 @@ mod pace;
 mod room;
 mod streams;
 
-use api::FromClient;
+use api::{FromClient, Supply};
 pub use journal::Journal;
 use room::{Ownership, Room};
 
@@ -57,52 +62,99 @@ pub enum OwnerError {
 }
 
 /// Owns a room from its launch to its end: the body of `carrel owner DIR`. Standard input is the connection of whoever made the room.
+///
+/// # Errors
+///
+/// There is no room to own, or nobody who wants it.
 pub fn run(directory: &Path) -> Result<(), OwnerError> {
     // A session of its own: no terminal's signals. It fails only for a leader of a process group, which has one already.
     let _ = rustix::process::setsid();
     // For `ps`; without a name of its own it would be called `exe`.
     let _ = rustix::thread::set_name(c"carrel-owner");
-    let mut timeline = vec![mark("owner started")];
+    let timeline = vec![mark("owner started")];
     let creator = Connection::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let path = directory.join("room.json");
-    let order: Order = fs::read(&path)
-        .and_then(|text| Ok(serde_json::from_slice(&text)?))
-        .map_err(|e| OwnerError::Order(path.display().to_string(), e))?;
-    let patience = order.patience;
-    let mut supplies = supplies(&creator, patience).map_err(OwnerError::NoCreator)?.into_iter();
-    let mut next = || supplies.next().ok_or(OwnerError::NoCreator(PacketError::Truncated));
-    let lock = next()?;
-    let template = match order.task {
-        Task::Run => None,
-        Task::Clone | Task::Template => {
-            Some(TemplateFiles { state: next()?, memory: next()?, disk: next()? })
-        }
-    };
-    let blobs = supplies.map(File::from).collect();
-    timeline.push(mark("supplied"));
-    let id = order.spec.id.clone().ok_or_else(|| io::Error::other("the room has no id"))?;
-    let verbose = tracing::enabled!(tracing::Level::DEBUG);
-    let launched = launch::launch(&order, &id, directory, verbose, template);
-    timeline.push(mark("VMM launched"));
-    let directory = directory.to_owned();
-    let ownership =
-        Ownership { id, spec: order.spec, task: order.task, directory, blobs, lock, patience, timeline };
-    match launched {
-        Ok(launched) => {
-            if let Some(room) = Room::begin(ownership, launched, creator) {
-                room.serve();
+    let order = read_order(directory)?;
+    let supplies = supplies(&creator, order.patience).map_err(OwnerError::NoCreator)?;
+    let assignment = Assignment { directory, order, supplies, creator, timeline, starting: None };
+    assignment.own(|order, id, template| {
+        let verbose = tracing::enabled!(tracing::Level::DEBUG);
+        launch::launch(order, id, directory, verbose, template)
+    })
+}
+
+/// A room that is to be owned.
+#[derive(Debug)]
+pub(crate) struct Assignment<'a> {
+    pub(crate) directory: &'a Path,
+    pub(crate) order: Order,
+    /// The lock, a template's files where there is one, then the blobs.
+    pub(crate) supplies: Vec<OwnedFd>,
+    pub(crate) creator: Connection,
+    pub(crate) timeline: Vec<Mark>,
+    /// Held until the workload runs.
+    pub(crate) starting: Option<Starting>,
+}
+
+impl Assignment<'_> {
+    /// Owns it, from its launch to its end.
+    pub(crate) fn own<L>(self, launch: L) -> Result<(), OwnerError>
+    where
+        L: FnOnce(&Order, &RoomId, Option<TemplateFiles>) -> Result<Launched, LaunchError>,
+    {
+        let Self { directory, order, supplies, creator, mut timeline, starting } = self;
+        let mut supplies = supplies.into_iter();
+        let mut next = || supplies.next().ok_or(OwnerError::NoCreator(PacketError::Truncated));
+        let lock = next()?;
+        let template = match order.task {
+            Task::Run => None,
+            Task::Clone | Task::Template => Some(TemplateFiles::from_order(order.extras, &mut next)?),
+        };
+        let blobs = supplies.map(File::from).collect();
+        timeline.push(mark("supplied"));
+        let id = order.spec.id.clone().ok_or_else(|| io::Error::other("the room has no id"))?;
+        let launched = launch(&order, &id, template);
+        timeline.push(mark("VMM launched"));
+        let Order { spec, task, patience, .. } = order;
+        let directory = directory.to_owned();
+        let ownership = Ownership { id, spec, task, directory, blobs, lock, patience, timeline, starting };
+        match launched {
+            Ok(launched) => {
+                if let Some(room) = Room::begin(ownership, launched, creator) {
+                    room.serve();
+                }
+            }
+            Err(error) => {
+                tracing::error!(error = %chain(&error), "the room can't be launched");
+                let outcome = Outcome::OwnerFailed { message: chain(&error) };
+                room::end_without_vmm(ownership, &creator, outcome);
             }
         }
-        Err(error) => {
-            tracing::error!(error = %chain(&error), "the room can't be launched");
-            room::end_without_vmm(ownership, &creator, Outcome::OwnerFailed { message: chain(&error) });
-        }
+        Ok(())
     }
-    Ok(())
+
+    /// Ends it before it has begun.
+    pub(crate) fn refuse(self, outcome: Outcome) -> Result<(), OwnerError> {
+        let Self { directory, order, supplies, creator, timeline, starting } = self;
+        let lock = supplies.into_iter().next().ok_or(OwnerError::NoCreator(PacketError::Truncated))?;
+        let Order { spec, task, patience, .. } = order;
+        let id = spec.id.clone().ok_or_else(|| io::Error::other("the room has no id"))?;
+        let (directory, blobs) = (directory.to_owned(), Vec::new());
+        let ownership = Ownership { id, spec, task, directory, blobs, lock, patience, timeline, starting };
+        room::end_without_vmm(ownership, &creator, outcome);
+        Ok(())
+    }
+}
+
+/// The order in a room's directory.
+pub(crate) fn read_order(directory: &Path) -> Result<Order, OwnerError> {
+    let path = directory.join("room.json");
+    fs::read(&path)
+        .and_then(|text| Ok(serde_json::from_slice(&text)?))
+        .map_err(|e| OwnerError::Order(path.display().to_string(), e))
 }
 
 /// What the creator hands over: the lock, a template's files where there is one, then the blobs.
-fn supplies(creator: &Connection, patience: Patience) -> Result<Vec<OwnedFd>, PacketError> {
+pub(crate) fn supplies(creator: &Connection, patience: Patience) -> Result<Vec<OwnedFd>, PacketError> {
     let limit = |time| {
         rustix::net::sockopt::set_socket_timeout(creator, rustix::net::sockopt::Timeout::Recv, time)
             .map_err(io::Error::from)
@@ -120,12 +172,23 @@ fn supplies(creator: &Connection, patience: Patience) -> Result<Vec<OwnedFd>, Pa
     }
 }
 
-/// The socket at which commands find this owner, bound through a descriptor: a path may be longer than a socket's address.
-fn listen(directory: &Path) -> io::Result<OwnedFd> {
+/// Hands over what [`supplies`] takes.
+pub(crate) fn supply(owner: &Connection, supplies: &[OwnedFd]) -> Result<(), PacketError> {
+    let mut parts = supplies.chunks(MAX_DESCRIPTORS).peekable();
+    while let Some(part) = parts.next() {
+        let borrowed: Vec<_> = part.iter().map(AsFd::as_fd).collect();
+        let supply = FromClient::from(Supply { last: parts.peek().is_none() });
+        owner.send_blocking(&supply, &borrowed)?;
+    }
+    Ok(())
+}
+
+/// The socket of this name at which commands find an owner, bound through a descriptor: a path may be longer than a socket's address.
+pub(crate) fn listen(directory: &Path, name: &str, backlog: i32) -> io::Result<OwnedFd> {
     let folder = rustix::fs::open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     let socket =
         rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-    rustix::net::bind(&socket, &socket_address(&folder)?)?;
-    rustix::net::listen(&socket, 16)?;
+    rustix::net::bind(&socket, &socket_address(&folder, name)?)?;
+    rustix::net::listen(&socket, backlog)?;
     Ok(socket)
 }

@@ -93,6 +93,12 @@ impl Patience {
         self.of(60)
     }
 
+    /// A program's own way to where it says that it is ready to be cloned. Lambda gives that of a function (SnapStart's INIT) up to 15 minutes; nobody waits for an
+    /// answer of this one.
+    pub(crate) fn initialise(self) -> Duration {
+        self.of(15 * 60)
+    }
+
     /// From SIGKILL to the workload's end.
     pub(crate) fn kill(self) -> Duration {
         self.of(15)

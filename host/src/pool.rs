@@ -6,23 +6,35 @@
 //!                     ▼
 //!                   a room of its own: boot, unpack, freeze, save ─▶ publish ─▶ clone
 //!                     │ that failed                    cold asked for ─▶ cold
-//!                     ▼
-//!                   cold, and the reason is told
+//!                     ├─▶ by the host's fault: cold, and the reason is told
+//!                     └─▶ by the payload's or the workload's own: refused, for it would end so again
 //! ```
+//!
+//! A template is of what a room is made of; on request, of a workload that runs already and said that it is ready ([`RoomSpec::initialised`]).
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use carrel_protocol::agent::Failure;
+use carrel_protocol::chain;
 use carrel_protocol::vmm::{End, Mark};
-use carrel_store::templates::{Acquired, Damage, Maker, Part, Point, Template, TemplateError, Templates};
+use carrel_store::templates::{
+    Acquired, Damage, LARGEST_WORKING_SET, Maker, Part, Point, Template, TemplateError, Templates,
+};
+use rustix::fs::MemfdFlags;
 use thiserror::Error;
 
 use crate::home::{Home, HomeError, Room, TemplateFiles};
-use crate::outcome::Outcome;
-use crate::session::{Session, SessionError};
+use crate::outcome::{Outcome, Step, exit_in_words};
+use crate::session::{Ended, Session, SessionError, Streams};
 use crate::spec::{RoomName, RoomSpec};
 use crate::template::{self, Host, KeyError};
 use crate::timestamp::mark;
+
+/// The mark of a template that was made just now.
+const MADE: &str = "template made";
 
 /// No room could be begun.
 #[derive(Debug, Error)]
@@ -42,6 +54,12 @@ pub enum PoolError {
     /// That room ended otherwise.
     #[error("the template could not be made: {0}")]
     Outcome(String),
+    /// That room was refused for what it is made of, or for its command: so would any other of its kind be.
+    #[error("{}", .0.outcome.sentence().unwrap_or_default())]
+    Refused(Box<Ended>),
+    /// Its workload never was ready to be cloned.
+    #[error("{0}; see \"The call\" in docs/agent.md")]
+    Unready(String),
     /// A descriptor can't be had.
     #[error("a template's files can't be handed over")]
     Files(#[source] std::io::Error),
@@ -53,6 +71,7 @@ pub struct Pool<'a> {
     home: &'a Home,
     templates: Templates,
     domain: String,
+    log: Option<File>,
 }
 
 /// How a room began.
@@ -60,8 +79,8 @@ pub struct Pool<'a> {
 pub enum Beginning {
     /// With a boot.
     Cold,
-    /// From this template.
-    Clone(Arc<Template>),
+    /// From this template; into the file, if it had no working set, this clone's VMM writes one.
+    Clone(Arc<Template>, Option<Arc<File>>),
 }
 
 /// A room that was begun.
@@ -77,18 +96,35 @@ pub struct Started {
     pub timeline: Vec<Mark>,
 }
 
+/// A template that was asked for.
+#[derive(Debug)]
+pub struct Created {
+    /// It.
+    pub template: Template,
+    /// It was made now, and not found.
+    pub made: bool,
+    /// What happened when.
+    pub timeline: Vec<Mark>,
+}
+
 impl<'a> Pool<'a> {
     /// The pool of this home. Templates are shared within `domain` alone: pages that two rooms share can be probed by timing.
     pub fn new(home: &'a Home, templates: Templates, domain: &str) -> Self {
-        Self { home, templates, domain: domain.to_owned() }
+        Self { home, templates, domain: domain.to_owned(), log: None }
     }
 
-    /// Begins a room as a clone, of a template that is made first if there is none. Where none can be made the room begins cold, and `notice` is told why.
+    /// Where a workload's output goes that is run to make a template of it: once, and in none of its clones. Nowhere unless it is said here.
+    pub fn with_log(self, log: File) -> Self {
+        Self { log: Some(log), ..self }
+    }
+
+    /// Begins a room as a clone, of a template that is made first if there is none. Where none can be made the room begins cold, and `notice` is told why; a function
+    /// whose INIT failed in the making is begun anew, from a template of its files, so that its event is answered by what it says itself.
     /// `blobs` are the payload's, as for [`Home::create`].
     ///
     /// # Errors
     ///
-    /// No room could be begun in either way.
+    /// No room could be begun in either way, or the payload or the workload is at fault.
     pub fn start(
         &self,
         spec: RoomSpec,
@@ -99,13 +135,20 @@ impl<'a> Pool<'a> {
         match self.template(&spec, blobs, &mut timeline) {
             Ok(template) => {
                 timeline.push(mark("template found"));
-                let (room, session) = self.home.create_clone(spec, files(&template)?)?;
-                Ok(Started { room, session, beginning: Beginning::Clone(Arc::new(template)), timeline })
+                let (files, record) = files(&template, spec.detached)?;
+                let (room, session) = self.home.create_clone(spec, files)?;
+                let beginning = Beginning::Clone(Arc::new(template), record.map(Arc::new));
+                Ok(Started { room, session, beginning, timeline })
             }
+            Err(PoolError::Unready(why)) if spec.function.is_some() => {
+                notice(&format!("The event is handled without an initialised template: {why}."));
+                self.start(RoomSpec { initialised: false, ..spec }, blobs, notice)
+            }
+            Err(error @ (PoolError::Refused(_) | PoolError::Unready(_))) => Err(error),
             // What is wrong with the room is wrong with it cold too, and is said better there.
             Err(error) => {
                 tracing::debug!(error = %carrel_protocol::chain(&error), "no template");
-                if let PoolError::Templates(_) | PoolError::Files(_) | PoolError::Key(_) = error {
+                if !matches!(error, PoolError::Home(_)) {
                     notice(&format!(
                         "The room begins with a boot, for its template can't be had: {}.",
                         carrel_protocol::chain(&error)
@@ -131,6 +174,18 @@ impl<'a> Pool<'a> {
         Ok(Started { room, session, beginning: Beginning::Cold, timeline })
     }
 
+    /// Makes the template of such rooms, unless it is there.
+    ///
+    /// # Errors
+    ///
+    /// As [`Pool::template`].
+    pub fn create_template(&self, spec: &RoomSpec, blobs: &[OwnedFd]) -> Result<Created, PoolError> {
+        let mut timeline = Vec::new();
+        let template = self.template(spec, blobs, &mut timeline)?;
+        let made = timeline.iter().any(|mark| mark.done == MADE);
+        Ok(Created { template, made, timeline })
+    }
+
     /// The template of such rooms, made now if there is none.
     ///
     /// # Errors
@@ -149,7 +204,7 @@ impl<'a> Pool<'a> {
             Acquired::Ready(template) => Ok(*template),
             Acquired::Make(maker) => {
                 let template = self.make(spec, copies(blobs)?, maker, &host)?;
-                timeline.push(mark("template made"));
+                timeline.push(mark(MADE));
                 Ok(template)
             }
             // Nobody waits here but as long as it takes.
@@ -170,39 +225,105 @@ impl<'a> Pool<'a> {
             state: maker.state()?.into(),
             memory: maker.memory(spec.machine.memory_mib.bytes())?.into(),
             disk: maker.disk(spec.machine.disk_bytes.next_multiple_of(4096))?.into(),
+            working_set: None,
+            record: None,
         };
         let description = template::description(&spec, host, &self.domain);
+        let initialised = spec.initialised;
         let (_room, session) = self.home.create_template(spec, blobs, files)?;
-        let ended = session.wait().map_err(PoolError::Maker)?;
+        let ended = match initialised {
+            true => self.accompany(session)?,
+            false => session.wait().map_err(PoolError::Maker)?,
+        };
         if let Outcome::Saved { .. } = ended.outcome {
-            return Ok(maker.publish(Point::Unpacked, description)?);
+            let point = if initialised { Point::Initialised } else { Point::Unpacked };
+            return Ok(maker.publish(point, description)?);
         }
-        let why = ended.outcome.sentence().unwrap_or_else(|| "its room ended early".into());
-        Err(PoolError::Outcome(why))
+        Err(unmade(ended, initialised))
+    }
+
+    /// Serves the streams of a workload that is to be saved while it runs. Its input, if it has one, is open and empty: what its end was in the template would be its end
+    /// in every clone.
+    fn accompany(&self, session: Session) -> Result<Ended, PoolError> {
+        let log = || match &self.log {
+            Some(log) => log.try_clone(),
+            None => File::options().write(true).open("/dev/null"),
+        };
+        let (input, open) = std::io::pipe().map_err(PoolError::Files)?;
+        let streams = Streams {
+            stdin: Some(OwnedFd::from(input).into()),
+            stdout: log().map_err(PoolError::Files)?,
+            stderr: log().map_err(PoolError::Files)?,
+        };
+        let ended = session.run(streams, &mut |notice| tracing::warn!("{notice}"));
+        drop(open);
+        ended.map_err(PoolError::Maker)
     }
 }
 
+/// Why a room that ended so is no template.
+fn unmade(ended: Ended, initialised: bool) -> PoolError {
+    let outcome = &ended.outcome;
+    if let Outcome::Exited { status, out_of_memory } = outcome {
+        let memory = if *out_of_memory { " for want of memory" } else { "" };
+        let how = exit_in_words(*status);
+        return PoolError::Unready(format!(
+            "the workload ended{memory} before it was ready to be cloned ({how})"
+        ));
+    }
+    if let Outcome::Overdue { step: Step::Initialise, seconds, .. } = outcome {
+        return PoolError::Unready(format!("the workload was not ready to be cloned within {seconds} s"));
+    }
+    // The host has no more for the room itself than for its template.
+    if let Outcome::NoCapacity { .. } = outcome {
+        return PoolError::Refused(Box::new(ended));
+    }
+    if let Outcome::Refused { failure, .. } = outcome
+        && (initialised
+            || matches!(failure, Failure::BadPayload | Failure::PayloadTooLarge | Failure::DiskFull))
+    {
+        return PoolError::Refused(Box::new(ended));
+    }
+    PoolError::Outcome(outcome.sentence().unwrap_or_else(|| "its room ended early".into()))
+}
+
 impl Beginning {
-    /// Whether a room that ended so never began, for its template is not fit to be cloned here: it is thrown away then, so that another attempt makes it anew.
+    /// Does what is to be done when the room has ended so: what it has learnt is added to its template.
+    ///
+    /// Says whether it never began, for its template is not fit to be cloned here: that is thrown away then, so that another attempt makes it anew.
     ///
     /// # Errors
     ///
     /// It can't be thrown away.
-    pub fn was_unfit(&self, outcome: &Outcome) -> Result<bool, TemplateError> {
+    pub fn conclude(&self, outcome: &Outcome) -> Result<bool, TemplateError> {
         match (self, outcome) {
-            (Self::Clone(template), Outcome::VmmFailed { end: End::BadSnapshot, message }) => {
+            (Self::Clone(template, _), Outcome::VmmFailed { end: End::BadSnapshot, message }) => {
                 template.discard(&Damage::Refused(message.clone()))?;
                 Ok(true)
             }
-            (Self::Cold | Self::Clone(_), _) => Ok(false),
+            (Self::Clone(template, Some(record)), _) => {
+                // A hint: rooms begin without it too.
+                match recorded(record).map(|bytes| bytes.map(|bytes| template.add_working_set(&bytes))) {
+                    Ok(None | Some(Ok(_))) => {}
+                    Ok(Some(Err(error))) => tracing::debug!(error = %chain(&error), "no working set is kept"),
+                    Err(error) => tracing::debug!(%error, "no working set is kept"),
+                }
+                Ok(false)
+            }
+            (Self::Cold | Self::Clone(..), _) => Ok(false),
         }
+    }
+
+    /// Whether its workload ran already.
+    pub fn is_initialised(&self) -> bool {
+        matches!(self, Self::Clone(template, _) if template.record().point == Point::Initialised)
     }
 
     /// `cold` or `clone`.
     pub fn word(&self) -> &'static str {
         match self {
             Self::Cold => "cold",
-            Self::Clone(_) => "clone",
+            Self::Clone(..) => "clone",
         }
     }
 }
@@ -212,7 +333,74 @@ fn copies(blobs: &[OwnedFd]) -> Result<Vec<OwnedFd>, PoolError> {
     blobs.iter().map(OwnedFd::try_clone).collect::<Result<_, _>>().map_err(PoolError::Files)
 }
 
-fn files(template: &Template) -> Result<TemplateFiles, PoolError> {
+/// A template's files for a clone, and the one that it writes, which outlives it. A detached room has nobody who would keep what it wrote.
+fn files(template: &Template, detached: bool) -> Result<(TemplateFiles, Option<File>), PoolError> {
     let file = |part| template.file(part).try_clone().map(OwnedFd::from).map_err(PoolError::Files);
-    Ok(TemplateFiles { state: file(Part::State)?, memory: file(Part::Memory)?, disk: file(Part::Disk)? })
+    let working_set = template.working_set();
+    let record = match working_set.is_none() && !detached {
+        true => Some(nameless().map_err(PoolError::Files)?),
+        false => None,
+    };
+    let files = TemplateFiles {
+        state: file(Part::State)?,
+        memory: file(Part::Memory)?,
+        disk: file(Part::Disk)?,
+        working_set: working_set.map(OwnedFd::from),
+        record: record
+            .as_ref()
+            .map(|file| file.try_clone().map(OwnedFd::from))
+            .transpose()
+            .map_err(PoolError::Files)?,
+    };
+    Ok((files, record))
+}
+
+/// A file in memory.
+fn nameless() -> std::io::Result<File> {
+    Ok(rustix::fs::memfd_create("working-set", MemfdFlags::CLOEXEC)?.into())
+}
+
+/// What a VMM has written, if it has, and no more than can be right. Its process is gone: nobody changes it any more.
+fn recorded(file: &File) -> std::io::Result<Option<Vec<u8>>> {
+    let length = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
+    if length == 0 || length > LARGEST_WORKING_SET {
+        return Ok(None);
+    }
+    let mut bytes = vec![0; length];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(Some(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use carrel_protocol::agent::ExitStatus;
+
+    use super::*;
+
+    fn of(outcome: Outcome, initialised: bool) -> PoolError {
+        unmade(Ended { outcome, usage: None, timeline: Vec::new() }, initialised)
+    }
+
+    #[test]
+    fn what_is_the_payloads_or_the_workloads_fault_is_not_tried_again_with_a_boot() {
+        let refused = |failure| Outcome::Refused { failure, message: "so".into() };
+        for failure in [Failure::BadPayload, Failure::PayloadTooLarge, Failure::DiskFull] {
+            let error = of(refused(failure), false);
+            assert!(matches!(&error, PoolError::Refused(_)), "{error:?}");
+            assert!(error.to_string().contains("so"), "{error}");
+        }
+        // Such as a guest that can't be frozen.
+        assert!(matches!(of(refused(Failure::System), false), PoolError::Outcome(_)));
+        assert!(matches!(of(refused(Failure::CommandNotFound), true), PoolError::Refused(_)));
+        assert!(matches!(of(Outcome::GuestPanicked, true), PoolError::Outcome(_)));
+    }
+
+    #[test]
+    fn a_workload_that_never_was_ready_is_told_with_its_end() {
+        let ended = of(Outcome::Exited { status: ExitStatus::Code(3), out_of_memory: false }, true);
+        let late = of(Outcome::Overdue { step: Step::Initialise, seconds: 9, cpu_ms: 1 }, true);
+        for (error, word) in [(ended, "exit status 3"), (late, "within 9 s")] {
+            assert!(matches!(&error, PoolError::Unready(why) if why.contains(word)), "{error}");
+        }
+    }
 }

@@ -14,10 +14,12 @@ use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use carrel_protocol::vmm::Mark;
 use carrel_store::{Store, StoreError};
 use thiserror::Error;
 
 use crate::spec::LayerSpec;
+use crate::timestamp::mark;
 
 mod cargo;
 mod elf;
@@ -99,6 +101,8 @@ pub struct Packed {
     pub blobs: Vec<OwnedFd>,
     /// What was left out or not found, in sentences.
     pub notices: Vec<String>,
+    /// When what was found.
+    pub timeline: Vec<Mark>,
 }
 
 /// Those of the caller's variables that a program in a room has: of those that are known to be harmless, and of `patterns` (a `*` at the end is any ending).
@@ -122,7 +126,7 @@ impl Program<'_> {
     ///
     /// If the program isn't there, or what was asked for by name can't be read. What it may do without is left out, and said.
     pub fn pack(&self, store: &Store) -> Result<Packed, ProgramError> {
-        let mut notices = Vec::new();
+        let (mut notices, mut timeline) = (Vec::new(), Vec::new());
         let found = self.look_up(self.word).ok_or_else(|| ProgramError::NotFound(self.word.to_owned()))?;
         let (program, interpreters) = self.program(&found)?;
         let real = std::fs::canonicalize(&found).unwrap_or_else(|_| found.clone());
@@ -135,11 +139,13 @@ impl Program<'_> {
         for with in self.with {
             above.push(self.layer(store, &self.with(with)?, Times::Kept, &mut notices)?);
         }
+        timeline.push(mark("interpreters and --with found"));
         if let Some(package) = &cargo.package {
             let mut tree = self.folder(package, Skip::Caches)?;
             tree.follow_links();
             above.push(self.layer(store, &tree, Times::Kept, &mut notices)?);
         }
+        timeline.push(mark("package found"));
         let mentions = cargo.profile.as_ref().and_then(|profile| Some(format!("{}/", profile.to_str()?)));
         let program = Wanted { mentions: mentions.as_deref(), ..self.wanted(&program, Times::Dropped) };
         let program = program.obtain(store)?;
@@ -159,11 +165,13 @@ impl Program<'_> {
             above.push(self.layer(store, &started, Times::Dropped, &mut notices)?);
         }
         above.push(program);
+        timeline.push(mark("program found"));
 
         let surroundings = self.wanted(&surroundings::tree(self.account), Times::Dropped).obtain(store)?;
         let libraries = self.libraries(&above, &mut notices)?;
         let libraries = self.layer(store, &libraries, Times::Dropped, &mut notices)?;
-        let mut packed = Packed { layers: Vec::new(), blobs: Vec::new(), notices };
+        timeline.push(mark("libraries found"));
+        let mut packed = Packed { layers: Vec::new(), blobs: Vec::new(), notices, timeline };
         for Layer { spec, file, .. } in [surroundings, libraries].into_iter().chain(above) {
             packed.layers.push(spec);
             packed.blobs.push(file.into());

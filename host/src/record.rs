@@ -23,8 +23,10 @@ pub enum Phase {
     Freezing,
     /// It is being saved.
     Saving,
-    /// The workload is being started.
+    /// The workload is being started, or connected with its streams in a clone of it.
     Starting,
+    /// The workload of a template runs, until it says that it is ready.
+    Initialising,
     /// The workload runs.
     Running,
     /// The workload ended; its output is still being read.
@@ -39,7 +41,9 @@ impl Phase {
     /// The state as `carrel ps` shows it: `starting`, `freezing`, `running`, `ending` or `exited`.
     pub fn word(self) -> &'static str {
         match self {
-            Self::Launching | Self::Handshaking | Self::Preparing | Self::Starting => "starting",
+            Self::Launching | Self::Handshaking | Self::Preparing | Self::Starting | Self::Initialising => {
+                "starting"
+            }
             Self::Freezing | Self::Saving => "freezing",
             Self::Running => "running",
             Self::Draining | Self::Ending => "ending",

@@ -187,29 +187,15 @@ impl Session {
         Self { connection: Arc::new(connection), patience }
     }
 
-    /// Connects to the socket in a room's directory, through a descriptor: its path may be longer than a socket's address.
+    /// Connects to the socket in a room's directory.
     pub(crate) fn connect(directory: &Path, patience: Patience) -> Result<Self, SessionError> {
-        let connected = || -> io::Result<OwnedFd> {
-            let folder = rustix::fs::open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-            let socket = rustix::net::socket_with(
-                AddressFamily::UNIX,
-                SocketType::SEQPACKET,
-                SocketFlags::CLOEXEC,
-                None,
-            )?;
-            // An owner that accepts nobody has a queue that is full at some time: connect(2) then waits for as long as a send would.
-            let limit = |time| rustix::net::sockopt::set_socket_timeout(&socket, Timeout::Send, time);
-            limit(Some(patience.answer()))?;
-            rustix::net::connect(&socket, &socket_address(&folder)?)?;
-            limit(None)?;
-            Ok(socket)
-        };
         let silent = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
-        let socket = connected().map_err(|error| match silent(&error) {
-            true => SessionError::Silent,
-            false => SessionError::Unreachable(error),
-        })?;
-        Ok(Self::new(Connection::from(socket), patience))
+        let connection =
+            connected(directory, "owner.sock", patience).map_err(|error| match silent(&error) {
+                true => SessionError::Silent,
+                false => SessionError::Unreachable(error),
+            })?;
+        Ok(Self::new(connection, patience))
     }
 
     /// The part for other threads.
@@ -427,8 +413,21 @@ impl Session {
     }
 }
 
-/// The owner's socket below an open directory.
-pub(crate) fn socket_address(folder: &OwnedFd) -> io::Result<SocketAddrUnix> {
+/// A connection to the socket of this name in a directory, through a descriptor: its path may be longer than a socket's address. `WouldBlock` if nobody accepts it in time.
+pub(crate) fn connected(directory: &Path, name: &str, patience: Patience) -> io::Result<Connection> {
+    let folder = rustix::fs::open(directory, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    // An owner that accepts nobody has a queue that is full at some time: connect(2) then waits for as long as a send would.
+    let limit = |time| rustix::net::sockopt::set_socket_timeout(&socket, Timeout::Send, time);
+    limit(Some(patience.answer()))?;
+    rustix::net::connect(&socket, &socket_address(&folder, name)?)?;
+    limit(None)?;
+    Ok(Connection::from(socket))
+}
+
+/// An owner's socket below an open directory.
+pub(crate) fn socket_address(folder: &OwnedFd, name: &str) -> io::Result<SocketAddrUnix> {
     use std::os::fd::AsRawFd;
-    Ok(SocketAddrUnix::new(format!("/proc/self/fd/{}/owner.sock", folder.as_raw_fd()))?)
+    Ok(SocketAddrUnix::new(format!("/proc/self/fd/{}/{name}", folder.as_raw_fd()))?)
 }

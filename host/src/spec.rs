@@ -143,6 +143,9 @@ pub struct RoomSpec {
     pub without: Vec<Part>,
     /// The workload is a function's runtime.
     pub function: Option<FunctionSpec>,
+    /// Its template is one whose workload runs already and is ready, not one of its files alone. Of no meaning to a room that begins with a boot.
+    #[serde(default)]
+    pub initialised: bool,
 }
 
 /// A room's microVM.
@@ -246,19 +249,13 @@ impl ProcessSpec {
 }
 
 impl RoomSpec {
-    /// The agent's order to start the workload.
-    pub(crate) fn start(&self, process: agent::Process) -> Start {
+    /// The agent's order to start the workload; `cloning` lets it say when it is ready to be cloned.
+    pub(crate) fn start(&self, process: agent::Process, cloning: bool) -> Start {
         let function = self.function.as_ref().map(|function| agent::Function {
             init_timeout_ms: function.init_timeout_ms,
             response_bytes: function.response_bytes,
         });
-        Start {
-            container: CONTAINER,
-            surroundings: self.surroundings.clone(),
-            process,
-            function,
-            cloning: false,
-        }
+        Start { container: CONTAINER, surroundings: self.surroundings.clone(), process, function, cloning }
     }
 
     /// Whether that order can be said at all, with whatever streams and terminal.
@@ -266,7 +263,7 @@ impl RoomSpec {
         let stream = || Some(Stream { port: u32::MAX, token: Token([u8::MAX; 16]) });
         let terminal = Some(TerminalSize { rows: u16::MAX, columns: u16::MAX });
         let stdio = Stdio { stdin: stream(), stdout: stream(), stderr: stream(), terminal };
-        FromHost::from(self.start(self.process.told(WORKLOAD, stdio))).encode().map(drop)
+        FromHost::from(self.start(self.process.told(WORKLOAD, stdio), false)).encode().map(drop)
     }
 }
 
@@ -312,6 +309,7 @@ pub(crate) mod testing {
             detached: false,
             without: Vec::new(),
             function: None,
+            initialised: false,
         }
     }
 }

@@ -5,16 +5,17 @@
 //! ```
 //!
 //! Two rooms have one key if and only if one's frozen guest is as good as the other's: the same kernel, agent and VMM, the same command line, machine and payload, on the same
-//! processor under the same kernel, in the same isolation domain. What a room only learns after its birth (command, variables, user, names, limits within the
-//! guest) is in no key.
+//! processor under the same kernel, in the same isolation domain. What a room only learns after its birth (names, its streams' other ends, limits of the host's) is in no
+//! key; nor are command, variables, user and limits within the guest, unless the workload is one that runs already in the template.
 
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+use carrel_protocol::agent::Surroundings;
 use carrel_protocol::units::{MemoryMib, VcpuCount};
-use carrel_protocol::vmm;
+use carrel_protocol::{one_line, vmm};
 use carrel_store::templates::{CanonicalError, TemplateKey};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -22,7 +23,10 @@ use thiserror::Error;
 
 use crate::home::Assets;
 use crate::launch;
-use crate::spec::{Machine, Payload, RoomSpec};
+use crate::spec::{FunctionSpec, Machine, Payload, ProcessSpec, RoomSpec};
+
+/// Characters of a command that people are shown.
+const COMMAND_CHARACTERS: usize = 200;
 
 /// A key can't be found.
 #[derive(Debug, Error)]
@@ -54,8 +58,41 @@ struct Ingredients<'a> {
     memory_mib: MemoryMib,
     disk_bytes: u64,
     payload: &'a Payload,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    workload: Option<Workload<'a>>,
     host: &'a Host,
     domain: &'a str,
+}
+
+/// A workload that runs in the template: all that it was told, and so whatever secrets it was given.
+#[derive(Serialize)]
+struct Workload<'a> {
+    arguments: &'a [String],
+    environment: &'a [String],
+    working_directory: &'a str,
+    user: &'a str,
+    interactive: bool,
+    /// Its size is told anew.
+    terminal: bool,
+    surroundings: &'a Surroundings,
+    function: &'a Option<FunctionSpec>,
+}
+
+impl<'a> Workload<'a> {
+    fn of(spec: &'a RoomSpec) -> Self {
+        let ProcessSpec { arguments, environment, working_directory, user, interactive, terminal } =
+            &spec.process;
+        Self {
+            arguments,
+            environment,
+            working_directory,
+            user,
+            interactive: *interactive,
+            terminal: terminal.is_some(),
+            surroundings: &spec.surroundings,
+            function: &spec.function,
+        }
+    }
 }
 
 /// A file that is the same as long as it is not replaced: reading twenty megabytes for a digest would cost each start more than a clone does.
@@ -134,16 +171,17 @@ pub fn key(spec: &RoomSpec, assets: &Assets, host: &Host, domain: &str) -> Resul
         memory_mib: *memory_mib,
         disk_bytes: *disk_bytes,
         payload: &spec.payload,
+        workload: spec.initialised.then(|| Workload::of(spec)),
         host,
         domain,
     };
     Ok(TemplateKey::of(&ingredients)?)
 }
 
-/// What `carrel template ls` shows of it.
+/// What `carrel template ls` shows of it. Variables are secrets more often than not, so they are not in it.
 pub fn description(spec: &RoomSpec, host: &Host, domain: &str) -> Value {
     let machine = &spec.machine;
-    json!({
+    let mut described = json!({
         "image": spec.image,
         "domain": domain,
         "vcpus": machine.vcpus.get(),
@@ -152,7 +190,12 @@ pub fn description(spec: &RoomSpec, host: &Host, domain: &str) -> Value {
         "layers": spec.payload.layers.iter().map(|layer| &layer.digest).collect::<Vec<_>>(),
         "zips": spec.payload.zips.iter().map(|zip| &zip.digest).collect::<Vec<_>>(),
         "host_kernel": host.kernel,
-    })
+    });
+    if let (true, Some(described)) = (spec.initialised, described.as_object_mut()) {
+        let command = one_line(&spec.process.arguments.join(" "), COMMAND_CHARACTERS);
+        described.insert("command".into(), command.into());
+    }
+    described
 }
 
 #[cfg(test)]
@@ -208,6 +251,67 @@ mod tests {
         fs::write(folder.path().join("other"), "vmm").unwrap();
         fs::rename(folder.path().join("other"), &assets.vmm).unwrap();
         assert_ne!(of(&spec), first, "another VMM");
+    }
+
+    #[test]
+    fn the_key_of_a_running_workload_is_of_all_that_it_was_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let assets = assets(folder.path());
+        let host = Host { kernel: "6".into(), processor: Vec::new() };
+        let of = |spec: &RoomSpec| key(spec, &assets, &host, "d").unwrap();
+        let size = |rows| Some(carrel_protocol::agent::TerminalSize { rows, columns: 80 });
+        let process = ProcessSpec { terminal: size(24), ..ProcessSpec::default() };
+        let spec = RoomSpec { initialised: true, process: process.clone(), ..testing::room() };
+        let first = of(&spec);
+        let other_window = ProcessSpec { terminal: size(50), ..process.clone() };
+        let later = RoomSpec {
+            id: Some("0123456789ab".parse().unwrap()),
+            name: Some("name".parse().unwrap()),
+            process: other_window,
+            timeout_ms: Some(5),
+            detached: true,
+            ..spec.clone()
+        };
+        assert_eq!(of(&later), first);
+        let processes = [
+            ProcessSpec { arguments: vec!["x".into()], ..process.clone() },
+            ProcessSpec { environment: vec!["AWS_SECRET_ACCESS_KEY=x".into()], ..process.clone() },
+            ProcessSpec { working_directory: "/x".into(), ..process.clone() },
+            ProcessSpec { user: "1".into(), ..process.clone() },
+            ProcessSpec { interactive: true, ..process.clone() },
+            ProcessSpec { terminal: None, ..process },
+        ];
+        let mut others: Vec<RoomSpec> =
+            processes.into_iter().map(|process| RoomSpec { process, ..spec.clone() }).collect();
+        others.push(RoomSpec { initialised: false, ..spec.clone() });
+        let surroundings = Surroundings { hostname: Some("desk".into()), ..Surroundings::default() };
+        others.push(RoomSpec { surroundings, ..spec.clone() });
+        let function = FunctionSpec {
+            name: "f".into(),
+            memory_mb: 128,
+            timeout_ms: 3000,
+            init_timeout_ms: 13_000,
+            response_bytes: 100,
+        };
+        others.push(RoomSpec { function: Some(function), ..spec });
+        let keys: std::collections::BTreeSet<TemplateKey> = others.iter().map(of).collect();
+        assert_eq!(keys.len(), others.len());
+        assert!(!keys.contains(&first));
+    }
+
+    #[test]
+    fn a_description_names_the_command_and_no_variable() {
+        let host = Host { kernel: "6".into(), processor: Vec::new() };
+        let process = ProcessSpec {
+            arguments: vec!["python3".into(), "-c".into(), "x\n".repeat(10_000)],
+            environment: vec!["TOKEN=secret".into()],
+            ..ProcessSpec::default()
+        };
+        let spec = RoomSpec { process, ..testing::room() };
+        assert_eq!(description(&spec, &host, "d").get("command"), None);
+        let described = description(&RoomSpec { initialised: true, ..spec }, &host, "d");
+        assert!(described["command"].as_str().unwrap().starts_with("python3 -c x"), "{described}");
+        assert!(described.to_string().len() < 1000 && !described.to_string().contains("secret"));
     }
 
     #[test]

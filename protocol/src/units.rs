@@ -60,6 +60,11 @@ ranged!(
     MemoryMib(u32), "memory in MiB", 64u32, 65_536u32
 );
 
+impl VcpuCount {
+    /// The least.
+    pub const ONE: Self = Self(1);
+}
+
 impl MemoryMib {
     /// The same in bytes.
     pub const fn bytes(self) -> u64 {

@@ -3,7 +3,12 @@
 //! ```text
 //!  owner                                        carrel-vmm
 //!    │ ── Configure or Restore + descriptors ───▶ │  set-up filter: maps, KVM_CREATE_*
+//!    │    or ahead of need:                       │
+//!    │ ── Prepare + /dev/kvm ───────────────────▶ │  makes all that needs no snapshot, and waits
+//!    │ ◀────────────────── Prepared / Broken ──── │
+//!    │ ── Restore + descriptors, any time later ▶ │
 //!    │ ◀──────────────────── Booted / Broken ──── │  run filter from here on
+//!    │ ── RecordWorkingSet + descriptor ────────▶ │  which pages a clone has touched
 //!    │ ◀──────────────── Dialled + descriptor ─── │  the guest dialled a port: one end of a socketpair
 //!    │ ── SetBalloon, Pause, Resume, Stop … ────▶ │
 //!    │ ◀──────────────── Done / Refused ───────── │  one answer a request, in order
@@ -25,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use crate::units::{MemoryMib, VcpuCount};
 
 /// Version of this wire form.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Descriptors that one packet carries at most (Linux's SCM_MAX_FD is 253).
 pub const MAX_DESCRIPTORS: usize = 32;
 /// Bytes in one packet at most, header included: above every kind's cap.
@@ -46,6 +51,8 @@ crate::messages! {
         6 Stop KIB;
         7 Restore 64 * KIB;
         8 Snapshot KIB;
+        9 Prepare KIB;
+        10 RecordWorkingSet KIB;
     }
 }
 
@@ -61,6 +68,7 @@ crate::messages! {
         7 DeviceStopped 4 * KIB;
         8 Ended 4 * KIB;
         9 Snapshotted KIB;
+        10 Prepared 8 * KIB;
     }
 }
 
@@ -114,7 +122,22 @@ pub struct VmConfig<R> {
     pub track_dirty: bool,
 }
 
-/// The first packet, for a machine that goes on from a snapshot.
+/// The first packet, for a machine that will go on from a snapshot which nobody has chosen yet: the VMM makes everything that needs none. Its second packet is
+/// a [`Restore`] without `kvm`, and nothing else.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prepare {
+    /// [`VERSION`] of the owner's build. The VMM refuses any but its own.
+    pub version: u32,
+    /// `/dev/kvm`.
+    pub kvm: Descriptor,
+    /// vCPUs that the snapshot will have to have.
+    pub vcpus: VcpuCount,
+    /// Guest memory that the snapshot will have to have.
+    pub memory_mib: MemoryMib,
+}
+
+/// The first packet, or the second after [`Prepare`], for a machine that goes on from a snapshot.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Restore {
@@ -129,14 +152,16 @@ pub struct Restore {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RestoreConfig<R> {
-    /// `/dev/kvm`.
-    pub kvm: R,
+    /// `/dev/kvm`, unless the VMM was prepared: then it has had it.
+    pub kvm: Option<R>,
     /// The state file, read once, its checksum checked.
     pub state: R,
     /// The memory file, mapped copy-on-write: it is not written to, and must not be truncated while any clone lives.
     pub memory: R,
     /// The vsock device's listening socket, as [`VsockConfig::socket`].
     pub vsock: Option<R>,
+    /// Which pages to have ahead of the guest ([`RecordWorkingSet`]). One that can't be used is not: see [`Booted::notice`].
+    pub working_set: Option<R>,
     /// A disk for each that the snapshot has, in its order.
     #[serde(default = "Vec::new")]
     pub blocks: Vec<RestoredBlock<R>>,
@@ -293,12 +318,23 @@ pub type VmFile = VmConfig<PathBuf>;
 /// The same for one that goes on from a snapshot.
 pub type RestoreFile = RestoreConfig<PathBuf>;
 
+/// All that needs no snapshot is there, after [`Prepare`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Prepared {
+    /// As [`Booted::timeline`].
+    pub timeline: Vec<Mark>,
+}
+
 /// The first vCPU is about to run, and the run filter holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Booted {
-    /// What happened when: names in order, each with CLOCK_MONOTONIC in µs.
+    /// What happened when, since [`Prepared`] where there was one: names in order, each with CLOCK_MONOTONIC in µs.
     pub timeline: Vec<Mark>,
+    /// What was handed over and could not be used, in one sentence; the machine runs without.
+    #[serde(default)]
+    pub notice: Option<String>,
 }
 
 /// A moment in a start.
@@ -346,6 +382,14 @@ pub struct Pause {}
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Resume {}
+
+/// Write down which pages of its memory a machine that goes on from a snapshot has touched by now, for [`RestoreConfig::working_set`] of others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RecordWorkingSet {
+    /// An empty file, opened for writing.
+    pub file: Descriptor,
+}
 
 /// Answer with [`Metrics`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -101,7 +101,7 @@ fn what_the_host_tells_the_agent_is_pinned() {
         ("refused", agent::Refused { reason: "no".into() }.into()),
         (
             "prepare",
-            Prepare {
+            agent::Prepare {
                 container: ContainerId(0),
                 layers: vec![
                     Layer {
@@ -221,7 +221,7 @@ fn what_the_agent_tells_the_host_is_pinned() {
             }
             .into(),
         ),
-        ("prepared", Prepared { container: ContainerId(0), bytes: 1, entries: 2, took_us: 3 }.into()),
+        ("prepared", agent::Prepared { container: ContainerId(0), bytes: 1, entries: 2, took_us: 3 }.into()),
         ("started", Started { process: ProcessId(0) }.into()),
         (
             "exited",
@@ -288,10 +288,11 @@ fn vm() -> VmConfig<Descriptor> {
 
 fn restore() -> RestoreConfig<Descriptor> {
     RestoreConfig {
-        kvm: Descriptor(0),
+        kvm: Some(Descriptor(0)),
         state: Descriptor(1),
         memory: Descriptor(2),
         vsock: Some(Descriptor(3)),
+        working_set: Some(Descriptor(8)),
         blocks: vec![
             RestoredBlock {
                 id: "room".into(),
@@ -321,6 +322,21 @@ fn what_the_owner_tells_the_vmm_is_pinned() {
         ("read-metrics", ReadMetrics {}.into()),
         ("stop", Stop {}.into()),
         ("restore", Restore { version: vmm::VERSION, vm: restore() }.into()),
+        (
+            "restore-prepared",
+            Restore { version: vmm::VERSION, vm: RestoreConfig { kvm: None, ..restore() } }.into(),
+        ),
+        (
+            "prepare",
+            vmm::Prepare {
+                version: vmm::VERSION,
+                kvm: Descriptor(0),
+                vcpus: VcpuCount::try_from(2).unwrap(),
+                memory_mib: MemoryMib::try_from(128).unwrap(),
+            }
+            .into(),
+        ),
+        ("record-working-set", RecordWorkingSet { file: Descriptor(0) }.into()),
         ("snapshot", snapshot(SnapshotKind::Full)),
         ("snapshot-differential", snapshot(SnapshotKind::Differential)),
     ];
@@ -331,7 +347,12 @@ fn what_the_owner_tells_the_vmm_is_pinned() {
 fn what_the_vmm_tells_its_owner_is_pinned() {
     let stopped = |reason| DeviceStopped { device: "block room".into(), reason };
     let mut messages: Vec<(String, vmm::FromVmm)> = vec![
-        ("booted".into(), Booted { timeline: vec![Mark { done: "memory".into(), at_us: 1 }] }.into()),
+        (
+            "booted".into(),
+            Booted { timeline: vec![Mark { done: "memory".into(), at_us: 1 }], notice: Some("n".into()) }
+                .into(),
+        ),
+        ("prepared".into(), vmm::Prepared { timeline: vec![Mark { done: "vm".into(), at_us: 1 }] }.into()),
         ("broken".into(), Broken { end: End::Kvm, message: "m".into() }.into()),
         ("dialled".into(), Dialled { port: 1024 }.into()),
         ("done".into(), Done {}.into()),

@@ -19,7 +19,7 @@ use crate::printable::Printable;
 use crate::reference::Source;
 use crate::registry::refusal::RegistryError;
 use crate::section::SectionError;
-use crate::templates::{TemplateError, Templates};
+use crate::templates::{TemplateBounds, TemplateError, Templates};
 
 /// Why the store could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -98,6 +98,12 @@ impl Store {
         let store = Self { blobs, records, templates: Templates::open(root)? };
         store.sweep();
         Ok(store)
+    }
+
+    /// The same store, its templates kept within these bounds.
+    #[must_use]
+    pub fn with_template_bounds(self, bounds: TemplateBounds) -> Self {
+        Self { templates: self.templates.bounded(bounds), ..self }
     }
 
     /// The folder.

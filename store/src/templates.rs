@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   ROOT/templates/
-//!   ├── <64 digits of its key>/    state, memory, disk, template.json (0444, never written again), and `pinned` if it is
+//!   ├── <64 digits of its key>/    state, memory, disk, template.json (0444, never written again), `working-set` once a clone
+//!   │                              has left one, and `pinned` if it is
 //!   ├── making/<key>/              being made; its maker holds the folder's flock
 //!   └── going/<key>-<inode>/       taken away, and not yet unlinked
 //!
@@ -31,6 +32,7 @@ mod sparse;
 mod template;
 #[cfg(test)]
 mod tests;
+mod working_set;
 
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -44,11 +46,12 @@ pub use canonical::CanonicalError;
 pub use key::{KeyError, TemplateKey};
 pub use list::{Listed, Verified};
 pub use maker::Maker;
-pub use prune::{PrunedTemplate, PrunedTemplates, TemplatePolicy};
+pub use prune::{PrunedTemplate, PrunedTemplates, TemplateBounds, TemplatePolicy};
 pub use record::{LARGEST_DESCRIPTION, Part, Point, Published, RecordError, TemplateRecord};
 pub use refusal::{Damage, TemplateError};
 pub use sparse::{SparseDigest, SparseDigestError};
 pub use template::Template;
+pub use working_set::LARGEST_WORKING_SET;
 
 use folder::{Folder, Held};
 use template::Look;
@@ -65,6 +68,7 @@ const LONGEST: Duration = Duration::from_millis(50);
 #[derive(Clone, Debug)]
 pub struct Templates {
     root: PathBuf,
+    bounds: TemplateBounds,
 }
 
 /// What came of acquiring a template.
@@ -95,7 +99,7 @@ impl Templates {
     ///
     /// If the folders can't be created.
     pub fn open(root: &Path) -> Result<Self, TemplateError> {
-        let templates = Self { root: root.join("templates") };
+        let templates = Self { root: root.join("templates"), bounds: TemplateBounds::default() };
         for folder in [templates.making(), templates.going()] {
             DirBuilder::new()
                 .recursive(true)
@@ -104,6 +108,12 @@ impl Templates {
                 .map_err(TemplateError::io("created", &folder))?;
         }
         Ok(templates)
+    }
+
+    /// The same templates, kept within other bounds.
+    #[must_use]
+    pub fn bounded(self, bounds: TemplateBounds) -> Self {
+        Self { bounds, ..self }
     }
 
     /// The template of this key, if there is a whole one; that is its use, for [`Templates::prune`]. What is seen at a glance is checked: record,
@@ -117,6 +127,7 @@ impl Templates {
             Look::Absent => Ok(None),
             Look::Whole(template) => {
                 template.touch();
+                template.hold();
                 Ok(Some(*template))
             }
             Look::Damaged(folder, damage) => {

@@ -19,8 +19,10 @@ use crate::{evidence, patience, wait_for};
 /// carrel with a home of its own, alone on this machine while it lives.
 pub struct Carrel {
     home: TempDir,
+    store: PathBuf,
     before: Leftovers,
-    clones: bool,
+    cold: bool,
+    begun: Instant,
     // Last: the turn ends when all else is gone.
     _turn: File,
 }
@@ -32,18 +34,23 @@ impl Default for Carrel {
 }
 
 impl Carrel {
-    /// Waits for its turn and makes the home. Rooms begin with a boot: most tests are about what comes after it, and a template for each home would
-    /// double their time.
+    /// Waits for its turn and makes the home. Rooms begin as they do for users: as clones, of the templates that this run of tests has made
+    /// already; the store is shared by all its tests.
     pub fn new() -> Self {
-        Self::with(false)
+        Self::with(false, false)
     }
 
-    /// The same, and rooms begin as they do for users: as clones.
-    pub fn cloning() -> Self {
-        Self::with(true)
+    /// The same, and rooms begin with a boot: for tests of images that nobody begins twice, or of the boot itself.
+    pub fn cold() -> Self {
+        Self::with(true, false)
     }
 
-    fn with(clones: bool) -> Self {
+    /// With a store of its own, in the home: for tests of what a store holds.
+    pub fn with_own_store() -> Self {
+        Self::with(false, true)
+    }
+
+    fn with(cold: bool, own_store: bool) -> Self {
         let base = base();
         std::fs::create_dir_all(&base).expect("the tests' folder can be made");
         let turn = OpenOptions::new()
@@ -54,13 +61,21 @@ impl Carrel {
             .expect("the tests' folder can be written");
         rustix::fs::flock(&turn, FlockOperation::LockExclusive).expect("the turn can be taken");
         let home =
-            tempfile::Builder::new().prefix("carrel-test-").tempdir_in(base).expect("a home can be made");
-        Self { before: Leftovers::now(home.path()), home, clones, _turn: turn }
+            tempfile::Builder::new().prefix("carrel-test-").tempdir_in(&base).expect("a home can be made");
+        let store = if own_store { home.path().join("store") } else { shared_store(&base) };
+        let before = Leftovers::now(home.path(), &store);
+        let cold = cold || std::env::var_os("CARREL_TEST_COLD").is_some();
+        Self { before, home, store, cold, begun: Instant::now(), _turn: turn }
     }
 
     /// The home.
     pub fn home(&self) -> &Path {
         self.home.path()
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Path {
+        &self.store
     }
 
     /// A folder for the test's own files, gone with the home.
@@ -73,9 +88,16 @@ impl Carrel {
     /// The command, ready to be run, with the given arguments.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(binary());
-        command.args(arguments).env("CARREL_HOME", self.home()).env_remove("CARREL_LOG_FORMAT");
-        command.env("CARREL_COLD", if self.clones { "0" } else { "1" });
+        command.args(arguments).env("CARREL_HOME", self.home()).env("CARREL_STORE", self.store());
+        command.env_remove("CARREL_LOG_FORMAT").env("CARREL_COLD", if self.cold { "1" } else { "0" });
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// The same, with another home and its store.
+    pub fn command_in(&self, home: &Path, arguments: &[&str]) -> Command {
+        let mut command = self.command(arguments);
+        command.env("CARREL_HOME", home).env("CARREL_STORE", home.join("store"));
         command
     }
 
@@ -146,7 +168,7 @@ impl Carrel {
         let mut left = String::new();
         let deadline = Instant::now() + Duration::from_secs(30);
         while Instant::now() < deadline {
-            left = Leftovers::now(self.home()).beyond(&self.before);
+            left = Leftovers::now(self.home(), self.store()).beyond(&self.before);
             if left.is_empty() {
                 return;
             }
@@ -173,7 +195,38 @@ impl Drop for Carrel {
         if !std::thread::panicking() {
             self.expect_nothing_left();
         }
+        note_time(self.begun.elapsed());
     }
+}
+
+/// Adds what this test took to the file that `CARREL_TEST_TIMES` names, without the wait for its turn.
+fn note_time(took: Duration) {
+    let Some(file) = std::env::var_os("CARREL_TEST_TIMES") else { return };
+    let thread = std::thread::current();
+    let line = format!("{:.1} {}\n", took.as_secs_f64(), thread.name().unwrap_or("?"));
+    // Not worth a failure.
+    let _ = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(file)
+        .and_then(|mut f| f.write_all(line.as_bytes()));
+}
+
+/// The store of this run: of the one that `CARREL_TEST_RUN` names, else of this program. What is left of another run's is removed first, with the turn taken.
+fn shared_store(base: &Path) -> PathBuf {
+    let store = base.join("carrel-tests.store");
+    let run = std::env::var("CARREL_TEST_RUN").unwrap_or_else(|_| format!("process {}", std::process::id()));
+    let note = base.join("carrel-tests.run");
+    if std::fs::read_to_string(&note).ok().as_deref() != Some(&run) {
+        match std::fs::remove_dir_all(&store) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                panic!("{}: {error}", store.display())
+            }
+            Ok(()) | Err(_) => {}
+        }
+        std::fs::write(&note, &run).expect("the tests' folder can be written");
+    }
+    store
 }
 
 /// Where homes are made. The emulated host has a disk for the store; its temporary folder is memory.

@@ -1,8 +1,9 @@
 //! What carrel may leave behind on a machine, and must not: processes, cgroups, mounts, sockets, files.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -16,8 +17,8 @@ const RECORDED: [&str; 6] = ["lock", "room.json", "state.json", "owner.log", "lo
 pub struct Leftovers(BTreeSet<String>);
 
 impl Leftovers {
-    /// Looks around, and into a home.
-    pub fn now(home: &Path) -> Self {
+    /// Looks around, and into a home and a store.
+    pub fn now(home: &Path, store: &Path) -> Self {
         let mut all = BTreeSet::new();
         all.extend(
             processes::all().iter().map(|process| format!("process {} {}", process.pid, process.line)),
@@ -29,13 +30,48 @@ impl Leftovers {
             files(Path::new(folder), &mut all);
         }
         rooms(&home.join("rooms"), &mut all);
-        ingests(&home.join("store/ingest"), &mut all);
+        ingests(&store.join("ingest"), &mut all);
+        templates(&store.join("templates"), &mut all);
         Self(all)
     }
 
     /// What is there that wasn't before, as text; empty if nothing is.
     pub fn beyond(&self, before: &Self) -> String {
         self.0.difference(&before.0).map(|line| format!("  {line}\n")).collect()
+    }
+}
+
+/// Files below some folders, and what they take of the disk, in bytes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Disk(BTreeMap<PathBuf, u64>);
+
+impl Disk {
+    /// Looks at all of it.
+    pub fn of(folders: &[PathBuf]) -> Self {
+        let mut all = BTreeMap::new();
+        folders.iter().for_each(|folder| allocated(folder, &mut all));
+        Self(all)
+    }
+
+    /// What is new, or takes more than before, as text; empty if nothing does.
+    pub fn beyond(&self, before: &Self) -> String {
+        let more = self.0.iter().filter(|(path, bytes)| before.0.get(*path).is_none_or(|then| then < bytes));
+        more.map(|(path, bytes)| {
+            let then = before.0.get(path).map_or("not there".to_owned(), |then| format!("{then} bytes"));
+            format!("  {}: {bytes} bytes, before {then}\n", path.display())
+        })
+        .collect()
+    }
+}
+
+fn allocated(folder: &Path, all: &mut BTreeMap<PathBuf, u64>) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        match entry.metadata() {
+            Ok(found) if found.is_dir() => allocated(&entry.path(), all),
+            Ok(found) => drop(all.insert(entry.path(), found.blocks() * 512)),
+            // It goes while it is looked at.
+            Err(_) => {}
+        }
     }
 }
 
@@ -110,6 +146,15 @@ fn ingests(folder: &Path, all: &mut BTreeSet<String>) {
     }
 }
 
+/// Templates that nobody made to the end, or removed to the end (docs/store.md).
+fn templates(folder: &Path, all: &mut BTreeSet<String>) {
+    for half in ["making", "going"] {
+        for entry in fs::read_dir(folder.join(half)).into_iter().flatten().flatten() {
+            all.insert(format!("template {}", entry.path().display()));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -155,6 +200,42 @@ mod tests {
         let expected = ["file c/disk", "file c/owner.sock", "room a"];
         let strip = |line: &String| line.replace(&format!("{}/", home.path().display()), "");
         assert_eq!(seen(|all| rooms(home.path(), all)).iter().map(strip).collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn a_file_that_is_new_or_grew_is_told_and_one_that_went_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::create_dir(path("below")).unwrap();
+        for name in ["same", "gone", "below/grows"] {
+            fs::write(path(name), [1; 100]).unwrap();
+        }
+        let look = || Disk::of(&[folder.path().to_owned()]);
+        let before = look();
+        assert_eq!(look().beyond(&before), "");
+        fs::remove_file(path("gone")).unwrap();
+        fs::write(path("below/grows"), [1; 100_000]).unwrap();
+        fs::write(path("empty"), "").unwrap();
+        let said = look().beyond(&before);
+        let lines: Vec<&str> = said.lines().collect();
+        assert_eq!(lines.len(), 2, "{said}");
+        assert!(
+            lines[0].contains("below/grows: ") && lines[1].contains("empty: 0 bytes, before not there"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn a_template_that_is_half_made_or_half_gone_is_left_over_and_a_whole_one_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["0a", "making/0b", "going/0c-7"] {
+            fs::create_dir_all(folder.path().join(name)).unwrap();
+        }
+        let seen = seen(|all| templates(folder.path(), all));
+        assert!(
+            matches!(&seen[..], [gone, made] if gone.ends_with("going/0c-7") && made.ends_with("making/0b")),
+            "{seen:?}"
+        );
     }
 
     #[test]

@@ -5,12 +5,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Instant;
 
-use carrel_tests::functions::{FunctionZip, python};
+use carrel_tests::functions::{FunctionZip, MEMORY, handlers, python};
 use carrel_tests::layout::{Image, LAYER, Layer, Tar, digest};
+use carrel_tests::mounted::Mounted;
 use carrel_tests::registry::Registry;
 use carrel_tests::{Carrel, Done, Running, fixtures, wait_for};
 use serde_json::{Value, json};
@@ -18,7 +17,7 @@ use serde_json::{Value, json};
 /// Runs an image made for this test; its command says that it ran.
 fn run(carrel: &Carrel, image: &Image) -> Done {
     let name = image.write(&carrel.scratch().join("image"));
-    carrel.run(&["run", &name, "sh", "-c", "echo ran"])
+    carrel.run(&["run", "--cold", &name, "sh", "-c", "echo ran"])
 }
 
 fn with_layer(layer: Layer) -> Image {
@@ -29,7 +28,7 @@ fn with_layer(layer: Layer) -> Image {
 
 #[test]
 fn an_image_that_does_not_exist() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let registry = Registry::start(&carrel.scratch());
     let missing = format!("{}/no/such:image", registry.address);
     carrel.run(&["run", &missing]).complains(125, &[&missing]);
@@ -43,13 +42,13 @@ fn an_image_that_does_not_exist() {
 
 #[test]
 fn a_registry_that_does_not_answer() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     carrel.run(&["run", "127.0.0.1:1/name:tag"]).complains(125, &["127.0.0.1:1"]);
 }
 
 #[test]
 fn a_wrong_digest() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let mut layer = Layer::plain(Tar::new().file("a", b"honest"));
     let last = layer.bytes.len() - 2000;
     layer.bytes[last] ^= 1;
@@ -59,8 +58,8 @@ fn a_wrong_digest() {
 
 #[test]
 fn of_what_was_refused_nothing_stays_in_the_store() {
-    let carrel = Carrel::new();
-    let blobs = || fs::read_dir(carrel.home().join("store/blobs/sha256")).unwrap().count();
+    let carrel = Carrel::with_own_store();
+    let blobs = || fs::read_dir(carrel.store().join("blobs/sha256")).unwrap().count();
     let good = || Layer::gzip(&Tar::new().file("good", b"honest").bytes());
     // By the host, before anything runs; by the guest, that unpacks it.
     let mut wrong = Layer::plain(Tar::new().file("a", b"honest"));
@@ -78,7 +77,7 @@ fn of_what_was_refused_nothing_stays_in_the_store() {
 
 #[test]
 fn a_configuration_that_lies_about_what_a_layer_unpacks_to() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let mut layer = Layer::gzip(&Tar::new().file("a", b"honest").bytes());
     layer.diff_id = digest(b"something else");
     run(&carrel, &with_layer(layer)).complains(125, &["damaged", "the image's configuration says"]);
@@ -86,7 +85,7 @@ fn a_configuration_that_lies_about_what_a_layer_unpacks_to() {
 
 #[test]
 fn a_truncated_layer() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     // Shorter than the manifest says.
     let mut short = Layer::plain(Tar::new().file("a", &[7; 5000]));
     short.bytes.truncate(3000);
@@ -100,7 +99,7 @@ fn a_truncated_layer() {
 
 #[test]
 fn a_layer_that_is_longer_than_it_says() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let mut layer = Layer::plain(Tar::new().file("a", b"honest"));
     layer.size -= 512;
     run(&carrel, &with_layer(layer)).complains(125, &["size"]);
@@ -108,7 +107,7 @@ fn a_layer_that_is_longer_than_it_says() {
 
 #[test]
 fn a_layer_that_is_not_what_its_media_type_says() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let mut layer = Layer::plain(Tar::new().file("a", b"not gzip"));
     layer.media_type = format!("{LAYER}+gzip");
     run(&carrel, &with_layer(layer)).complains(125, &["layer"]);
@@ -116,7 +115,7 @@ fn a_layer_that_is_not_what_its_media_type_says() {
 
 #[test]
 fn an_unknown_media_type() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let mut layer = Layer::plain(Tar::new().file("a", b"1"));
     layer.media_type = "application/vnd.example.layer.v9+lzma".into();
     run(&carrel, &with_layer(layer)).complains(125, &["application/vnd.example.layer.v9+lzma"]);
@@ -124,7 +123,7 @@ fn an_unknown_media_type() {
 
 #[test]
 fn an_image_for_another_architecture() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let mut image = with_layer(Layer::plain(Tar::new()));
     image.architecture = "riscv64".into();
     run(&carrel, &image).complains(125, &["riscv64", "amd64"]);
@@ -132,7 +131,7 @@ fn an_image_for_another_architecture() {
 
 #[test]
 fn documents_that_are_no_json_or_not_the_expected() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let folder = carrel.scratch().join("image");
     let name = with_layer(Layer::plain(Tar::new())).write(&folder);
     let index = fs::read_to_string(folder.join("index.json")).unwrap();
@@ -150,7 +149,8 @@ fn documents_that_are_no_json_or_not_the_expected() {
     }
 }
 
-// Payloads that would escape: refused, or kept inside the root (docs/agent.md, *What would escape*).
+// Payloads that would escape: refused, or kept inside the root (docs/agent.md, *What would escape*). Each refusal takes a room of its own, so there are
+// one or two of a kind here; the agent's own tests, `agent/src/unpack/tests/`, go through all of them.
 
 /// What such a payload writes.
 const ESCAPED: &str = "carrel-test-escaped";
@@ -158,7 +158,7 @@ const ESCAPED: &str = "carrel-test-escaped";
 /// Runs an image that tries, and returns where in the room the file is then: below its root, on the root's own file system.
 fn found(carrel: &Carrel, layers: Vec<Layer>) -> Vec<String> {
     let image = Image::new(layers).write(&carrel.scratch().join("image"));
-    let look = format!("echo ran; busybox find / -xdev -name {ESCAPED}");
+    let look = format!("echo ran; busybox find / -xdev -name '{ESCAPED}*' | busybox sort");
     let done = carrel.run(&["run", &image, "sh", "-c", &look]).succeeds();
     let mut lines = done.text().lines().map(str::to_owned);
     assert_eq!(lines.next().as_deref(), Some("ran"), "{done:?}");
@@ -172,40 +172,46 @@ fn above_shell(tar: Tar) -> Vec<Layer> {
 
 #[test]
 fn a_tar_that_would_escape_by_parent_or_absolute_name() {
-    let carrel = Carrel::new();
-    for up in ["../", "../../../../../tmp/", "a/../../", "/../", "a/../"] {
+    let carrel = Carrel::cold();
+    for up in ["../../../../../tmp/", "/../"] {
         let tar = Tar::new().file(&format!("{up}{ESCAPED}"), b"escaped");
         run(&carrel, &with_layer(Layer::plain(tar)))
             .complains(125, &[ESCAPED, "would escape by '..' in its name"]);
     }
-    for (name, inside) in [("/tmp/", "/tmp/"), ("//", "/"), ("./", "/")] {
-        let tar = Tar::new().file(&format!("{name}{ESCAPED}"), b"escaped");
-        assert_eq!(found(&carrel, above_shell(tar)), [format!("{inside}{ESCAPED}")], "{name}");
-    }
+    let names = ["/tmp/", "//", "./"].into_iter().enumerate();
+    let tar = names.fold(Tar::new(), |tar, (n, name)| tar.file(&format!("{name}{ESCAPED}{n}"), b"escaped"));
+    let inside = ["/", "/", "/tmp/"].into_iter().zip([1, 2, 0]);
+    let inside: Vec<String> = inside.map(|(folder, n)| format!("{folder}{ESCAPED}{n}")).collect();
+    assert_eq!(found(&carrel, above_shell(tar)), inside);
 }
 
 #[test]
 fn a_tar_that_would_escape_by_symbolic_link() {
-    let carrel = Carrel::new();
-    let through = |target: &str| {
-        Tar::new().directory("inner").symlink("way", target).file(&format!("way/{ESCAPED}"), b"escaped")
-    };
-    for (target, inside) in [
+    let carrel = Carrel::cold();
+    let cases = [
         ("/inner", "/inner"),
         ("../../../../../inner", "/inner"),
         ("/../../inner", "/inner"),
         ("/", ""),
         ("..", ""),
         ("inner/../../..", ""),
-    ] {
-        assert_eq!(found(&carrel, above_shell(through(target))), [format!("{inside}/{ESCAPED}")], "{target}");
-    }
-    // What is outside in the guest is no place of the image's: it is made, inside.
-    for (target, inside) in [("/room", "/room"), ("../room/containers", "/room/containers")] {
-        assert_eq!(found(&carrel, above_shell(through(target))), [format!("{inside}/{ESCAPED}")], "{target}");
-    }
+        // What is outside in the guest is no place of the image's: it is made, inside.
+        ("/room", "/room"),
+        ("../room/containers", "/room/containers"),
+    ];
+    let through = |tar: Tar, n: usize, target: &str| {
+        tar.symlink(&format!("way{n}"), target).file(&format!("way{n}/{ESCAPED}{n}"), b"escaped")
+    };
+    let tar = cases
+        .iter()
+        .enumerate()
+        .fold(Tar::new().directory("inner"), |tar, (n, (target, _))| through(tar, n, target));
     // Below the container's own /proc, where nobody sees it.
-    assert_eq!(found(&carrel, above_shell(through("/proc/1/root"))), [""; 0]);
+    let tar = through(tar, cases.len(), "/proc/1/root");
+    let mut inside: Vec<String> =
+        cases.iter().enumerate().map(|(n, (_, folder))| format!("{folder}/{ESCAPED}{n}")).collect();
+    inside.sort();
+    assert_eq!(found(&carrel, above_shell(tar)), inside);
     // Also when the link comes from one layer and the file from the next.
     let lower = Layer::plain(Tar::with_shell().directory("inner").symlink("way", "/../../inner"));
     let upper = Layer::plain(Tar::new().file(&format!("way/{ESCAPED}"), b"escaped"));
@@ -214,11 +220,9 @@ fn a_tar_that_would_escape_by_symbolic_link() {
 
 #[test]
 fn a_tar_that_would_escape_by_hard_link() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     for (target, why) in [
-        ("/proc/1/exe", "which the image doesn't have"),
         ("../../../../init", "is a hard link to"),
-        ("/init", "which the image doesn't have"),
         ("way/init", "which the image doesn't have"),
         ("out/exe", "which the image doesn't have"),
     ] {
@@ -233,8 +237,8 @@ fn a_tar_that_would_escape_by_hard_link() {
 
 #[test]
 fn a_tar_whose_whiteouts_would_remove_what_is_outside() {
-    let carrel = Carrel::new();
-    for name in ["../.wh.init", "a/../../.wh.init", ".wh...", ".wh..", ".wh."] {
+    let carrel = Carrel::cold();
+    for name in ["a/../../.wh.init", ".wh.."] {
         let tar = Tar::new().file(name, b"");
         run(&carrel, &with_layer(Layer::plain(tar))).complains(125, &[name]);
     }
@@ -247,17 +251,14 @@ fn a_tar_whose_whiteouts_would_remove_what_is_outside() {
 
 #[test]
 fn a_zip_that_would_escape() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let good = || FunctionZip::new().file("app.py", "def handler(event, context):\n    return 1\n");
     let up = format!("../{ESCAPED}");
-    let far_up = format!("a/../../../tmp/{ESCAPED}");
     let absolute = format!("/tmp/{ESCAPED}");
     let below = format!("way/{ESCAPED}");
     for (zip, why) in [
         (good().file(&up, "x"), "'..'"),
-        (good().file(&far_up, "x"), "'..'"),
         (good().file(&absolute, "x"), "absolute name"),
-        (good().link("way", "/tmp").file(&below, "x"), "link"),
         (good().link("way", "../../../tmp").file(&below, "x"), "link"),
         // Inside, and all the same: no entry of a zip goes through a link.
         (good().file("inner/a", "x").link("way", "inner").file(&below, "x"), "link"),
@@ -271,7 +272,7 @@ fn a_zip_that_would_escape() {
 
 #[test]
 fn an_image_that_is_in_the_way_of_what_a_container_needs() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     for (path, tar) in [
         ("/dev", Tar::new().file("dev", b"")),
         ("/etc", Tar::new().file("etc", b"")),
@@ -287,7 +288,7 @@ fn an_image_that_is_in_the_way_of_what_a_container_needs() {
 
 #[test]
 fn a_bomb_by_size() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     // Said by the header alone.
     let claimed = Tar::new().claim("huge", 1 << 50);
     run(&carrel, &with_layer(Layer::plain(claimed)))
@@ -300,7 +301,7 @@ fn a_bomb_by_size() {
 
 #[test]
 fn a_bomb_by_entries() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let entry = Tar::new().file(".wh.x", b"").bytes();
     // The same header a million times over: a whiteout of nothing is the cheapest entry, and an entry all the same.
     let tar = entry[..512].repeat(1_000_001);
@@ -309,7 +310,7 @@ fn a_bomb_by_entries() {
 
 #[test]
 fn a_bomb_by_nesting() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let mut image = with_layer(Layer::plain(Tar::new()));
     image.nesting = 200;
     run(&carrel, &image).complains(125, &["more than 4 deep"]);
@@ -320,7 +321,7 @@ fn a_bomb_by_nesting() {
 
 #[test]
 fn a_zip_bomb() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let source = "def handler(event, context):\n    return 1\n";
     let path =
         FunctionZip::new().file("app.py", source).file("zeros", vec![0; 350 << 20]).write(&carrel.scratch());
@@ -333,7 +334,7 @@ fn a_zip_bomb() {
 
 #[test]
 fn a_room_that_runs_beside_bad_input_goes_on_at_its_pace() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let script = "n=0; while :; do n=$((n + 1)); echo beat $n; sleep 0.5; done";
     carrel.detach(&["--name", "neighbour", "-m", "128m", &fixtures::busybox(), "sh", "-c", script]);
     carrel.wait_for_log("neighbour", "beat 1");
@@ -384,8 +385,8 @@ fn a_room_that_runs_beside_bad_input_goes_on_at_its_pace() {
     beside("a runtime that hangs", 124, &|| bootstrap(&carrel, "#!/bin/sh\nsleep 1000\n", "2s"));
     let small = Mounted::tmpfs(&scratch.join("small"), "24m");
     beside("a host out of disk", 125, &|| {
-        let mut command = carrel.command(&["run", &fixtures::image("debian"), "true"]);
-        Running::spawn(command.env("CARREL_HOME", &small.0)).done()
+        Running::spawn(&mut carrel.command_in(small.path(), &["run", &fixtures::image("debian"), "true"]))
+            .done()
     });
     assert_eq!(carrel.run(&["exec", "neighbour", "echo", "well"]).succeeds().text(), "well\n");
     carrel.run(&["kill", "neighbour"]).succeeds();
@@ -401,7 +402,7 @@ fn a_missing_command() {
     let mut image = Image::new(vec![Layer::plain(Tar::with_shell())]);
     image.config = json!({});
     let name = image.write(&carrel.scratch().join("image"));
-    carrel.run(&["run", &name]).complains(125, &["command"]);
+    carrel.run(&["run", "--cold", &name]).complains(125, &["command"]);
 }
 
 #[test]
@@ -414,7 +415,7 @@ fn a_bad_user() {
 
 #[test]
 fn memory_below_what_the_guest_needs() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     carrel.run(&["run", "-m", "8m", &fixtures::busybox(), "true"]).complains(125, &["64 MiB"]);
     // In range, but too little for what runs: in small pieces, so that the kernel finds out when they are used.
     let script = "x = [bytearray(b'x') * (1 << 20) for _ in range(200)]";
@@ -425,7 +426,7 @@ fn memory_below_what_the_guest_needs() {
 
 #[test]
 fn an_event_that_is_not_json() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let zip = python(&carrel.scratch(), "def handler(event, context):\n    return 1\n");
     let invoke =
         |event: &str| carrel.run(&["invoke", "--zip", &zip, "--handler", "app.handler", "--event", event]);
@@ -437,13 +438,13 @@ fn an_event_that_is_not_json() {
 #[test]
 fn a_handler_that_does_not_exist() {
     let carrel = Carrel::new();
-    let zip = python(&carrel.scratch(), "def other(event, context):\n    return 1\n");
-    let done = carrel.run(&["invoke", "--zip", &zip, "--handler", "app.handler", "--timeout", "60s"]);
-    let done = done.ends_with(3);
+    let zip = handlers(&carrel.scratch());
+    let line = ["invoke", "--zip", &zip, "--handler", "app.nobody", "--memory", MEMORY, "--timeout", "60s"];
+    let done = carrel.run(&line).ends_with(3);
     assert!(done.errors().contains("carrel: ") && done.text().contains("HandlerNotFound"), "{done:?}");
     // A custom runtime without its program.
     let zip = FunctionZip::new().file("readme", "no bootstrap").write(&carrel.scratch());
-    let done = carrel.run(&["invoke", "--zip", zip.to_str().unwrap(), "--runtime", "provided"]);
+    let done = carrel.run(&["invoke", "--cold", "--zip", zip.to_str().unwrap(), "--runtime", "provided"]);
     let done = done.ends_with(3);
     assert!(done.text().contains("Runtime.InvalidEntrypoint"), "{done:?}");
 }
@@ -462,7 +463,7 @@ fn error_type(done: &Done) -> Value {
 
 #[test]
 fn a_runtime_that_exits() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let done = bootstrap(&carrel, "#!/bin/sh\nexit 4\n", "5s").ends_with(3);
     assert_eq!(error_type(&done), "Runtime.ExitError");
     assert!(done.text().contains("exit status 4"), "{done:?}");
@@ -470,7 +471,7 @@ fn a_runtime_that_exits() {
 
 #[test]
 fn a_runtime_that_hangs() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     // It never asks for its event: INIT's ten seconds, then the timeout.
     let done = bootstrap(&carrel, "#!/bin/sh\nsleep 1000\n", "2s").ends_with(124);
     assert_eq!(error_type(&done), "Sandbox.Timedout");
@@ -479,9 +480,9 @@ fn a_runtime_that_hangs() {
 #[test]
 fn a_runtime_that_answers_too_much() {
     let carrel = Carrel::new();
-    let source = "def handler(event, context):\n    return 'x' * (7 << 20)\n";
-    let zip = python(&carrel.scratch(), source);
-    let line = ["invoke", "--zip", &zip, "--handler", "app.handler", "--timeout", "90s", "--memory", "512m"];
+    let zip = handlers(&carrel.scratch());
+    let line =
+        ["invoke", "--zip", &zip, "--handler", "app.too_large", "--memory", MEMORY, "--timeout", "90s"];
     let done = carrel.run(&line).ends_with(4);
     assert_eq!(error_type(&done), "Function.ResponseSizeTooLarge");
 }
@@ -490,23 +491,17 @@ fn a_runtime_that_answers_too_much() {
 
 #[test]
 fn a_host_out_of_disk() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let small = Mounted::tmpfs(&carrel.scratch().join("small"), "24m");
     let image = fixtures::image("debian");
-    let pull = |carrel: &Carrel| {
-        let mut command = carrel.command(&["pull", &image]);
-        Running::spawn(command.env("CARREL_HOME", &small.0)).done()
-    };
-    pull(&carrel).complains(1, &["space"]);
+    let with = |arguments: &[&str]| Running::spawn(&mut carrel.command_in(small.path(), arguments)).done();
+    with(&["pull", &image]).complains(1, &["space"]);
     // What was begun is gone, so that something smaller still fits.
-    let mut command = carrel.command(&["run", &fixtures::busybox(), "echo", "fits"]);
-    let done = Running::spawn(command.env("CARREL_HOME", &small.0)).done().succeeds();
+    let done = with(&["run", &fixtures::busybox(), "echo", "fits"]).succeeds();
     assert_eq!(done.text(), "fits\n");
     // A room that writes more than the host has left sees an I/O error; carrel says why.
     let script = "dd if=/dev/zero of=/work/fill bs=1M count=64; sync; echo went on";
-    let mut command = carrel.command(&["run", &fixtures::busybox(), "sh", "-c", script]);
-    let done = Running::spawn(command.env("CARREL_HOME", &small.0)).done();
-    let done = done.succeeds();
+    let done = with(&["run", &fixtures::busybox(), "sh", "-c", script]).succeeds();
     assert_eq!(done.text(), "went on\n");
     let warns = |line: &&str| line.contains(" WARN The host has no space left on the disk that holds ");
     assert_eq!(done.errors().lines().filter(warns).count(), 1, "{done:?}");
@@ -514,17 +509,14 @@ fn a_host_out_of_disk() {
 
 #[test]
 fn a_home_without_a_byte_left() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let small = Mounted::tmpfs(&carrel.scratch().join("full"), "24m");
-    let with = |arguments: &[&str]| {
-        let mut command = carrel.command(arguments);
-        Running::spawn(command.env("CARREL_HOME", &small.0)).done()
-    };
+    let with = |arguments: &[&str]| Running::spawn(&mut carrel.command_in(small.path(), arguments)).done();
     let image = fixtures::busybox();
     let script = "echo begun; while :; do echo line; sleep 0.1; done";
     with(&["run", "-d", "--name", "desk", &image, "sh", "-c", script]).succeeds();
     wait_for("the room's log", || with(&["logs", "desk"]).text().contains("begun").then_some(()));
-    let fill = small.0.join("fill");
+    let fill = small.path().join("fill");
     let mut file = fs::File::create(&fill).unwrap();
     for size in [1 << 20, 4096, 1] {
         while std::io::Write::write_all(&mut file, &vec![1; size]).is_ok() {}
@@ -558,35 +550,6 @@ fn a_usage_report_that_has_no_space() {
     Running::spawn(command.stdout(full()).stderr(full())).done().ends_with(3);
     let mut command = carrel.command(&["run", "--pull", "never", "no-such-image:1"]);
     Running::spawn(command.stdout(full()).stderr(full())).done().ends_with(125);
-}
-
-/// A file system that is unmounted in the end.
-struct Mounted(PathBuf);
-
-impl Mounted {
-    fn tmpfs(at: &Path, size: &str) -> Self {
-        fs::create_dir_all(at).unwrap();
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
-            .arg(at)
-            .status()
-            .expect("mount runs");
-        assert!(mounted.success(), "a tmpfs can be mounted: these tests run as root");
-        Self(at.to_owned())
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            // What runs there ends by itself, or is the culprit: the failure is to be seen at once.
-            let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-            return;
-        }
-        wait_for("the file system to be unused", || {
-            Command::new("umount").arg(&self.0).status().is_ok_and(|status| status.success()).then_some(())
-        });
-    }
 }
 
 /// Bytes that don't compress.

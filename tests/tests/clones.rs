@@ -30,7 +30,7 @@ fn templates(carrel: &Carrel) -> Vec<Value> {
 
 /// The only template's folder.
 fn folder(carrel: &Carrel) -> PathBuf {
-    let all: Vec<PathBuf> = fs::read_dir(carrel.home().join("store/templates"))
+    let all: Vec<PathBuf> = fs::read_dir(carrel.store().join("templates"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
         .filter(|path| path.join("template.json").exists())
@@ -41,7 +41,7 @@ fn folder(carrel: &Carrel) -> PathBuf {
 
 #[test]
 fn every_start_of_an_image_is_a_clone_and_behaves_as_a_boot_does() {
-    let carrel = Carrel::cloning();
+    let carrel = Carrel::with_own_store();
     for n in 0..3 {
         let done = run(&carrel, "echo out; echo err >&2; exit 7").ends_with(7);
         assert_eq!(done.text(), "out\n");
@@ -64,7 +64,7 @@ fn every_start_of_an_image_is_a_clone_and_behaves_as_a_boot_does() {
 
 #[test]
 fn two_clones_share_neither_random_numbers_nor_names_nor_what_they_write() {
-    let carrel = Carrel::cloning();
+    let carrel = Carrel::new();
     // The generator's first bytes, its device, the kernel's own ids, the hostname, and what the last room left on the disk.
     let script = "head -c 32 /dev/urandom | sha256sum; head -c 32 /dev/random | sha256sum; \
                   cat /proc/sys/kernel/random/uuid; hostname; ls /left 2>&1; echo here > /left; cat /left";
@@ -81,7 +81,7 @@ fn two_clones_share_neither_random_numbers_nor_names_nor_what_they_write() {
 
 #[test]
 fn a_clone_knows_the_time_before_its_workload_runs() {
-    let carrel = Carrel::cloning();
+    let carrel = Carrel::new();
     run(&carrel, "true").succeeds();
     // A clone that believed its template's time would be late by this and the template's age.
     std::thread::sleep(std::time::Duration::from_secs(3));
@@ -96,7 +96,7 @@ fn a_clone_knows_the_time_before_its_workload_runs() {
 
 #[test]
 fn a_crowd_that_asks_at_once_has_one_template_made() {
-    let carrel = Carrel::cloning();
+    let carrel = Carrel::with_own_store();
     let image = fixtures::busybox();
     let line = ["run", "-m", MEMORY, "--timeline", &image, "sh", "-c", "cat /proc/sys/kernel/random/uuid"];
     let crowd: Vec<_> = (0..5).map(|_| carrel.start(&line)).collect();
@@ -110,7 +110,7 @@ fn a_crowd_that_asks_at_once_has_one_template_made() {
 
 #[test]
 fn a_damaged_template_never_runs_and_is_made_again() {
-    let carrel = Carrel::cloning();
+    let carrel = Carrel::with_own_store();
     run(&carrel, "true").succeeds();
     let state = folder(&carrel).join("state");
     let good = fs::read(&state).unwrap();
@@ -129,7 +129,7 @@ fn a_damaged_template_never_runs_and_is_made_again() {
 
 #[test]
 fn a_function_begins_as_a_clone() {
-    let carrel = Carrel::cloning();
+    let carrel = Carrel::with_own_store();
     let source = "def handler(event, context):\n    return {'got': event}\n";
     let zip = carrel_tests::functions::python(&carrel.scratch(), source);
     for _ in 0..2 {
@@ -149,4 +149,34 @@ fn a_function_begins_as_a_clone() {
         assert_eq!(serde_json::from_str::<Value>(done.text()).unwrap(), serde_json::json!({"got": {"a": 1}}));
         assert_eq!(start(&done), "clone");
     }
+}
+
+#[test]
+fn a_template_made_ahead_of_need_is_found_and_old_ones_go_by_themselves() {
+    let carrel = Carrel::with_own_store();
+    let image = fixtures::busybox();
+    let create = |memory: &str, more: &[&str]| {
+        carrel.json(&[&["template", "create", "--json", "-m", memory], more, &[&image]].concat())
+    };
+    let made = create(MEMORY, &[]);
+    assert_eq!((&made["made"], &made["point"]), (&Value::from(true), &Value::from("unpacked")));
+    let again = create(MEMORY, &["--pin"]);
+    assert_eq!(
+        (&again["made"], &again["pinned"], &again["key"]),
+        (&false.into(), &true.into(), &made["key"])
+    );
+    let done = run(&carrel, "true").succeeds();
+    assert_eq!((start(&done), done.errors().contains("template made")), ("clone", false));
+    carrel.run(&["template", "create", &image, "true"]).complains(1, &["--initialised"]);
+    // One that nobody uses, and one that a room runs from, are there when there shall be none.
+    create("144m", &[]);
+    carrel.detach(&["--name", "user", "-m", "160m", &image, "sleep", "600"]);
+    let mut command = carrel.command(&["template", "create", "--json", "-m", "176m", &image]);
+    let last = carrel_tests::Running::spawn(command.env("CARREL_TEMPLATE_BYTES", "0")).done().succeeds();
+    let last: Value = serde_json::from_str(last.text()).unwrap();
+    let memory = |listed: &Value| listed["description"]["memory_mib"].as_u64().unwrap();
+    let mut left: Vec<u64> = templates(&carrel).iter().map(memory).collect();
+    left.sort_unstable();
+    assert_eq!(left, [128, 160, 176], "the pinned one, that in use, the newest: {last}");
+    carrel.run(&["rm", "--force", "user"]).succeeds();
 }

@@ -6,16 +6,15 @@
 use std::io::Read;
 use std::path::Path;
 
-use carrel_tests::functions::{FunctionZip, python};
+use carrel_tests::functions::{FunctionZip, MEMORY, handlers, python};
 use carrel_tests::layout::{Image, Layer, Tar};
 use carrel_tests::{Carrel, Done, fixtures};
 use serde_json::{Value, json};
 
-fn invoke(carrel: &Carrel, source: &str, event: &str, more: &[&str]) -> Done {
-    let zip = python(&carrel.scratch(), source);
-    let line =
-        ["invoke", "--zip", &zip, "--runtime", "python3.11", "--handler", "app.handler", "--event", event];
-    carrel.run(&[&line[..], more].concat())
+fn invoke(carrel: &Carrel, handler: &str, event: &str, more: &[&str]) -> Done {
+    let zip = handlers(&carrel.scratch());
+    let line = ["invoke", "--zip", &zip, "--runtime", "python3.11", "--memory", MEMORY, "--timeout", "90s"];
+    carrel.run(&[&line[..], &["--handler", handler, "--event", event], more].concat())
 }
 
 fn answer(done: &Done) -> Value {
@@ -35,25 +34,16 @@ fn rust_bootstrap() -> String {
 #[test]
 fn a_python_function_answers_and_logs_as_on_lambda() {
     let carrel = Carrel::new();
-    let source = "import os, sys\n\
-        def handler(event, context):\n\
-        \x20   print('to the log')\n\
-        \x20   print('to stderr', file=sys.stderr)\n\
-        \x20   return {'event': event, 'name': context.function_name, 'memory': context.memory_limit_in_mb,\n\
-        \x20           'left': context.get_remaining_time_in_millis(), 'id': context.aws_request_id,\n\
-        \x20           'handler': os.environ['_HANDLER'], 'a': os.environ['A'], 'uid': os.getuid(),\n\
-        \x20           'engine': os.environ['AWS_EXECUTION_ENV'], 'task': os.environ['LAMBDA_TASK_ROOT'],\n\
-        \x20           'trace': os.environ['_X_AMZN_TRACE_ID']}\n";
-    let more = ["--env", "A=1", "--memory", "256m", "--timeout", "60s", "--name", "answers"];
-    let done = invoke(&carrel, source, r#"{"n": 1}"#, &more).succeeds();
+    let done =
+        invoke(&carrel, "app.answers", r#"{"n": 1}"#, &["--env", "A=1", "--name", "answers"]).succeeds();
     let got = answer(&done);
     assert_eq!(got["event"], json!({ "n": 1 }));
     assert_eq!(
         (&got["name"], &got["handler"], &got["a"]),
-        (&json!("answers"), &json!("app.handler"), &json!("1"))
+        (&json!("answers"), &json!("app.answers"), &json!("1"))
     );
-    assert_eq!(got["memory"].to_string().trim_matches('"'), "256");
-    assert!((1..=60_000).contains(&got["left"].as_i64().unwrap()), "{got}");
+    assert_eq!(got["memory"].to_string().trim_matches('"'), "512");
+    assert!((1..=90_000).contains(&got["left"].as_i64().unwrap()), "{got}");
     assert_ne!(got["uid"], json!(0), "functions are no root");
     assert_eq!((&got["engine"], &got["task"]), (&json!("AWS_Lambda_python3.11"), &json!("/var/task")));
     let trace = got["trace"].as_str().unwrap();
@@ -67,28 +57,26 @@ fn a_python_function_answers_and_logs_as_on_lambda() {
     for field in ["Duration", "Billed Duration", "Init Duration", "Max Memory Used"] {
         assert!(report(&done, field).is_some(), "no {field}: {done:?}");
     }
-    assert_eq!(report(&done, "Memory Size").as_deref(), Some("256 MB"));
+    assert_eq!(report(&done, "Memory Size").as_deref(), Some("512 MB"));
 }
 
 #[test]
 fn the_event_comes_from_a_file_or_standard_input_too() {
     let carrel = Carrel::new();
-    let source = "def handler(event, context):\n    return event['n'] + 1\n";
     let file = carrel.scratch().join("event.json");
     std::fs::write(&file, r#"{"n": 41}"#).unwrap();
-    let done = invoke(&carrel, source, &format!("@{}", file.display()), &["--timeout", "60s"]).succeeds();
+    let done = invoke(&carrel, "app.adds", &format!("@{}", file.display()), &[]).succeeds();
     assert_eq!(done.text().trim(), "42");
-    let zip = python(&carrel.scratch(), source);
-    let line = ["invoke", "--zip", &zip, "--handler", "app.handler", "--timeout", "60s", "--event", "-"];
-    let done = carrel.run_with_input(&line, br#"{"n": 6}"#).succeeds();
+    let zip = handlers(&carrel.scratch());
+    let line = ["invoke", "--zip", &zip, "--handler", "app.adds", "--memory", MEMORY, "--timeout", "60s"];
+    let done = carrel.run_with_input(&[&line[..], &["--event", "-"]].concat(), br#"{"n": 6}"#).succeeds();
     assert_eq!(done.text().trim(), "7");
 }
 
 #[test]
 fn an_exception_is_the_functions_error() {
     let carrel = Carrel::new();
-    let source = "def handler(event, context):\n    raise ValueError('not today')\n";
-    let done = invoke(&carrel, source, "{}", &["--timeout", "60s"]).ends_with(1);
+    let done = invoke(&carrel, "app.raises", "{}", &[]).ends_with(1);
     let error = answer(&done);
     assert_eq!((&error["errorType"], &error["errorMessage"]), (&json!("ValueError"), &json!("not today")));
     assert!(error["stackTrace"].is_array(), "{error}");
@@ -110,7 +98,7 @@ fn a_rust_bootstrap_answers_under_the_runtime_provided() {
 
 #[test]
 fn an_image_is_a_function_too() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let zip = std::fs::File::open(rust_bootstrap()).unwrap();
     let mut program = Vec::new();
     zip::ZipArchive::new(zip).unwrap().by_name("bootstrap").unwrap().read_to_end(&mut program).unwrap();
@@ -134,19 +122,7 @@ fn an_image_is_a_function_too() {
 #[test]
 fn a_streamed_response_arrives_whole_though_it_is_larger() {
     let carrel = Carrel::new();
-    // The published client doesn't stream, so the function itself does.
-    let source = "import http.client, os, time\n\
-        def handler(event, context):\n\
-        \x20   client = http.client.HTTPConnection(os.environ['AWS_LAMBDA_RUNTIME_API'])\n\
-        \x20   def body():\n\
-        \x20       for n in range(event['pieces']):\n\
-        \x20           yield b'x' * (1 << 20)\n\
-        \x20   path = '/2018-06-01/runtime/invocation/' + context.aws_request_id + '/response'\n\
-        \x20   headers = {'Lambda-Runtime-Function-Response-Mode': 'streaming', 'Transfer-Encoding': 'chunked'}\n\
-        \x20   client.request('POST', path, body(), headers, encode_chunked=True)\n\
-        \x20   print('status', client.getresponse().status)\n\
-        \x20   time.sleep(60)\n";
-    let done = invoke(&carrel, source, r#"{"pieces": 8}"#, &["--timeout", "50s", "-m", "512m"]).succeeds();
+    let done = invoke(&carrel, "app.streams", r#"{"pieces": 8}"#, &[]).succeeds();
     assert_eq!(done.stdout.len(), 8 << 20);
     assert!(done.stdout.iter().all(|byte| *byte == b'x'));
 }
@@ -187,12 +163,10 @@ fn a_runtime_that_exits_is_named_with_its_status() {
 #[test]
 fn a_handler_or_module_that_does_not_exist_is_an_import_error() {
     let carrel = Carrel::new();
-    let zip = python(&carrel.scratch(), "def other(event, context):\n    return 1\n");
     for (handler, kind) in
-        [("app.handler", "Runtime.HandlerNotFound"), ("nowhere.handler", "Runtime.ImportModuleError")]
+        [("app.nobody", "Runtime.HandlerNotFound"), ("nowhere.handler", "Runtime.ImportModuleError")]
     {
-        let done = carrel.run(&["invoke", "--zip", &zip, "--handler", handler, "--timeout", "60s"]);
-        let done = done.ends_with(3);
+        let done = invoke(&carrel, handler, "{}", &[]).ends_with(3);
         assert_eq!(answer(&done)["errorType"], json!(kind), "{done:?}");
     }
 }
@@ -200,14 +174,13 @@ fn a_handler_or_module_that_does_not_exist_is_an_import_error() {
 #[test]
 fn a_response_that_is_too_large_is_refused() {
     let carrel = Carrel::new();
-    let source = "def handler(event, context):\n    return 'x' * (7 << 20)\n";
-    let done = invoke(&carrel, source, "{}", &["--timeout", "90s", "--memory", "512m"]).ends_with(4);
+    let done = invoke(&carrel, "app.too_large", "{}", &[]).ends_with(4);
     assert_eq!(answer(&done)["errorType"], json!("Function.ResponseSizeTooLarge"));
 }
 
 #[test]
 fn a_function_that_needs_too_much_memory_is_told_so() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let zip = rust_bootstrap();
     let event = r#"{"do": "fill memory"}"#;
     let line = ["invoke", "--zip", &zip, "--runtime", "provided", "--timeout", "60s", "--memory", "128m"];
@@ -227,16 +200,7 @@ fn a_function_that_needs_too_much_memory_is_told_so() {
 #[test]
 fn code_is_read_only_and_tmp_is_not() {
     let carrel = Carrel::new();
-    let source = "import os\n\
-        def handler(event, context):\n\
-        \x20   open('/tmp/ok', 'w').write('1')\n\
-        \x20   try:\n\
-        \x20       open('/var/task/no', 'w')\n\
-        \x20   except OSError as error:\n\
-        \x20       return [error.errno, os.path.islink('/var/task/link'), os.readlink('/var/task/link')]\n";
-    let zip = FunctionZip::new().file("app.py", source).link("link", "app.py").write(&carrel.scratch());
-    let line = ["invoke", "--zip", zip.to_str().unwrap(), "--handler", "app.handler", "--timeout", "60s"];
-    let done = carrel.run(&line).succeeds();
+    let done = invoke(&carrel, "app.writes", "{}", &[]).succeeds();
     let got = answer(&done);
     assert!([json!(30), json!(13)].contains(&got[0]), "{got}");
     assert_eq!((&got[1], &got[2]), (&json!(true), &json!("app.py")));
@@ -244,7 +208,7 @@ fn code_is_read_only_and_tmp_is_not() {
 
 #[test]
 fn nobody_becomes_root_in_a_function() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let script = "#!/bin/sh\n\
         while read -r _ at _ options _; do test \"$at\" != / || echo \"root is $options\" >&2; done </proc/mounts\n\
         exit 4\n";
@@ -284,7 +248,7 @@ fn two_functions_at_once_do_not_see_each_other() {
 
 #[test]
 fn a_zip_that_is_missing_or_none_is_named() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     carrel.run(&["invoke", "--zip", "/no/such.zip", "--handler", "a.b"]).complains(125, &["/no/such.zip"]);
     let file = carrel.scratch().join("not.zip");
     std::fs::write(&file, "plain text").unwrap();
@@ -294,4 +258,67 @@ fn a_zip_that_is_missing_or_none_is_named() {
         .run(&["invoke", "--zip", path, "--handler", "a.b", "--runtime", "cobol1.0"])
         .complains(125, &["cobol1.0"]);
     assert!(Path::new(path).exists(), "it is the user's file");
+}
+
+/// Counts what it shares with events before, and ends as its event says.
+const COUNTING: &str = "
+import os
+count = 0
+def handler(event, context):
+    global count
+    count += 1
+    was_here = os.path.exists('/tmp/here')
+    open('/tmp/here', 'w').close()
+    if event == 'fail':
+        raise ValueError('no')
+    if event == 'end':
+        os._exit(9)
+    return {'event': event, 'count': count, 'was_here': was_here}
+";
+
+/// The responses to several events, a line each.
+fn answers(carrel: &Carrel, events: &str, more: &[&str], status: i32) -> (Vec<Value>, Done) {
+    let zip = python(&carrel.scratch(), COUNTING);
+    let file = carrel.scratch().join("events.jsonl");
+    std::fs::write(&file, events).unwrap();
+    let line = ["invoke", "--zip", &zip, "--handler", "app.handler", "--timeout", "60s", "--events"];
+    let done = carrel.run(&[&line[..], &[file.to_str().unwrap()], more].concat()).ends_with(status);
+    let lines =
+        done.text().lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{done:?}")));
+    (lines.collect(), done)
+}
+
+fn starts(done: &Done) -> usize {
+    done.errors().lines().filter(|line| line.starts_with("START RequestId: ")).count()
+}
+
+#[test]
+fn events_share_a_room_as_long_as_its_runtime_lives() {
+    let carrel = Carrel::new();
+    let (said, done) = answers(&carrel, "1\n2\n\n\"fail\"\n\"end\"\n3\n", &[], 1);
+    assert_eq!(said[0], json!({"event": 1, "count": 1, "was_here": false}));
+    assert_eq!(said[1], json!({"event": 2, "count": 2, "was_here": true}));
+    assert_eq!(said[2]["errorType"], json!("ValueError"));
+    assert_eq!(said[3]["errorType"], json!("Runtime.ExitError"));
+    assert_eq!(said[4], json!({"event": 3, "count": 1, "was_here": false}), "in a new room");
+    assert_eq!((said.len(), starts(&done)), (5, 5));
+    let ids: std::collections::BTreeSet<&str> = done
+        .errors()
+        .lines()
+        .filter_map(|line| line.strip_prefix("REPORT RequestId: ")?.split('\t').next())
+        .collect();
+    assert_eq!(ids.len(), 5, "{done:?}");
+    assert_eq!(done.errors().matches("INIT_START").count(), 2, "{done:?}");
+}
+
+#[test]
+fn isolated_events_share_nothing_and_initialised_ones_no_init() {
+    let carrel = Carrel::with_own_store();
+    let (said, done) = answers(&carrel, "1\n2\n3\n", &["--isolation", "event", "--initialised"], 0);
+    for (n, said) in said.iter().enumerate() {
+        assert_eq!(*said, json!({"event": n + 1, "count": 1, "was_here": false}));
+    }
+    assert_eq!((said.len(), starts(&done)), (3, 3));
+    assert_eq!(done.errors().matches("RESTORE_START").count(), 3, "{done:?}");
+    assert!(!done.errors().contains("Init Duration"), "{done:?}");
 }

@@ -10,9 +10,9 @@ use carrel_tests::{Carrel, evidence, fixtures, processes};
 #[test]
 fn a_room_that_runs_is_seen_in_every_way_that_leftovers_are() {
     let carrel = Carrel::new();
-    let before = Leftovers::now(carrel.home());
+    let before = Leftovers::now(carrel.home(), carrel.store());
     let room = carrel.detach(&["-m", "128m", &fixtures::busybox(), "sleep", "1000"]);
-    let seen = Leftovers::now(carrel.home()).beyond(&before);
+    let seen = Leftovers::now(carrel.home(), carrel.store()).beyond(&before);
     let has = |kind: &str, word: &str| {
         seen.lines().any(|line| line.trim().starts_with(kind) && line.contains(word))
     };

@@ -39,7 +39,7 @@ fn a_guest_that_panics() {
     let neighbour = Neighbour::new(&carrel);
     // Our kernel, and an initramfs without an init: the kernel finds no root and panics.
     let assets = assets_with(&carrel, None);
-    let mut command = carrel.command(&["run", &fixtures::busybox(), "true"]);
+    let mut command = carrel.command(&["run", "--cold", &fixtures::busybox(), "true"]);
     Running::spawn(command.env("CARREL_ASSETS", &assets)).done().complains(125, &["panic"]);
     neighbour.must_be_well();
 }
@@ -106,7 +106,7 @@ fn a_guest_whose_kernel_opens_a_hundred_thousand_connections() {
     let neighbour = Neighbour::new(&carrel);
     let before = processes::all();
     let assets = assets_with(&carrel, Some(Path::new(env!("CARGO_BIN_EXE_carrel-tests-dialler"))));
-    let mut command = carrel.command(&["run", "-m", "128m", &fixtures::busybox(), "true"]);
+    let mut command = carrel.command(&["run", "--cold", "-m", "128m", &fixtures::busybox(), "true"]);
     // Half a minute of dials in an emulated host, and twice the time that an agent has for its first word.
     command.env("CARREL_PATIENCE", "2");
     let begun = Instant::now();
@@ -175,7 +175,8 @@ fn a_guest_that_fills_its_disk() {
     let carrel = Carrel::new();
     let neighbour = Neighbour::new(&carrel);
     let script = "dd if=/dev/zero of=/work/fill bs=1M; echo status $?; rm /work/fill; echo fits > /work/again; cat /work/again";
-    let done = carrel.run(&["run", "--disk", "96m", &fixtures::busybox(), "sh", "-c", script]).succeeds();
+    let done =
+        carrel.run(&["run", "--cold", "--disk", "96m", &fixtures::busybox(), "sh", "-c", script]).succeeds();
     assert_eq!(done.text(), "status 1\nfits\n");
     assert!(done.errors().contains("No space left on device"), "{done:?}");
     neighbour.must_be_well();
@@ -184,7 +185,9 @@ fn a_guest_that_fills_its_disk() {
 #[test]
 fn an_image_that_does_not_fit_its_disk() {
     let carrel = Carrel::new();
-    carrel.run(&["run", "--disk", "64m", &fixtures::image("debian"), "true"]).complains(125, &["disk"]);
+    carrel
+        .run(&["run", "--cold", "--disk", "64m", &fixtures::image("debian"), "true"])
+        .complains(125, &["disk"]);
 }
 
 fn disk_usage(folder: &Path) -> u64 {

@@ -16,7 +16,7 @@ use serde_json::json;
 
 #[test]
 fn a_debian_image_from_a_registry_runs_python_as_a_user_who_writes_files() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::with_own_store();
     let registry = Registry::start(&carrel.scratch());
     let name = registry.push(&fixtures::image("debian"), "debian:12");
     carrel.run(&["pull", &name]).succeeds();
@@ -24,7 +24,7 @@ fn a_debian_image_from_a_registry_runs_python_as_a_user_who_writes_files() {
                   path = pathlib.Path.home() / 'written'\n\
                   path.write_text('by python')\n\
                   print(os.getuid(), path.read_text(), platform.release())";
-    let arguments = ["run", "-u", "reader", "-m", "512m", &name, "python3", "-c", script];
+    let arguments = ["run", "--cold", "-u", "reader", &name, "python3", "-c", script];
     let done = carrel.run(&arguments).succeeds();
     let mut words = done.text().split_whitespace();
     assert_eq!(words.next(), Some("1000"), "{done:?}");
@@ -32,7 +32,7 @@ fn a_debian_image_from_a_registry_runs_python_as_a_user_who_writes_files() {
     assert!(words.next_back().unwrap().ends_with("-carrel"), "our kernel, not the host's: {done:?}");
     // From the store alone: the registry is gone.
     drop(registry);
-    let again = carrel.run(&["run", "--pull", "never", &name, "cat", "/etc/os-release"]).succeeds();
+    let again = carrel.run(&["run", "--cold", "--pull", "never", &name, "cat", "/etc/os-release"]).succeeds();
     assert!(again.text().contains("bookworm"), "{again:?}");
 }
 
@@ -49,7 +49,7 @@ fn two_at_once_from_one_image_do_not_see_each_others_writes() {
 
 #[test]
 fn a_pull_is_quiet_about_progress_where_there_is_no_terminal_and_lists_what_it_got() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::with_own_store();
     let registry = Registry::start(&carrel.scratch());
     let name = registry.push(&fixtures::busybox(), "tools/busybox:1");
     let done = carrel.run(&["pull", &name]).succeeds();
@@ -67,7 +67,7 @@ fn a_pull_is_quiet_about_progress_where_there_is_no_terminal_and_lists_what_it_g
 
 #[test]
 fn removed_images_are_gone_and_their_blobs_pruned() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::with_own_store();
     let registry = Registry::start(&carrel.scratch());
     let name = registry.push(&fixtures::busybox(), "busybox:1");
     carrel.run(&["pull", &name]).succeeds();
@@ -81,7 +81,7 @@ fn removed_images_are_gone_and_their_blobs_pruned() {
 
 #[test]
 fn a_dry_run_of_prune_removes_nothing() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::with_own_store();
     carrel.run(&["pull", &fixtures::busybox()]).succeeds();
     let before = carrel.json(&["images", "--json"]);
     carrel.run(&["prune", "--all", "--dry-run"]).succeeds();
@@ -92,7 +92,7 @@ fn a_dry_run_of_prune_removes_nothing() {
 
 #[test]
 fn archives_of_both_kinds_run() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     for kind in ["oci-archive", "docker-archive"] {
         let file = carrel.scratch().join(format!("{kind}.tar"));
         let to = if kind == "oci-archive" {
@@ -119,7 +119,7 @@ fn a_layout_without_a_tag_runs_its_only_image() {
 
 #[test]
 fn upper_layers_replace_and_remove_what_lower_ones_hold() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let lower = Tar::with_shell()
         .directory("etc")
         .file("etc/replaced", b"lower")
@@ -147,7 +147,7 @@ fn with_busybox(script: &str) -> String {
 
 #[test]
 fn a_layer_compressed_with_zstd_runs() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let to = format!("oci:{}:latest", carrel.scratch().join("zstd").display());
     let copied = Command::new("skopeo")
         .args(["copy", "--quiet", "--insecure-policy", "--dest-compress-format", "zstd", "--dest-compress"])
@@ -160,7 +160,7 @@ fn a_layer_compressed_with_zstd_runs() {
 
 #[test]
 fn long_names_hard_links_and_sparse_files_survive() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let tree = carrel.scratch().join("tree");
     let long = "long-name-".repeat(20);
     std::fs::create_dir_all(tree.join(&long)).unwrap();
@@ -192,7 +192,7 @@ fn long_names_hard_links_and_sparse_files_survive() {
 
 #[test]
 fn an_interrupted_pull_leaves_a_store_that_the_next_pull_completes() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::with_own_store();
     let registry = Registry::start(&carrel.scratch());
     let name = registry.push(&fixtures::image("debian"), "debian:12");
     let pulling = carrel.start(&["pull", &name]);
@@ -220,7 +220,7 @@ fn an_interrupted_pull_leaves_a_store_that_the_next_pull_completes() {
     let moved: u64 = blobs.iter().map(|request| request.bytes).sum();
     let whole = images[0]["size_bytes"].as_u64().unwrap();
     assert!(moved + there <= whole, "{moved} bytes came beside the {there} of {whole} that were there");
-    let done = carrel.run(&["run", "--pull", "never", &name, "echo", "whole"]).succeeds();
+    let done = carrel.run(&["run", "--cold", "--pull", "never", &name, "echo", "whole"]).succeeds();
     assert_eq!(done.text(), "whole\n");
 }
 
@@ -237,7 +237,7 @@ fn downloads(home: &Path) -> u64 {
 
 #[test]
 fn a_registry_that_asks_who_pulls_is_told_by_dockers_configuration() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::with_own_store();
     let registry = Registry::start_for_reader(&carrel.scratch());
     let name = registry.push(&fixtures::busybox(), "closed/busybox:1");
     let docker = carrel.scratch().join("docker");
@@ -257,7 +257,7 @@ fn a_registry_that_asks_who_pulls_is_told_by_dockers_configuration() {
     pull_as(Some((READER.0, "wrong"))).complains(1, &["denies access", "docker login"]);
     assert_eq!(carrel.json(&["images", "--json"]), serde_json::json!([]));
     pull_as(Some(READER)).succeeds();
-    let done = carrel.run(&["run", "--pull", "never", &name, "echo", "let in"]).succeeds();
+    let done = carrel.run(&["run", "--cold", "--pull", "never", &name, "echo", "let in"]).succeeds();
     assert_eq!(done.text(), "let in\n");
 }
 
@@ -278,7 +278,7 @@ fn base64(bytes: &[u8]) -> String {
 
 #[test]
 fn a_pull_on_a_terminal_shows_a_bar_and_takes_it_away_again() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::with_own_store();
     let registry = Registry::start(&carrel.scratch());
     let name = registry.push(&fixtures::image("debian"), "debian:12");
     let mut command = carrel.command(&["pull", &name]);
@@ -309,7 +309,7 @@ fn disk_usage(folder: &Path) -> u64 {
 
 #[test]
 fn an_images_stop_signal_is_what_stop_sends() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let mut image = Image::new(vec![Layer::plain(Tar::with_shell())]);
     image.config = json!({ "StopSignal": "SIGUSR1" });
     let name = image.write(&carrel.scratch().join("image"));

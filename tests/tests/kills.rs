@@ -59,7 +59,7 @@ fn owner(carrel: &Carrel) -> Pid {
 
 #[test]
 fn a_command_killed_at_any_moment() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     for moment in MOMENTS {
         let running = room(&carrel);
         sleep(Duration::from_millis(moment));
@@ -71,7 +71,7 @@ fn a_command_killed_at_any_moment() {
 
 #[test]
 fn an_owner_killed_at_any_moment() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     for moment in MOMENTS {
         let running = room(&carrel);
         let owner = owner(&carrel);
@@ -84,7 +84,7 @@ fn an_owner_killed_at_any_moment() {
 
 #[test]
 fn a_vmm_killed_at_any_moment() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     for moment in MOMENTS {
         let running = room(&carrel);
         // As soon as it is born it is named as its owner is, before it is another program.
@@ -98,7 +98,7 @@ fn a_vmm_killed_at_any_moment() {
 
 #[test]
 fn command_owner_and_vmm_killed_at_once_at_any_moment() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     for moment in MOMENTS {
         let running = room(&carrel);
         let owner = owner(&carrel);
@@ -118,7 +118,7 @@ fn command_owner_and_vmm_killed_at_once_at_any_moment() {
 
 #[test]
 fn a_doctor_killed_at_any_moment() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     for moment in MOMENTS {
         let running = carrel.start(&["doctor"]);
         sleep(Duration::from_millis(moment));

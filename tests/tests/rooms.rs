@@ -18,6 +18,13 @@ fn forever(carrel: &Carrel, name: &str) -> String {
     id
 }
 
+/// With the image's template made, so that the next VMM is the next room's.
+fn with_template() -> Carrel {
+    let carrel = Carrel::new();
+    carrel.run(&["run", &fixtures::busybox(), "true"]).succeeds();
+    carrel
+}
+
 fn state(carrel: &Carrel, name: &str) -> Option<String> {
     let rooms = carrel.rooms(true);
     let room = rooms.iter().find(|room| room["name"] == name)?;
@@ -218,7 +225,7 @@ fn stats_show_what_a_room_uses_now() {
 
 #[test]
 fn two_rooms_do_not_see_each_other() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let image = fixtures::busybox();
     let script = "echo $0 > /work/mine; echo begun; while :; do sleep 0.1; done";
     for name in ["north", "south"] {
@@ -264,7 +271,7 @@ fn names_are_unique_and_unknown_rooms_are_named() {
 
 #[test]
 fn a_killed_vmm_is_noticed_and_its_room_swept_up() {
-    let carrel = Carrel::new();
+    let carrel = with_template();
     let running = carrel.start(&["run", &fixtures::busybox(), "sh", "-c", "echo begun; sleep 1000"]);
     kill_process(vmm(), Signal::KILL).unwrap();
     running.done().complains(125, &["VMM"]);
@@ -315,7 +322,7 @@ fn a_killed_vmm_hurts_no_other_room() {
 
 #[test]
 fn a_killed_command_leaves_nothing_that_the_next_does_not_sweep_up() {
-    let carrel = Carrel::new();
+    let carrel = with_template();
     let running = carrel.start(&["run", &fixtures::busybox(), "sh", "-c", "echo begun; sleep 1000"]);
     let _ = vmm();
     running.signal(Signal::KILL);
@@ -337,7 +344,7 @@ fn a_killed_owner_leaves_nothing_that_the_next_command_does_not_sweep_up() {
 
 #[test]
 fn a_command_killed_together_with_its_owner_is_swept_up() {
-    let carrel = Carrel::new();
+    let carrel = with_template();
     let running: Running = carrel.start(&["run", &fixtures::busybox(), "sh", "-c", "sleep 1000"]);
     let (vmm, owner) = (vmm(), owner(&carrel));
     running.signal(Signal::KILL);

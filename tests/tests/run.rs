@@ -25,7 +25,7 @@ fn a_room_has_our_kernel_and_an_image_its_own_command() {
     let carrel = Carrel::new();
     let done = carrel.run(&["run", &fixtures::busybox(), "uname", "-r"]).succeeds();
     assert!(done.text().trim().ends_with("-carrel"), "not the host's: {done:?}");
-    let scratch = carrel.run(&["run", &fixtures::image("scratch")]).succeeds();
+    let scratch = carrel.run(&["run", "--cold", &fixtures::image("scratch")]).succeeds();
     assert_eq!(scratch.text(), "from scratch\n");
 }
 
@@ -150,7 +150,7 @@ fn the_working_directory_and_the_entry_point_can_be_replaced() {
     assert_eq!(inherited.text(), "/work\n");
     let replaced = carrel.run(&["run", "-w", "/made/for/this", "--entrypoint", "pwd", &image]).succeeds();
     assert_eq!(replaced.text(), "/made/for/this\n");
-    let scratch = carrel.run(&["run", &fixtures::image("scratch"), "other"]).succeeds();
+    let scratch = carrel.run(&["run", "--cold", &fixtures::image("scratch"), "other"]).succeeds();
     assert_eq!(scratch.text(), "other\n");
 }
 
@@ -184,7 +184,7 @@ fn the_kernel_can_be_a_bzimage_that_the_user_names() {
     let carrel = Carrel::new();
     let assets = carrel.json(&["--print-config"])["assets"].as_str().unwrap().to_owned();
     let kernel = format!("{assets}/bzImage");
-    let line = ["run", "--kernel", &kernel, &fixtures::busybox(), "uname", "-r"];
+    let line = ["run", "--cold", "--kernel", &kernel, &fixtures::busybox(), "uname", "-r"];
     let named = carrel.run(&line).succeeds();
     // Both are made of one kernel.
     let own = carrel.run(&["run", &fixtures::busybox(), "uname", "-r"]).succeeds();
@@ -194,7 +194,7 @@ fn the_kernel_can_be_a_bzimage_that_the_user_names() {
 #[test]
 fn the_least_memory_is_enough_for_a_small_image() {
     let carrel = Carrel::new();
-    let done = carrel.run(&["run", "-m", "64m", &fixtures::image("scratch")]).succeeds();
+    let done = carrel.run(&["run", "--cold", "-m", "64m", &fixtures::image("scratch")]).succeeds();
     assert_eq!(done.text(), "from scratch\n");
 }
 
@@ -245,8 +245,7 @@ cat /tmp/c/cpu.max /tmp/c/pids.max /tmp/c/cgroup.max.descendants
 fn a_workload_cannot_lift_its_containers_limits() {
     let carrel = Carrel::new();
     let image = fixtures::image("debian");
-    let line =
-        ["run", "--cpus", "0.5", "-m", "256m", &image, "unshare", "-U", "-r", "-m", "-C", "sh", "-c", LIFT];
+    let line = ["run", "--cpus", "0.5", &image, "unshare", "-U", "-r", "-m", "-C", "sh", "-c", LIFT];
     let done = carrel.run(&line).succeeds();
     assert_eq!(done.text(), "50000 100000\n16384\n0\n");
 }
@@ -256,7 +255,7 @@ fn memory_and_cpus_are_what_was_asked_for() {
     let carrel = Carrel::new();
     let script = "grep MemTotal /proc/meminfo; nproc";
     let done = carrel
-        .run(&["run", "-m", "256m", "--cpus", "2", &fixtures::busybox(), "sh", "-c", script])
+        .run(&["run", "--cold", "-m", "256m", "--cpus", "2", &fixtures::busybox(), "sh", "-c", script])
         .succeeds();
     let mut words = done.text().split_whitespace();
     let kib: u64 = words.nth(1).unwrap().parse().unwrap();

@@ -81,13 +81,13 @@ fn this(carrel: &Carrel, arguments: &[&str]) -> Command {
 }
 
 fn blobs(carrel: &Carrel) -> BTreeSet<PathBuf> {
-    let folder = fs::read_dir(carrel.home().join("store/blobs/sha256")).unwrap();
+    let folder = fs::read_dir(carrel.store().join("blobs/sha256")).unwrap();
     folder.map(|entry| entry.unwrap().path()).collect()
 }
 
 #[test]
 fn streams_status_and_directory_are_the_programs_own() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let mut command = runner(&carrel, &["--with", "cat", "sh", "-c", "cat; echo err >&2; pwd; exit 7"]);
     let mut running = Running::spawn(command.stdin(Stdio::piped()));
     running.stdin().write_all(b"from outside\n").unwrap();
@@ -114,6 +114,32 @@ fn tests_are_listed_and_run_one_by_one_as_a_runner_of_tests_does() {
     assert_eq!(blobs(&carrel), before, "the same program is the same layers");
 }
 
+/// As a runner of tests does: each call with other arguments, variables and streams, and one template for all of them.
+#[test]
+fn a_program_begins_as_a_clone_whatever_it_is_told() {
+    let carrel = Carrel::with_own_store();
+    for n in 0..2_u8 {
+        let script = format!("echo {n}; exit {n}");
+        let line = ["-m", "128m", "--domain=tests", "--timeline", "-e", "N", "sh", "-c", &script];
+        let mut command = runner(&carrel, &line);
+        let done = Running::spawn(command.env("N", n.to_string())).done().ends_with(n.into());
+        assert_eq!(done.text(), format!("{n}\n"));
+        assert!(done.errors().starts_with("start: clone\n"), "{done:?}");
+        for step in ["program found", "template found", "first output", "workload ended", "VMM gone", "ended"]
+        {
+            assert!(
+                done.errors().lines().any(|line| line.ends_with(&format!("  {step}"))),
+                "{step}: {done:?}"
+            );
+        }
+        assert_eq!(done.errors().contains("template made"), n == 0, "{done:?}");
+    }
+    let templates = carrel.json(&["template", "ls", "--json"]);
+    let templates = templates.as_array().unwrap();
+    assert_eq!(templates.len(), 1, "{templates:?}");
+    assert_eq!(templates[0]["description"]["domain"], "tests", "{templates:?}");
+}
+
 #[test]
 fn whoever_waits_sees_the_signal_that_ended_the_program() {
     let carrel = Carrel::new();
@@ -129,7 +155,7 @@ fn whoever_waits_sees_the_signal_that_ended_the_program() {
 
 #[test]
 fn large_input_reaches_a_program_that_ends_as_it_likes() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let mut command = this(&carrel, &["--exact", "guest::reads_all_and_ends_with_seven", "--nocapture"]);
     let mut running = Running::spawn(command.stdin(Stdio::piped()));
     running.stdin().write_all(&vec![b'x'; 1 << 20]).unwrap();
@@ -140,7 +166,7 @@ fn large_input_reaches_a_program_that_ends_as_it_likes() {
 
 #[test]
 fn signals_reach_the_program() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let script = "for s in HUP INT USR1; do trap \"echo got $s\" $s; done; trap 'echo got TERM; exit 5' TERM; \
                   echo ready; while :; do sleep 0.1; done";
     let file = carrel.scratch().join("out");
@@ -161,7 +187,7 @@ fn signals_reach_the_program() {
 
 #[test]
 fn variables_and_user_are_the_callers_and_secrets_stay_outside() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let script = "env; id -u; id -g; test -w \"$HOME\" && test -w /tmp && echo at home";
     let line = [
         "--with=env",
@@ -194,7 +220,7 @@ fn variables_and_user_are_the_callers_and_secrets_stay_outside() {
 
 #[test]
 fn files_come_back_below_what_was_asked_for_and_nowhere_else() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let script = "mkdir -p out/sub; echo report >out/sub/report; ln -s sub/report out/good; ln -s /etc/passwd out/bad; \
                   mkfifo out/pipe; chmod 4755 out/sub/report; echo one >one; exit 3";
     let line = [
@@ -232,7 +258,7 @@ fn files_come_back_below_what_was_asked_for_and_nowhere_else() {
 
 #[test]
 fn files_and_folders_are_taken_along() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let scratch = carrel.scratch();
     fs::create_dir_all(scratch.join("data/.git")).unwrap();
     fs::write(scratch.join("data/file"), "content").unwrap();
@@ -250,7 +276,7 @@ fn files_and_folders_are_taken_along() {
 
 #[test]
 fn a_terminal_is_there_if_there_is_one() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let (terminal, running) = Terminal::run(&runner(&carrel, &["--with=stty", "sh"]), 24, 80);
     wait_for("raw mode", || terminal.is_raw().then_some(()));
     terminal.type_in("test -t 0 && test -t 1 && test -t 2 && stty size\r");
@@ -262,7 +288,7 @@ fn a_terminal_is_there_if_there_is_one() {
 
 #[test]
 fn what_can_not_be_run_has_a_shells_status_and_a_sentence() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let run = |line: &[&str]| Running::spawn(&mut runner(&carrel, line)).done();
     run(&["no-such-program"]).complains(127, &["no-such-program", "PATH"]);
     run(&["./no/such/program"]).complains(127, &["./no/such/program"]);
@@ -275,7 +301,7 @@ fn what_can_not_be_run_has_a_shells_status_and_a_sentence() {
 
 #[test]
 fn options_come_from_the_environment_and_are_shown() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let mut command = runner(&carrel, &["--cpus=2", "--print-config"]);
     command.env("CARREL_RUNNER_MEMORY", "128m").env("CARREL_RUNNER_WITH", "a,b");
     let done = Running::spawn(&mut command).done().succeeds();
@@ -292,7 +318,7 @@ fn options_come_from_the_environment_and_are_shown() {
 
 #[test]
 fn what_cargo_says_of_a_test_is_understood() {
-    let carrel = Carrel::new();
+    let carrel = Carrel::cold();
     let package = carrel.scratch().join("package");
     fs::create_dir_all(package.join("tests")).unwrap();
     fs::write(package.join("tests/fixture"), "read\n").unwrap();

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use carrel_protocol::vmm::SnapshotKind;
 use carrel_tests::Carrel;
 use carrel_tests::machine::{Machine, Saved};
+use carrel_tests::times;
 use serde_json::Value;
 
 const WORKER: &str = env!("CARGO_BIN_EXE_carrel-tests-worker");
@@ -15,11 +16,6 @@ const WORKER: &str = env!("CARGO_BIN_EXE_carrel-tests-worker");
 fn kernel(carrel: &Carrel) -> PathBuf {
     let configuration: Value = carrel.json(&["--print-config"]);
     Path::new(configuration["assets"].as_str().unwrap()).join("vmlinux")
-}
-
-/// How often something is done: so often with `scripts/test --soak`.
-fn times(often: usize, soak: usize) -> usize {
-    if std::env::var_os("CARREL_TEST_SOAK").is_some() { soak } else { often }
 }
 
 #[test]

@@ -8,7 +8,7 @@
 //! 3. resource limits: no core, no locked memory, so many descriptors
 //! 4. no capabilities: bounding, ambient, permitted, effective, inheritable
 //! 5. `no_new_privs`, not dumpable, no memory that becomes executable
-//! 6. every descriptor closed but the owner's socket
+//! 6. every descriptor closed but the owner's socket and this process's own pagemap
 //!
 //! then seccomp follows ([`crate::seccomp`]). A part that can't be had is an error that names it.
 
@@ -89,8 +89,8 @@ fn missing(part: &'static str) -> impl FnOnce(io::Error) -> JailError {
     move |source| JailError { part, source }
 }
 
-/// Confines this process, which has one thread. `keep` is the one descriptor that stays open.
-pub fn enter(keep: RawFd, without: &Without) -> Result<(), JailError> {
+/// Confines this process, which has one thread. Of its descriptors those in `keep` stay open, in ascending order.
+pub fn enter(keep: &[RawFd], without: &Without) -> Result<(), JailError> {
     silence_standard_streams().map_err(missing("standard streams to /dev/null"))?;
     if !without.leaves_out(Part::Namespaces) {
         empty_root().map_err(missing("an empty root (needs user and mount namespaces)"))?;
@@ -197,8 +197,7 @@ fn forbid_new_privileges() -> io::Result<()> {
     Ok(())
 }
 
-fn close_all_but(keep: RawFd) -> io::Result<()> {
-    let keep = keep.unsigned_abs();
+fn close_all_but(keep: &[RawFd]) -> io::Result<()> {
     let range = |first: u32, last: u32| {
         if first > last {
             return Ok(());
@@ -207,8 +206,12 @@ fn close_all_but(keep: RawFd) -> io::Result<()> {
         let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
         check(i32::try_from(closed).unwrap_or(-1)).map(drop)
     };
-    range(3, keep.saturating_sub(1))?;
-    range(keep + 1, u32::MAX)
+    let mut first = 3;
+    for kept in keep.iter().map(|kept| kept.unsigned_abs()) {
+        range(first, kept.saturating_sub(1))?;
+        first = kept + 1;
+    }
+    range(first, u32::MAX)
 }
 
 #[cfg(test)]

@@ -32,3 +32,4 @@ pub mod standalone;
 pub mod start;
 pub mod timeline;
 pub mod vcpu;
+pub mod working_set;

@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 
 use carrel_protocol::vmm::{
-    Booted, Descriptor, Done, End, Ended, FromOwner, FromVmm, Metrics, Refused, Snapshot, SnapshotKind,
-    Snapshotted,
+    Booted, Descriptor, Done, End, Ended, FromOwner, FromVmm, Metrics, RecordWorkingSet, Refused, Snapshot,
+    SnapshotKind, Snapshotted,
 };
 use carrel_protocol::{FrameError, chain};
 use kvm_ioctls::Kvm;
@@ -24,6 +24,8 @@ use crate::snapshot::{MachineState, Shape, SnapshotError};
 use crate::start;
 use crate::timeline::{Timeline, now_us};
 use crate::vcpu::{self, Shared};
+use crate::working_set::WorkingSetError;
+use crate::working_set::touched::Pagemap;
 
 /// A paused machine can't be saved; it can go on.
 #[derive(Debug, Error)]
@@ -48,6 +50,19 @@ enum SaveError {
     File(#[from] SnapshotError),
 }
 
+/// There is no working set of this machine.
+#[derive(Debug, Error)]
+enum RecordError {
+    #[error("the request names a descriptor that did not come with it")]
+    Descriptor,
+    #[error("the machine does not go on from a snapshot, or its host has no /proc/self/pagemap")]
+    None,
+    #[error("the kernel does not tell which pages were touched")]
+    Pagemap(#[source] std::io::Error),
+    #[error(transparent)]
+    File(#[from] WorkingSetError),
+}
+
 /// A machine whose vCPUs run. Made by [`crate::start`].
 #[derive(Debug)]
 pub struct Machine {
@@ -61,6 +76,10 @@ pub struct Machine {
     pub(crate) shape: Shape,
     pub(crate) written: Written,
     pub(crate) host_kernel: String,
+    /// Of a machine that goes on from a snapshot, where the host tells.
+    pub(crate) pagemap: Option<Pagemap>,
+    /// What could not be used.
+    pub(crate) notice: Option<String>,
 }
 
 /// Tokens of what is not a device; devices' are below.
@@ -71,12 +90,12 @@ const SIGNALS: u64 = u64::MAX - 3;
 
 impl Machine {
     /// Serves devices and owner until the machine ends. `owner` is told that it booted, and at the end how it ended.
-    pub fn serve(mut self, owner: Connection, timeline: Timeline) -> (End, Option<String>) {
+    pub fn serve(mut self, owner: Connection, mut timeline: Timeline) -> (End, Option<String>) {
         let mut owner = Some(owner);
         if let Err(e) = self.watch(owner.as_ref()) {
             return (End::Host, Some(format!("the event loop can't be set up: {e}")));
         }
-        tell(&mut owner, &Booted { timeline: timeline.into_marks() }.into());
+        tell(&mut owner, &Booted { timeline: timeline.take(), notice: self.notice.take() }.into());
         let mut events: Vec<Event> = Vec::new();
         let (end, detail) = loop {
             if let Some(verdict) = self.shared.verdict.get() {
@@ -137,11 +156,15 @@ impl Machine {
                 Ok(None) => return None,
                 Ok(Some(Packet { message, descriptors })) => match message {
                     FromOwner::Stop(_) => return Some((End::Stopped, Some("the owner asked".into()))),
-                    FromOwner::Configure(_) | FromOwner::Restore(_) => {
+                    FromOwner::Configure(_) | FromOwner::Prepare(_) | FromOwner::Restore(_) => {
                         Refused { reason: "the machine is configured already".into() }.into()
                     }
                     FromOwner::Snapshot(request) => match self.snapshot(&request, descriptors) {
                         Ok(snapshotted) => snapshotted.into(),
+                        Err(e) => Refused { reason: chain(&e) }.into(),
+                    },
+                    FromOwner::RecordWorkingSet(request) => match self.record(&request, descriptors) {
+                        Ok(()) => Done {}.into(),
                         Err(e) => Refused { reason: chain(&e) }.into(),
                     },
                     FromOwner::Pause(_) => {
@@ -167,6 +190,15 @@ impl Machine {
             };
             tell(owner, &answer);
         }
+    }
+
+    /// Writes down which pages were touched by now.
+    fn record(&self, request: &RecordWorkingSet, descriptors: Vec<OwnedFd>) -> Result<(), RecordError> {
+        let Descriptor(index) = request.file;
+        let file = descriptors.into_iter().nth(index.into()).ok_or(RecordError::Descriptor)?;
+        let pagemap = self.pagemap.as_ref().ok_or(RecordError::None)?;
+        let touched = pagemap.touched(&self.shared.memory).map_err(RecordError::Pagemap)?;
+        Ok(touched.write(&File::from(file))?)
     }
 
     /// Saves the paused machine into the files that came with the request.

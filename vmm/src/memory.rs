@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,9 +19,7 @@ use carrel_protocol::units::MemoryMib;
 use carrel_protocol::vmm::End;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 /// Where low memory ends at the latest and device addresses begin.
 pub const GAP_START: u64 = 0xd000_0000;
@@ -97,35 +95,59 @@ pub fn allocate(memory: MemoryMib, huge_pages: bool) -> Result<GuestMemoryMmap, 
     Ok(mapped)
 }
 
-/// Maps a memory file copy-on-write: every clone of a snapshot shares what none of them has written.
+/// Reserves the addresses of guest memory that is yet to come. KVM may be told of them.
 ///
 /// # Errors
 ///
-/// The file is not as long as the machine's memory, or can't be mapped.
-pub fn map(memory: MemoryMib, file: OwnedFd) -> Result<GuestMemoryMmap, MemoryError> {
-    let mut file = File::from(file);
-    let bytes = file.seek(SeekFrom::End(0)).map_err(MemoryError::Measure)?;
-    if bytes != memory.bytes() {
-        return Err(MemoryError::Length { bytes, expected: memory.bytes() });
-    }
+/// They can't be had.
+pub fn reserve(memory: MemoryMib) -> Result<GuestMemoryMmap, MemoryError> {
     let refused = |source| MemoryError::Map { mib: memory.get(), source };
-    let file = Arc::new(file);
-    let mut offset = 0;
-    let mut regions = Vec::new();
-    for (start, size) in ranges(memory) {
+    let regions = ranges(memory).into_iter().map(|(start, size)| {
         let mapping = MmapRegionBuilder::new(size)
-            .with_file_offset(FileOffset::from_arc(file.clone(), offset))
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             .build()
             .map_err(|e| refused(Box::new(e)))?;
-        offset += u64::try_from(size).unwrap_or(u64::MAX);
-        // SAFETY: the range is the mapping just made, and the advice does not change what it holds.
-        unsafe { libc::madvise(mapping.as_ptr().cast(), size, libc::MADV_DONTDUMP) };
-        let region = GuestRegionMmap::new(mapping, start);
-        regions.push(region.ok_or_else(|| refused("its addresses overflow".into()))?);
+        GuestRegionMmap::new(mapping, start).ok_or_else(|| refused("its addresses overflow".into()))
+    });
+    GuestMemoryMmap::from_regions(regions.collect::<Result<_, _>>()?).map_err(|e| refused(Box::new(e)))
+}
+
+/// Maps a memory file into the place that was reserved for it, copy-on-write: every clone of a snapshot shares what none of them has written. Nobody has used
+/// the memory yet.
+///
+/// # Errors
+///
+/// The file is not as long as the memory, or can't be mapped.
+pub fn fill(reserved: &GuestMemoryMmap, file: OwnedFd) -> Result<(), MemoryError> {
+    let mut file = File::from(file);
+    let bytes = file.seek(SeekFrom::End(0)).map_err(MemoryError::Measure)?;
+    let expected = reserved.iter().map(GuestMemoryRegion::len).sum();
+    if bytes != expected {
+        return Err(MemoryError::Length { bytes, expected });
     }
-    GuestMemoryMmap::from_regions(regions).map_err(|e| refused(Box::new(e)))
+    let refused = |source: Box<dyn std::error::Error + Send + Sync>| MemoryError::Map {
+        mib: u32::try_from(expected >> 20).unwrap_or(u32::MAX),
+        source,
+    };
+    let mut offset: libc::off_t = 0;
+    for region in reserved.iter() {
+        let size = usize::try_from(region.len()).map_err(|e| refused(Box::new(e)))?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        // SAFETY: the range is this region's own mapping, whose place the file's takes; nobody holds a reference into it, and it stays
+        // mapped, readable and writable for as long as the region lives.
+        let mapped = unsafe {
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            libc::mmap(region.as_ptr().cast(), size, access, flags, file.as_raw_fd(), offset)
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(refused(Box::new(io::Error::last_os_error())));
+        }
+        // SAFETY: as above, and the advice does not change what it holds.
+        unsafe { libc::madvise(mapped, size, libc::MADV_DONTDUMP) };
+        offset += libc::off_t::try_from(size).map_err(|e| refused(Box::new(e)))?;
+    }
+    Ok(())
 }
 
 /// A page as snapshots know it, bytes.

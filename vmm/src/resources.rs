@@ -81,6 +81,11 @@ pub fn restored_from_owner(
     hand_out(descriptors, |each| convert_restored(vm, each))
 }
 
+/// The same for a machine that is prepared: `/dev/kvm` is all that it gets.
+pub fn prepared_from_owner(kvm: Descriptor, descriptors: Vec<OwnedFd>) -> Result<OwnedFd, ResourceError> {
+    hand_out(descriptors, |each| each(KVM, kvm))
+}
+
 /// Opens each path for its field, with the access that the field needs and no more.
 pub fn from_file(vm: VmFile) -> Result<(VmConfig<Descriptor>, Vec<OwnedFd>), ResourceError> {
     open_all(|each| convert(vm, each))
@@ -197,12 +202,14 @@ fn convert_restored<A, B>(
         }
         None => None,
     };
-    let (vsock, control) = (maybe(VSOCK, vm.vsock)?, maybe(CONTROL, vm.control)?);
+    let (kvm, vsock, control) = (maybe(KVM, vm.kvm)?, maybe(VSOCK, vm.vsock)?, maybe(CONTROL, vm.control)?);
+    let working_set = maybe("working set", vm.working_set)?;
     Ok(RestoreConfig {
-        kvm: each(KVM, vm.kvm)?,
+        kvm,
         state: each("state file", vm.state)?,
         memory: each("memory file", vm.memory)?,
         vsock,
+        working_set,
         blocks,
         serial,
         control,

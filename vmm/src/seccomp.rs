@@ -18,6 +18,7 @@ use kvm_bindings as kvm;
 use thiserror::Error;
 
 use self::program::{Program, assemble};
+use crate::working_set::ahead::PreFault;
 
 /// The filter can't be installed.
 #[derive(Debug, Error)]
@@ -147,13 +148,14 @@ const KVM_REQUESTS: &[u64] = &[
     write::<kvm::kvm_debugregs>(0xa2),   // KVM_SET_DEBUGREGS
     io(0xa2),                            // KVM_SET_TSC_KHZ
     write::<kvm::kvm_xsave>(0xa5),       // KVM_SET_XSAVE
+    read_write::<PreFault>(0xd5),        // KVM_PRE_FAULT_MEMORY
 ];
 
 const EXECUTABLE: u64 = 4; // PROT_EXEC
 const AF_UNIX: u64 = 1;
 const SET_FILTER: u64 = 1; // SECCOMP_SET_MODE_FILTER
 const PRCTLS: &[u64] = &[15]; // PR_SET_NAME
-const SET_UP_ADVICE: &[u64] = &[14, 15, 16]; // HUGEPAGE, NOHUGEPAGE, DONTDUMP
+const SET_UP_ADVICE: &[u64] = &[14, 15, 16, 22, 23]; // HUGEPAGE, NOHUGEPAGE, DONTDUMP, POPULATE_READ, POPULATE_WRITE
 const DONTNEED: &[u64] = &[4];
 const F_GETFD: &[u64] = &[1];
 const FALLOCATE_MODES: &[u64] = &[3]; // PUNCH_HOLE | KEEP_SIZE
@@ -210,7 +212,7 @@ const CALLS: &[Call] = &[
         libc::SYS_madvise,
         SetUp,
         &[OneOf(2, SET_UP_ADVICE)],
-        "huge pages for guest memory; none of it in a dump",
+        "huge pages for guest memory; none of it in a dump; a working set ahead",
     ),
     call(libc::SYS_madvise, Both, &[OneOf(2, DONTNEED)], "balloon; the allocator; a thread's end"),
     // Descriptors that are there already.

@@ -138,7 +138,7 @@ impl MachineState {
     /// # Errors
     ///
     /// It isn't whole, or of another version.
-    pub fn read(file: &mut File) -> Result<Self, SnapshotError> {
+    pub fn read(mut file: &File) -> Result<Self, SnapshotError> {
         let failed = |source| SnapshotError::File { doing: "read", source };
         let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
         if length > MAX_BYTES {

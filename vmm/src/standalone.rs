@@ -350,7 +350,11 @@ fn serve(
                 FromVmm::DeviceStopped(stopped) => {
                     eprintln!("carrel-vmm: {} stopped: {:?}", stopped.device, stopped.reason);
                 }
-                FromVmm::Done(_) | FromVmm::Refused(_) | FromVmm::Metrics(_) | FromVmm::Snapshotted(_) => {}
+                FromVmm::Prepared(_)
+                | FromVmm::Done(_)
+                | FromVmm::Refused(_)
+                | FromVmm::Metrics(_)
+                | FromVmm::Snapshotted(_) => {}
             },
             Err(OwnerError::Io(e)) if e.kind() == io::ErrorKind::WouldBlock => {}
             // It ended before it read our Stop (unix(7)); its last words come with the next packet.

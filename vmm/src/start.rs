@@ -1,9 +1,10 @@
-//! How a machine comes to be: [`boot`] makes one that begins with its kernel, [`restore`] one that goes on from a snapshot. Both read top to
-//! bottom and share their steps.
+//! How a machine comes to be: [`boot`] makes one that begins with its kernel, [`restore`] one that goes on from a snapshot, in two parts: [`prepare`] is what
+//! needs no snapshot and may be done long before there is one. All read top to bottom and share their steps.
 //!
 //! ```text
-//!  boot     threads ─▶ memory ─▶ VM ─▶ vCPUs ─▶ devices ─▶ kernel, boot tables, registers ─────────────▶ filters ─▶ run
-//!  restore  state ─▶ threads ─▶ memory file ─▶ VM ─▶ vCPUs' state ─▶ devices ─▶ devices' state, clock ─▶ filters ─▶ run
+//!  boot     threads ─▶ memory ─▶ VM ─▶ vCPUs ─▶ devices ─▶ kernel, boot tables, registers ──────────▶ filters ─▶ run
+//!  prepare  threads ─▶ addresses ─▶ VM ─▶ vCPUs, their CPUID ──┐
+//!  restore  state ─────────────────────────────────────────────┴▶ memory file ─▶ vCPUs' state ─▶ devices, their state, clock ─▶ filters ─▶ run
 //! ```
 
 use std::fs::File;
@@ -11,135 +12,36 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
-use carrel_protocol::vmm::{
-    BalloonConfig, BlockConfig, Descriptor, End, EntropyConfig, RestoreConfig, RestoredBlock, SerialConfig,
-    VmConfig, VsockConfig,
-};
+use carrel_protocol::units::VcpuCount;
+use carrel_protocol::vmm::{BlockConfig, Descriptor, VmConfig};
 use kvm_bindings::{CpuId, KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
-use thiserror::Error;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::arch::current as arch;
 use crate::arch::current::ioapic::IoApic;
-use crate::arch::current::state::StateError;
 use crate::crew::Crew;
-use crate::devices::serial::{SERIAL_GSI, SerialPort, SerialState};
-use crate::devices::{self, Devices, DevicesError};
+use crate::devices::serial::{SERIAL_GSI, SerialPort};
+use crate::devices::{self, Devices};
 use crate::event::Epoll;
 use crate::gate::Gate;
 use crate::machine::Machine;
-use crate::memory::{self, MemoryError, Written};
+use crate::memory::{self, Written};
 use crate::ports::Ports;
-use crate::resources::{self, ResourceError};
-use crate::seccomp::{self, SeccompError, Stage};
+use crate::resources;
+use crate::seccomp::{self, Stage};
 use crate::signal;
-use crate::snapshot::{BlockShape, Layout, MachineState, Shape, SnapshotError};
+use crate::snapshot::{BlockShape, Layout, Shape};
 use crate::timeline::Timeline;
 use crate::vcpu::{self, ExitCounters, Saves, Shared, Verdict};
+use crate::working_set::touched::Pagemap;
 
-/// A machine can't be made.
-#[derive(Debug, Error)]
-pub enum StartError {
-    /// The configuration's resources don't fit.
-    #[error(transparent)]
-    Resources(#[from] ResourceError),
-    /// Memory.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// The kernel or initramfs.
-    #[error(transparent)]
-    Load(#[from] arch::load::LoadError),
-    /// The boot information.
-    #[error(transparent)]
-    Parameters(#[from] arch::boot::BootError),
-    /// vCPU registers.
-    #[error(transparent)]
-    Registers(#[from] arch::registers::RegisterError),
-    /// CPUID.
-    #[error(transparent)]
-    Cpuid(#[from] arch::cpuid::CpuidError),
-    /// Devices.
-    #[error(transparent)]
-    Devices(#[from] DevicesError),
-    /// Filters.
-    #[error(transparent)]
-    Seccomp(#[from] SeccompError),
-    /// KVM.
-    #[error("KVM refused to {what}")]
-    Kvm {
-        /// What was asked.
-        what: &'static str,
-        /// Why.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-    /// The host has no such thing to give.
-    #[error("the host refused to {what}")]
-    Host {
-        /// What was asked.
-        what: &'static str,
-        /// Why.
-        #[source]
-        source: std::io::Error,
-    },
-    /// Boot tables.
-    #[error("the boot tables do not fit into the guest's memory")]
-    Tables(#[from] vm_memory::GuestMemoryError),
-    /// The state file.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// A vCPU's or the clock's state.
-    #[error(transparent)]
-    State(#[from] StateError),
-    /// The snapshot's guest knows other addresses.
-    #[error(
-        "the snapshot was made by a carrel-vmm that lays machines out differently; make the snapshot anew"
-    )]
-    Layout,
-    /// The snapshot was made under another kernel.
-    #[error("the snapshot was made under Linux {saved} and this host runs {here}; make the snapshot anew")]
-    HostKernel {
-        /// The snapshot's.
-        saved: String,
-        /// This one.
-        here: String,
-    },
-    /// What was handed over is not what the snapshot's machine needs.
-    #[error("the snapshot's machine has {has}, for which the configuration has {given}")]
-    Misfit {
-        /// What it has.
-        has: String,
-        /// What was given.
-        given: String,
-    },
-    /// Device state that no driver could have made.
-    #[error("the snapshot holds a state that no device of this carrel-vmm can be in; make the snapshot anew")]
-    DeviceState,
-}
+mod failure;
+mod restored;
 
-impl StartError {
-    /// Under which end of the process this falls.
-    pub fn end(&self) -> End {
-        match self {
-            Self::Resources(e) => e.end(),
-            Self::Parameters(_) | Self::Load(_) | Self::Tables(_) | Self::Misfit { .. } => {
-                End::BadConfiguration
-            }
-            Self::Devices(e) => e.end(),
-            Self::Memory(e) => e.end(),
-            Self::State(e) if !e.is_misfit() => End::Kvm,
-            Self::Snapshot(_)
-            | Self::State(_)
-            | Self::Layout
-            | Self::HostKernel { .. }
-            | Self::DeviceState => End::BadSnapshot,
-            Self::Kvm { .. } | Self::Cpuid(_) | Self::Registers(_) => End::Kvm,
-            Self::Host { .. } | Self::Seccomp(_) => End::Host,
-        }
-    }
-}
+pub use failure::StartError;
+pub use restored::{Prepared, prepare, restore};
 
 fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> StartError {
     move |source| StartError::Kvm { what, source }
@@ -150,12 +52,14 @@ fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> StartError {
 }
 
 /// How to start, beside the machine itself.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Surroundings {
     /// Each thread is under its run filter when the first guest instruction executes.
     pub filters: bool,
     /// `uname -r`.
     pub host_kernel: String,
+    /// This process's own, where the host has such.
+    pub pagemap: Option<Pagemap>,
 }
 
 /// Makes a machine and lets it run.
@@ -173,7 +77,7 @@ pub fn boot(
     let shape = shape_of(&config);
     timeline.mark("configuration");
 
-    let (crew, signals) = start_threads(&shape, &surroundings)?;
+    let (crew, signals) = start_threads(shape.vcpus, &surroundings)?;
     timeline.mark("threads");
 
     let memory = memory::allocate(config.memory_mib, config.huge_pages)?;
@@ -217,72 +121,18 @@ pub fn boot(
     drop(kvm_device);
     let io_apic = IoApic::new(vm, devices.interrupt_count());
     let vcpus = vcpus.into_iter().map(|(vcpu, _)| vcpu).collect();
-    let parts = Parts { memory, written, io_apic, devices, serial, epoll, control: config.control, signals };
-    run(parts, shape, vcpus, crew, surroundings, timeline)
-}
-
-/// Makes a machine that goes on from a snapshot, and lets it run. Its guest finds time stopped where it stood and its vsock connections gone.
-///
-/// # Errors
-///
-/// The snapshot is damaged, or not one that this host and this VMM can go on with, or what was handed over does not fit it; or whatever can't be had.
-pub fn restore(
-    vm: RestoreConfig<Descriptor>,
-    descriptors: Vec<OwnedFd>,
-    surroundings: Surroundings,
-    timeline: &mut Timeline,
-) -> Result<Machine, StartError> {
-    let config = resources::restored_from_owner(vm, descriptors)?;
-    let saved = MachineState::read(&mut File::from(config.state))?;
-    check_origin(&saved, &surroundings)?;
-    let shape = saved.shape;
-    let blocks = fit_blocks(&shape, config.blocks)?;
-    timeline.mark("state");
-
-    let (crew, signals) = start_threads(&shape, &surroundings)?;
-    timeline.mark("threads");
-
-    let memory = memory::map(shape.memory_mib, config.memory)?;
-    timeline.mark("memory");
-
-    let (kvm_device, vm, written) = create_vm(config.kvm, &memory, config.track_dirty)?;
-    let vcpus = create_vcpus(&kvm_device, &vm, shape.vcpus.get())?;
-    if vcpus.len() != saved.vcpus.len() {
-        return Err(StartError::DeviceState);
-    }
-    timeline.mark("vm");
-    for ((vcpu, offered), saved) in vcpus.iter().zip(&saved.vcpus) {
-        saved.check_cpu(offered.as_slice())?;
-        saved.restore(vcpu)?;
-    }
-    timeline.mark("vcpus");
-
-    let epoll = Epoll::new().map_err(host("create an epoll"))?;
-    let vsock = fit_vsock(&shape, config.vsock)?;
-    let entropy = shape.entropy.then_some(EntropyConfig {});
-    let balloon = shape.balloon.map(|free_page_reporting| BalloonConfig { size_mib: 0, free_page_reporting });
-    let mut devices = Devices::new(vsock, blocks, entropy, balloon, &memory, &written, &epoll)?;
-    let pins = devices.interrupt_count();
-    connect_devices(&vm, &devices)?;
-    let serial = match &saved.serial {
-        Some(saved) => Some(restore_serial(&vm, saved, config.serial)?),
-        None => None,
+    let parts = Parts {
+        memory,
+        written,
+        io_apic,
+        devices,
+        serial,
+        epoll,
+        control: config.control,
+        signals,
+        is_clone: false,
+        notice: None,
     };
-    timeline.mark("devices");
-
-    // Routes before devices: a device whose interrupt was pending raises it again.
-    arch::state::restore_clock(&vm, &saved.clock)?;
-    let io_apic = IoApic::restored(vm, &saved.io_apic, pins).ok_or(StartError::DeviceState)?;
-    io_apic.route().map_err(kvm("route the devices' interrupts"))?;
-    devices.restore(&saved.devices).map_err(|devices::mmio::Misfit| StartError::DeviceState)?;
-    // Whatever drivers notified and nobody served.
-    devices.kick();
-    let vcpus: Vec<VcpuFd> = vcpus.into_iter().map(|(vcpu, _)| vcpu).collect();
-    vcpus.iter().for_each(arch::state::announce_pause);
-    timeline.mark("device state");
-
-    drop(kvm_device);
-    let parts = Parts { memory, written, io_apic, devices, serial, epoll, control: config.control, signals };
     run(parts, shape, vcpus, crew, surroundings, timeline)
 }
 
@@ -296,6 +146,9 @@ struct Parts {
     epoll: Epoll,
     control: Option<OwnedFd>,
     signals: OwnedFd,
+    is_clone: bool,
+    /// What could not be used.
+    notice: Option<String>,
 }
 
 /// The last step of both: filters, then the guest.
@@ -307,7 +160,8 @@ fn run(
     surroundings: Surroundings,
     timeline: &mut Timeline,
 ) -> Result<Machine, StartError> {
-    let Parts { memory, written, io_apic, devices, serial, epoll, control, signals } = parts;
+    let Parts { memory, written, io_apic, devices, serial, epoll, control, signals, is_clone, notice } =
+        parts;
     let shared = Arc::new(Shared {
         gate: Gate::default(),
         bus: devices.bus(),
@@ -325,15 +179,29 @@ fn run(
     }
     timeline.mark("filters");
     let vcpus = crew.run(vcpus, &shared);
-    let host_kernel = surroundings.host_kernel;
-    Ok(Machine { shared, devices, vcpus, epoll, control, signals, shape, written, host_kernel })
+    let Surroundings { host_kernel, pagemap, .. } = surroundings;
+    // What a booted machine touches is no clone's working set.
+    let pagemap = pagemap.filter(|_| is_clone);
+    Ok(Machine {
+        shared,
+        devices,
+        vcpus,
+        epoll,
+        control,
+        signals,
+        shape,
+        written,
+        host_kernel,
+        pagemap,
+        notice,
+    })
 }
 
 /// Threads for the vCPUs, and the signals that the event loop watches: blocked before any thread starts, so that all of them leave these to it.
-fn start_threads(shape: &Shape, surroundings: &Surroundings) -> Result<(Crew, OwnedFd), StartError> {
+fn start_threads(vcpus: VcpuCount, surroundings: &Surroundings) -> Result<(Crew, OwnedFd), StartError> {
     let signals = signal::watch().map_err(host("watch for signals"))?;
     vcpu::install_kick().map_err(host("install a signal handler"))?;
-    let crew = Crew::start(shape.vcpus.get(), surroundings.filters).map_err(host("start a thread"))?;
+    let crew = Crew::start(vcpus.get(), surroundings.filters).map_err(host("start a thread"))?;
     Ok((crew, signals))
 }
 
@@ -407,15 +275,6 @@ fn serial_interrupt(vm: &VmFd) -> Result<EventFd, StartError> {
     Ok(interrupt)
 }
 
-fn restore_serial(
-    vm: &VmFd,
-    saved: &SerialState,
-    output: Option<SerialConfig<OwnedFd>>,
-) -> Result<SerialPort, StartError> {
-    let (output, limit) = output.map_or((None, 0), |serial| (Some(serial.output), serial.limit_bytes));
-    SerialPort::restored(saved, serial_interrupt(vm)?, output, limit).ok_or(StartError::DeviceState)
-}
-
 /// A kernel and, if there is one, the address and size of the initramfs.
 type Loaded = Result<(arch::load::LoadedKernel, Option<(GuestAddress, u64)>), StartError>;
 
@@ -477,49 +336,5 @@ pub(crate) fn layout(shape: &Shape) -> Layout {
         devices: devices::BASE,
         window: devices::WINDOW,
         first_interrupt: devices::FIRST_GSI,
-    }
-}
-
-fn check_origin(saved: &MachineState, surroundings: &Surroundings) -> Result<(), StartError> {
-    if saved.layout != layout(&saved.shape) {
-        return Err(StartError::Layout);
-    }
-    let here = &surroundings.host_kernel;
-    if saved.host_kernel != *here {
-        return Err(StartError::HostKernel { saved: saved.host_kernel.clone(), here: here.clone() });
-    }
-    Ok(())
-}
-
-/// The snapshot's disks with the files that were handed over for them.
-fn fit_blocks(
-    shape: &Shape,
-    given: Vec<RestoredBlock<OwnedFd>>,
-) -> Result<Vec<BlockConfig<OwnedFd>>, StartError> {
-    if given.len() != shape.blocks.len() {
-        let has = format!("{} disks", shape.blocks.len());
-        return Err(StartError::Misfit { has, given: format!("{} disks", given.len()) });
-    }
-    let fit = |(given, saved): (RestoredBlock<OwnedFd>, &BlockShape)| {
-        let RestoredBlock { id, base, overlay, limit } = given;
-        if id != saved.id || overlay.is_none() != saved.read_only {
-            let kind = |read_only| if read_only { "a read-only disk" } else { "a disk" };
-            return Err(StartError::Misfit {
-                has: format!("{} {:?}", kind(saved.read_only), saved.id),
-                given: format!("{} {id:?}", kind(overlay.is_none())),
-            });
-        }
-        Ok(BlockConfig { id, base, overlay, size_bytes: saved.size_bytes, limit })
-    };
-    given.into_iter().zip(&shape.blocks).map(fit).collect()
-}
-
-fn fit_vsock(shape: &Shape, socket: Option<OwnedFd>) -> Result<Option<VsockConfig<OwnedFd>>, StartError> {
-    match (shape.vsock, socket) {
-        (Some((guest_cid, connections)), socket) => Ok(Some(VsockConfig { guest_cid, socket, connections })),
-        (None, None) => Ok(None),
-        (None, Some(_)) => {
-            Err(StartError::Misfit { has: "no vsock device".into(), given: "a socket for one".into() })
-        }
     }
 }

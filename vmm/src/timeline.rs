@@ -14,9 +14,9 @@ impl Timeline {
         self.0.push(Mark { done: done.to_owned(), at_us: now_us() });
     }
 
-    /// All marks, in order.
-    pub fn into_marks(self) -> Vec<Mark> {
-        self.0
+    /// All marks, in order; none are left.
+    pub fn take(&mut self) -> Vec<Mark> {
+        std::mem::take(&mut self.0)
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use carrel_host::function::FunctionMemory;
-use clap::{ArgGroup, Args};
+use clap::{ArgGroup, Args, ValueEnum};
 
 use super::run::{BeginArgs, UsageArgs};
 use crate::values::{Without, size, span};
@@ -15,13 +15,24 @@ Examples:
   carrel invoke --zip f.zip --handler app.handler --event @event.json --timeout 10s
   carrel invoke --zip bootstrap.zip --runtime provided --event - < event.json
   carrel invoke --image docker://localhost:5000/fn:1 --handler app.handler -m 256m
+  carrel invoke --zip f.zip --handler app.handler --events events.jsonl --isolation event --initialised
 
 The response is written to stdout, the function's log and the START, END and
-REPORT lines to stderr.
+REPORT lines to stderr. Of several events each response ends with a new line.
 
 Exit status: 0 the function answered; 1 it answered with an error, which is
 printed in place of the response; 3 its runtime ended or failed to start; 4 its
-response was too large; 124 it ran into its timeout; 125 carrel failed.";
+response was too large; 124 it ran into its timeout; 125 carrel failed. Of several
+events, the first that was not answered decides; the others are handled all the same.";
+
+/// What events share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Isolation {
+    /// A room, as long as its runtime lives.
+    Room,
+    /// Nothing: each has a fresh clone, which is thrown away after it.
+    Event,
+}
 
 /// `carrel invoke`.
 #[derive(Debug, Args)]
@@ -42,9 +53,15 @@ pub(crate) struct InvokeArgs {
     /// What the runtime calls, such as module.function
     #[arg(long, value_name = "HANDLER")]
     pub(crate) handler: Option<String>,
-    /// The event, as JSON; @FILE reads it from a file, - from standard input
+    /// The event, as JSON; @FILE reads it from a file, - from standard input; several are handled one after another
     #[arg(long, value_name = "JSON|@FILE|-", default_value = "{}", allow_hyphen_values = true)]
-    pub(crate) event: String,
+    pub(crate) event: Vec<String>,
+    /// Every line of a file, or of standard input (-), is an event; empty ones are passed over
+    #[arg(long, value_name = "FILE|-", conflicts_with = "event")]
+    pub(crate) events: Option<PathBuf>,
+    /// What several events share: a room and the runtime in it, as on Lambda; or nothing, each having a room of its own
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Isolation::Room)]
+    pub(crate) isolation: Isolation,
     /// The function's memory, from 128m to 10240m; its CPU share follows it
     #[arg(short, long, value_name = "SIZE", default_value = "128m", value_parser = size::function_memory)]
     pub(crate) memory: FunctionMemory,

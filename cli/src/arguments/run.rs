@@ -22,6 +22,7 @@ Examples:
   carrel run -d --name web -m 512m --cpus 0.5 oci:./web
   carrel run --timeout 30s --usage=json --usage-file use.json oci:./job
   carrel run --read-only --tmpfs /tmp:size=64m -u 1000:1000 oci:./job ./test
+  carrel run --initialised oci:./app python3 server.py
 
 The room is always removed when it ends (Docker's --rm), except that a detached
 room's logs and status stay until `carrel rm` or `carrel prune`.
@@ -49,15 +50,8 @@ pub(crate) struct RunArgs {
     /// A name for the room, to be used in place of its id
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Option<String>,
-    /// When to fetch the image
-    #[arg(long, value_enum, default_value_t = Pull::Missing, value_name = "WHEN")]
-    pub(crate) pull: Pull,
-    /// Choose this platform's image, such as linux/amd64
-    #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
-    pub(crate) platform: Option<String>,
-    /// Speak plain HTTP with the registry; loopback ones are spoken to so anyway
-    #[arg(long)]
-    pub(crate) insecure: bool,
+    #[command(flatten)]
+    pub(crate) source: SourceArgs,
     /// Accepted for Docker's sake: rooms are always removed when they end
     #[arg(long)]
     pub(crate) rm: bool,
@@ -87,6 +81,20 @@ impl RunArgs {
     pub(crate) fn command(&self) -> &[String] {
         self.image_and_command.get(1..).unwrap_or_default()
     }
+}
+
+/// How the image is had.
+#[derive(Debug, Args)]
+pub(crate) struct SourceArgs {
+    /// When to fetch the image
+    #[arg(long, value_enum, default_value_t = Pull::Missing, value_name = "WHEN")]
+    pub(crate) pull: Pull,
+    /// Choose this platform's image, such as linux/amd64
+    #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
+    pub(crate) platform: Option<String>,
+    /// Speak plain HTTP with the registry; loopback ones are spoken to so anyway
+    #[arg(long)]
+    pub(crate) insecure: bool,
 }
 
 /// What the command is run as.
@@ -145,6 +153,10 @@ pub(crate) struct BeginArgs {
     /// Begin with a boot, not as a clone of the image's template
     #[arg(long, env = "CARREL_COLD", value_parser = clap::builder::BoolishValueParser::new(), action = clap::ArgAction::SetTrue)]
     pub(crate) cold: bool,
+    /// Begin as a clone of the workload itself, taken where it was ready: a function that waits for its first event, a program that said so at
+    /// /run/carrel/clone.sock. What it was told and had drawn by then is the same in every clone: see docs/snapshots.md
+    #[arg(long, visible_alias = "initialized")]
+    pub(crate) initialised: bool,
     /// Who may share templates, and with them pages of memory, with this room: rooms of the same domain [default: this user]
     #[arg(long, value_name = "NAME", env = "CARREL_DOMAIN")]
     pub(crate) domain: Option<String>,

@@ -107,6 +107,12 @@ pub(crate) struct RunnerOptions {
     /// Begin with a boot, not as a clone of the program's template
     #[arg(long, env = "CARREL_COLD", value_parser = clap::builder::BoolishValueParser::new(), action = clap::ArgAction::SetTrue)]
     pub(crate) cold: bool,
+    /// Who may share templates, and with them pages of memory, with this room: rooms of the same domain [default: this user]
+    #[arg(long, value_name = "NAME", env = "CARREL_DOMAIN")]
+    pub(crate) domain: Option<String>,
+    /// Print when what happened, from the command's start to the program's end, on stderr
+    #[arg(long)]
+    pub(crate) timeline: bool,
     /// Don't say what was left out
     #[arg(short, long)]
     pub(crate) quiet: bool,
@@ -146,6 +152,8 @@ impl RunnerOptions {
             kernel: path("KERNEL"),
             unconfined: text("UNCONFINED"),
             cold: flag("COLD"),
+            domain: text("DOMAIN"),
+            timeline: flag("TIMELINE"),
             quiet: flag("QUIET"),
         }
     }
@@ -170,6 +178,8 @@ impl RunnerOptions {
             kernel: self.kernel.or(others.kernel),
             unconfined: self.unconfined.or(others.unconfined),
             cold: self.cold || others.cold,
+            domain: self.domain.or(others.domain),
+            timeline: self.timeline || others.timeline,
             quiet: self.quiet || others.quiet,
         }
     }
@@ -204,10 +214,13 @@ mod tests {
             cpus: text("2"),
             with: vec!["file".into()],
             cold: true,
+            domain: text("file's"),
+            timeline: true,
             ..RunnerOptions::default()
         };
         let both = flags.over(file);
         assert_eq!((both.memory, both.cpus, both.cold), (text("1g"), text("2"), true));
+        assert_eq!((both.domain, both.timeline), (text("file's"), true));
         assert_eq!(both.with, ["file", "own"]);
     }
 }

@@ -4,16 +4,20 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
+use super::run::{MachineArgs, ProcessArgs, SourceArgs};
 use crate::values::{size, span};
 
 const TEMPLATE_EXAMPLES: &str = "\
 Examples:
+  carrel template create debian:12
   carrel template ls
   carrel template pin 3f2a91c07b1e
   carrel template prune --max-size 20g --older-than 7d --dry-run
 
 A template is a room that was frozen: its clones start in milliseconds. Templates
-are made when they are first needed, and made again if they are gone.";
+are made when they are first needed, and made again if they are gone. Whoever makes
+one removes others that nobody used for 30 days, and the longest unused beyond 10 GiB:
+see CARREL_TEMPLATE_AGE and CARREL_TEMPLATE_BYTES in docs/cli.md.";
 
 /// `carrel template`.
 #[derive(Debug, Args)]
@@ -27,6 +31,8 @@ pub(crate) struct TemplateArgs {
 /// The commands on templates.
 #[derive(Debug, Subcommand)]
 pub(crate) enum TemplateCommand {
+    /// Make the template of an image, or of a workload that is ready, unless it is there
+    Create(Box<CreateArgs>),
     /// List templates, the last used first
     Ls(LsArgs),
     /// Show all that is known of templates
@@ -41,6 +47,68 @@ pub(crate) enum TemplateCommand {
     Verify(VerifyArgs),
     /// Remove templates by age and size
     Prune(PruneArgs),
+}
+
+const CREATE_EXAMPLES: &str = "\
+Examples:
+  carrel template create debian:12
+  carrel template create -m 1g --cpus 2 --pin oci:./job
+  carrel template create --initialised -e MODEL=small oci:./app python3 server.py
+
+A room finds the template if `carrel run` is given the same image, memory, CPUs, disk,
+kernel and domain; with --initialised also the same command, variables, user, working
+directory, mounts, -i and -t. What such a command says before it is ready goes to
+standard error, here and nowhere else.
+
+Exit status: 0 if it is there, made now or before; 1 if it can't be made.";
+
+/// `carrel template create`.
+#[derive(Debug, Args)]
+#[command(
+    after_help = CREATE_EXAMPLES,
+    override_usage = "carrel template create [OPTIONS] IMAGE [COMMAND [ARGUMENT]...]"
+)]
+pub(crate) struct CreateArgs {
+    /// Of the workload itself, once it said at /run/carrel/clone.sock that it is ready
+    #[arg(long, visible_alias = "initialized")]
+    pub(crate) initialised: bool,
+    /// Its clones attach standard input
+    #[arg(short, long, requires = "initialised")]
+    pub(crate) interactive: bool,
+    /// Its clones have a terminal
+    #[arg(short, long, requires = "initialised")]
+    pub(crate) tty: bool,
+    /// Who may share it [default: this user]
+    #[arg(long, value_name = "NAME", env = "CARREL_DOMAIN")]
+    pub(crate) domain: Option<String>,
+    /// Make it stay: see `carrel template pin`
+    #[arg(long)]
+    pub(crate) pin: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) source: SourceArgs,
+    /// The image, and with --initialised the command in place of its own
+    #[arg(required = true, trailing_var_arg = true, value_names = ["IMAGE", "COMMAND"])]
+    pub(crate) image_and_command: Vec<String>,
+    // After all of the above: a heading holds for what follows it.
+    #[command(flatten)]
+    pub(crate) process: ProcessArgs,
+    #[command(flatten)]
+    pub(crate) machine: MachineArgs,
+}
+
+impl CreateArgs {
+    /// The image.
+    pub(crate) fn image(&self) -> &str {
+        self.image_and_command.first().map_or("", String::as_str)
+    }
+
+    /// The command that replaces the image's own; empty if none was given.
+    pub(crate) fn command(&self) -> &[String] {
+        self.image_and_command.get(1..).unwrap_or_default()
+    }
 }
 
 const LS_EXAMPLES: &str = "\

@@ -113,7 +113,7 @@ fn detached_rooms_may_have_input_and_a_terminal_and_report_no_usage_at_the_end()
 
 #[test]
 fn every_command_that_may_pull_can_do_so_over_plain_http() {
-    assert!(run(&["--insecure", "registry.example/img"]).insecure);
+    assert!(run(&["--insecure", "registry.example/img"]).source.insecure);
     match parse(&["invoke", "--insecure", "--image", "registry.example/fn"]) {
         Ok(Command::Invoke(args)) => assert!(args.insecure),
         other => panic!("{other:?}"),
@@ -145,7 +145,7 @@ fn a_function_is_a_zip_or_an_image() {
 fn an_event_may_be_a_dash_or_a_negative_number() {
     for event in ["-", "-1", "@file", "{}"] {
         match parse(&["invoke", "--zip", "f.zip", "--event", event]) {
-            Ok(Command::Invoke(args)) => assert_eq!(args.event, event),
+            Ok(Command::Invoke(args)) => assert_eq!(args.event, [event]),
             other => panic!("{other:?}"),
         }
     }

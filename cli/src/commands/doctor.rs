@@ -11,7 +11,7 @@ use crate::failure::{self, WithStatus};
 /// `carrel doctor`. Opens no home: it must say something even where none can be opened.
 pub(crate) fn doctor(args: &DoctorArgs, configuration: &Configuration) -> Result<u8> {
     let assets = place::assets(configuration)?;
-    let report = doctor::examine(&configuration.home, &assets, configuration.patience);
+    let report = doctor::examine(&configuration.home, &configuration.store, &assets, configuration.patience);
     if args.json {
         failure::print(format_args!("{}\n", serde_json::to_string_pretty(&report)?))?;
     } else {

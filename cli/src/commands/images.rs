@@ -152,6 +152,7 @@ pub(crate) fn prune(args: &PruneArgs, configuration: &Configuration) -> Result<u
         all: args.all,
         older_than: args.older_than.filter(|_| args.all),
         most_bytes: None,
+        spare_used: false,
         dry_run: args.dry_run,
     };
     let templates = store.templates().prune(&policy)?;

@@ -1,4 +1,4 @@
-//! `carrel invoke`: one event for one function, in a room of its own.
+//! `carrel invoke`: events for one function, in a room that they share, or in a room of each one's own.
 //!
 //! ```text
 //!   zip ─▶ store ─┐                                        stdout ◀── response, or the error
@@ -8,25 +8,25 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, IsTerminal, Read, Write};
+use std::io::{self, BufRead, IsTerminal, Read, Write};
 use std::os::fd::AsFd;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use carrel_host::Outcome;
 use carrel_host::function::answer::{self, Answer, Class, ErrorPayload};
 use carrel_host::function::invocation::{Audience, Call, Called};
 use carrel_host::function::{self, Circumstances, EVENT_BYTES, Engine, Function, FunctionTimeout, Parts};
 use carrel_host::pool::Started;
-use carrel_host::session::Streams;
+use carrel_host::session::{Ended, Streams};
 use carrel_host::timestamp::{mark, now_ns};
-use carrel_protocol::vmm::Mark;
+use carrel_protocol::agent::Invoked;
 use carrel_store::{Digest, Store};
 use serde::de::IgnoredAny;
 
+use super::begin::{self, Begun};
 use super::run::without;
-use super::{begin, payload, place, report};
-use crate::arguments::invoke::InvokeArgs;
+use super::{payload, place, report};
+use crate::arguments::invoke::{InvokeArgs, Isolation};
 use crate::arguments::run::Pull;
 use crate::configuration::Configuration;
 use crate::failure::{self, WithStatus};
@@ -34,9 +34,9 @@ use crate::values::environment;
 
 /// Functions have such a name; here it leads nowhere. Some parse it, so it has all its parts.
 const ACCOUNT: &str = "000000000000";
-
-/// A call, how its room began, and when what happened before.
-type Begun = (Called, &'static str, Vec<Mark>);
+/// All of the events that one command takes, bytes.
+const EVENTS_BYTES: u64 = 256 << 20;
+const NO_RANDOM: &str = "The kernel gives no random bytes.";
 
 /// `carrel invoke`.
 pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result<u8> {
@@ -44,7 +44,7 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
     // What is wrong with the request is said before anything is fetched.
     let function = function(args)?;
     report::check_file(&args.usage)?;
-    let event = event(&args.event)?;
+    let events = events(args)?;
     let image = image(args, configuration)?;
     let home = place::home(configuration)?;
     home.assets().check()?;
@@ -71,41 +71,99 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
         acquired.zip = Some(digest);
         blobs.push(file.into());
     }
-    let around = Circumstances::now(configuration.patience).context("The kernel gives no random bytes.")?;
-    let mut spec = function.room(parts, &around)?;
     let kernel = args.kernel.as_ref().map(std::path::absolute).transpose()?;
-    function::adjust(&mut spec, without(args.unconfined.as_ref()), kernel);
-    let call = call(&function, &event)?;
     // The rooms have its blobs open: nobody can take them away any more.
     drop(lease);
-    let stderr = || Ok::<_, io::Error>(File::from(io::stderr().as_fd().try_clone_to_owned()?));
-    let serve = |started: Started| -> Result<(Begun, Option<Outcome>)> {
-        let Started { session, beginning, timeline: mut marks, .. } = started;
-        marks.insert(0, begun.clone());
-        let audience = Audience {
-            log: Streams { stdin: None, stdout: stderr()?, stderr: stderr()? },
-            response: io::stdout().as_fd().try_clone_to_owned()?.into(),
-            started: &mut || {
-                if let Engine::Managed(runtime) = &function.engine {
-                    log(&answer::init_start(runtime));
-                }
-                log(&answer::start(&call.id));
-            },
-            notice: &mut |text| tracing::warn!("{text}"),
+    let mut verdict = Verdict::default();
+    let mut rest = &events[..];
+    while let Some(first) = rest.first() {
+        let shared = match args.isolation {
+            Isolation::Room => rest,
+            Isolation::Event => std::slice::from_ref(first),
         };
-        let called = session.invoke(&call, audience)?;
-        let outcome = called.room.outcome.clone();
-        Ok(((called, beginning.word(), marks), Some(outcome)))
-    };
-    let (called, beginning, mut marks) = begin::serve(&home, &store, &args.begin, (&spec, &blobs), serve)?;
-    acquired.settle(&store, &called.room.outcome);
-    if args.begin.timeline {
-        marks.extend(called.room.timeline.clone());
-        begin::print_timeline(beginning, &marks);
+        let around = match args.begin.initialised {
+            true => Circumstances::initialised(configuration.patience),
+            false => Circumstances::now(configuration.patience).context(NO_RANDOM)?,
+        };
+        let mut spec = function.room(parts.clone(), &around)?;
+        function::adjust(&mut spec, without(args.unconfined.as_ref()), kernel.clone());
+        let mut handled = 0;
+        let serve = |started: Started| -> Result<(Called, Option<Ended>)> {
+            let (called, count) = instance(&function, shared, started, &mut verdict)?;
+            handled = count;
+            let ended = called.room.clone();
+            Ok((called, Some(ended)))
+        };
+        let room = (&spec, &blobs[..]);
+        let called =
+            match begin::serve(&home, &store, &args.begin, std::slice::from_ref(&begun), room, serve)? {
+                Begun::Served(called, _) => called,
+                Begun::Refused(room) => {
+                    handled = 1;
+                    Called { call: call(&function, first)?, invoked: None, room }
+                }
+            };
+        acquired.settle(&store, &called.room.outcome);
+        let ended = conclude(&function, &called, events.len() > 1);
+        report::usage(&args.usage, called.room.usage.as_ref())?;
+        verdict.hear(ended);
+        if called.invoked.is_none() {
+            // The next room would not be better.
+            break;
+        }
+        rest = rest.get(handled..).unwrap_or_default();
     }
-    let ended = conclude(&function, &call.id, &called);
-    report::usage(&args.usage, called.room.usage.as_ref())?;
-    ended
+    verdict.ended()
+}
+
+/// The first event that was not answered decides.
+#[derive(Debug, Default)]
+struct Verdict(Option<Result<u8>>);
+
+impl Verdict {
+    fn hear(&mut self, ended: Result<u8>) {
+        match (&self.0, ended) {
+            (_, Ok(0)) => {}
+            (None, ended) => self.0 = Some(ended),
+            (Some(_), Ok(_)) => {}
+            (Some(_), Err(error)) => tracing::error!("{error:#}"),
+        }
+    }
+
+    fn ended(self) -> Result<u8> {
+        self.0.unwrap_or(Ok(0))
+    }
+}
+
+/// Has one room handle these events, as many as its runtime lives for; how many that were. All but the last are concluded.
+fn instance(
+    function: &Function,
+    events: &[Vec<u8>],
+    started: Started,
+    verdict: &mut Verdict,
+) -> Result<(Called, usize)> {
+    let Started { session, beginning, .. } = started;
+    let stderr = || Ok::<_, io::Error>(File::from(io::stderr().as_fd().try_clone_to_owned()?));
+    let mut calls = events.iter().map(|event| call(function, event));
+    let first = calls.next().context("There is no event.")??;
+    let mut begun = 0;
+    let several = events.len() > 1;
+    let audience = Audience {
+        log: Streams { stdin: None, stdout: stderr()?, stderr: stderr()? },
+        response: io::stdout().as_fd().try_clone_to_owned()?.into(),
+        started: &mut |call| {
+            if let (0, Engine::Managed(runtime)) = (begun, &function.engine) {
+                log(&answer::runtime_start(runtime, beginning.is_initialised()));
+            }
+            begun += 1;
+            log(&answer::start(&call.id));
+        },
+        answered: &mut |call, invoked| verdict.hear(answered(function, &call.id, invoked, several)),
+        notice: &mut |text| tracing::warn!("{text}"),
+    };
+    let called = session.invoke(first, &mut || calls.next().transpose(), audience)?;
+    // One that ended before its start had its event all the same.
+    Ok((called, begun.max(1)))
 }
 
 fn function(args: &InvokeArgs) -> Result<Function> {
@@ -123,7 +181,45 @@ fn function(args: &InvokeArgs) -> Result<Function> {
     })
 }
 
-/// The event's bytes, which must be JSON: `{}`, `@FILE`, or `-` for standard input.
+/// All events, before the first is handled: what is wrong with one is said before.
+fn events(args: &InvokeArgs) -> Result<Vec<Vec<u8>>> {
+    let Some(path) = &args.events else {
+        return args.event.iter().map(|given| event(given)).collect();
+    };
+    let all = match path.to_str() {
+        Some("-") => lines(io::stdin().lock(), "standard input")?,
+        _ => {
+            let name = path.display().to_string();
+            let file = File::open(path).with_context(|| format!("The events' file {name} can't be read."))?;
+            lines(io::BufReader::new(file), &name)?
+        }
+    };
+    ensure!(!all.is_empty(), "There is no event in {}.", path.display());
+    Ok(all)
+}
+
+fn lines(mut from: impl BufRead, name: &str) -> Result<Vec<Vec<u8>>> {
+    let (mut all, mut bytes) = (Vec::new(), 0);
+    for number in 1_u64.. {
+        let mut line = Vec::new();
+        // One byte more for the new line, and one that is too many.
+        let read = from.by_ref().take(EVENT_BYTES + 2).read_until(b'\n', &mut line);
+        if read.with_context(|| format!("The events can't be read from {name}."))? == 0 {
+            break;
+        }
+        let line = line.trim_ascii();
+        if line.is_empty() {
+            continue;
+        }
+        check_event(line, &format!("line {number} of {name}"))?;
+        bytes += length(line);
+        ensure!(bytes <= EVENTS_BYTES, "The events of {name} are larger than {EVENTS_BYTES} bytes together.");
+        all.push(line.to_owned());
+    }
+    Ok(all)
+}
+
+/// An event's bytes, which must be JSON: `{}`, `@FILE`, or `-` for standard input.
 fn event(given: &str) -> Result<Vec<u8>> {
     let (bytes, from) = match given {
         "-" => (read_event(io::stdin().lock(), "standard input")?, "standard input"),
@@ -135,10 +231,14 @@ fn event(given: &str) -> Result<Vec<u8>> {
             None => (given.as_bytes().to_vec(), "--event"),
         },
     };
-    serde_json::from_slice::<IgnoredAny>(&bytes)
-        .with_context(|| format!("The event from {from} is no JSON."))?;
-    ensure!(length(&bytes) <= EVENT_BYTES, "The event from {from} is larger than {EVENT_BYTES} bytes.");
+    check_event(&bytes, from)?;
     Ok(bytes)
+}
+
+fn check_event(bytes: &[u8], from: &str) -> Result<()> {
+    ensure!(length(bytes) <= EVENT_BYTES, "The event from {from} is larger than {EVENT_BYTES} bytes.");
+    let json = serde_json::from_slice::<IgnoredAny>(bytes);
+    json.map(drop).with_context(|| format!("The event from {from} is no JSON."))
 }
 
 fn read_event(from: impl Read, name: &str) -> Result<Vec<u8>> {
@@ -179,18 +279,15 @@ fn add_zip(store: &Store, path: &Path) -> Result<(Digest, u64, File)> {
     Ok((digest, size, blob))
 }
 
-fn call(function: &Function, event: &[u8]) -> Result<Call> {
-    let kept = "The event can't be kept in memory.";
-    let flags = rustix::fs::MemfdFlags::CLOEXEC;
-    let mut file = File::from(rustix::fs::memfd_create("event", flags).context(kept)?);
-    file.write_all(event).context(kept)?;
+fn call(function: &Function, event: &[u8]) -> io::Result<Call> {
+    let mut file = File::from(rustix::fs::memfd_create("event", rustix::fs::MemfdFlags::CLOEXEC)?);
+    file.write_all(event)?;
     let region = function.environment.iter().rev().find_map(|one| one.strip_prefix("AWS_REGION="));
     let region = region.unwrap_or(function::DEFAULT_REGION);
     let arn = format!("arn:aws:lambda:{region}:{ACCOUNT}:function:{}", function.name);
-    let random = "The kernel gives no random bytes.";
-    let trace = function::trace_id(now_ns()).context(random)?;
+    let trace = function::trace_id(now_ns())?;
     Ok(Call {
-        id: function::request_id().context(random)?,
+        id: function::request_id()?,
         event: file,
         event_bytes: length(event),
         timeout_ms: function.timeout.millis(),
@@ -198,21 +295,27 @@ fn call(function: &Function, event: &[u8]) -> Result<Call> {
     })
 }
 
-/// Prints what is still to be said, and decides the status.
-fn conclude(function: &Function, id: &str, called: &Called) -> Result<u8> {
-    let Some(invoked) = &called.invoked else {
-        let Some(error) = answer::unstartable(id, &called.room.outcome) else {
-            return report::ended(&called.room.outcome);
-        };
-        print_error(&error)?;
-        log(&answer::not_started(id, function.memory, &error));
-        let sentence = called.room.outcome.sentence().unwrap_or_default();
-        return Err(WithStatus::new(failure::RUNTIME_FAILED, sentence).into());
+/// Prints what is still to be said when the room is over, and decides the status.
+fn conclude(function: &Function, called: &Called, several: bool) -> Result<u8> {
+    let id = &called.call.id;
+    if let Some(invoked) = &called.invoked {
+        return answered(function, id, invoked, several);
+    }
+    let Some(error) = answer::unstartable(id, &called.room.outcome) else {
+        return report::ended(&called.room.outcome);
     };
+    print_error(&error)?;
+    log(&answer::not_started(id, function.memory, &error));
+    let sentence = called.room.outcome.sentence().unwrap_or_default();
+    Err(WithStatus::new(failure::RUNTIME_FAILED, sentence).into())
+}
+
+/// The same of one event. Of several each ends its line.
+fn answered(function: &Function, id: &str, invoked: &Invoked, several: bool) -> Result<u8> {
     let answer = Answer { id, memory: function.memory, timeout: function.timeout, invoked };
     match answer.error() {
         Some(error) => print_error(&error)?,
-        None if io::stdout().is_terminal() => failure::print("\n")?,
+        None if several || io::stdout().is_terminal() => failure::print("\n")?,
         None => {}
     }
     log(&answer.end(now_ns()));
@@ -259,6 +362,36 @@ mod tests {
             assert!(error.contains("event") && error.contains("JSON"), "{error}");
         }
         assert!(event("@/no/such/file").unwrap_err().to_string().contains("/no/such/file"));
+    }
+
+    #[test]
+    fn every_line_is_an_event_and_a_wrong_one_is_named() {
+        let of = |text: &str| lines(text.as_bytes(), "events.jsonl");
+        assert_eq!(of("{\"n\": 1}\n\n  [2]\r\n3").unwrap(), [&b"{\"n\": 1}"[..], b"[2]", b"3"]);
+        assert!(of("\n\n").unwrap().is_empty());
+        let error = of("1\n\nnonsense\n").unwrap_err().to_string();
+        assert!(error.contains("line 3 of events.jsonl"), "{error}");
+        let size = usize::try_from(EVENT_BYTES).unwrap();
+        let largest = format!("\"{}\"", "x".repeat(size - 2));
+        assert_eq!(of(&format!("{largest}\n1\n")).unwrap().len(), 2);
+        assert!(of(&format!("{largest} x\n")).unwrap_err().to_string().contains("larger"));
+    }
+
+    #[test]
+    fn the_first_event_that_was_not_answered_decides() {
+        let of = |all: Vec<Result<u8>>| {
+            let mut verdict = Verdict::default();
+            all.into_iter().for_each(|ended| verdict.hear(ended));
+            verdict.ended()
+        };
+        assert_eq!(of(vec![Ok(0), Ok(0)]).unwrap(), 0);
+        assert_eq!(of(vec![Ok(0), Ok(4), Ok(1)]).unwrap(), 4);
+        let error = of(vec![
+            Ok(0),
+            Err(WithStatus::new(1, "first").into()),
+            Err(WithStatus::new(3, "second").into()),
+        ]);
+        assert_eq!(error.unwrap_err().to_string(), "first");
     }
 
     #[test]

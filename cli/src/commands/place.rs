@@ -1,4 +1,4 @@
-//! Where things are: the home with its rooms and its store, the assets that rooms boot from, the VMM.
+//! Where things are: the home with its rooms, the store, the assets that rooms boot from, the VMM.
 
 use std::path::{Path, PathBuf};
 
@@ -11,12 +11,14 @@ use crate::configuration::Configuration;
 /// The rooms. Opening them sweeps up what killed owners left, and killed commands in the store.
 pub(crate) fn home(configuration: &Configuration) -> Result<Home> {
     store(configuration)?;
-    Ok(Home::open(&configuration.home, assets(configuration)?, configuration.patience)?)
+    let home = Home::open(&configuration.home, assets(configuration)?, configuration.patience)?;
+    Ok(if configuration.pool { home } else { home.without_resident() })
 }
 
-/// The images.
+/// The images and templates.
 pub(crate) fn store(configuration: &Configuration) -> Result<Store> {
-    Ok(Store::open(&configuration.home.join("store"))?)
+    let store = Store::open(&configuration.store)?;
+    Ok(store.with_template_bounds(configuration.template_bounds()))
 }
 
 /// The image layout of a managed runtime, where there is such a runtime.

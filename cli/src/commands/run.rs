@@ -1,23 +1,24 @@
 //! `carrel run` and `carrel exec`: a process in a room, its streams, its terminal, its signals, its status.
 
+use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use carrel_host::image::{self, Overrides};
 use carrel_host::pool::Started;
-use carrel_host::session::{Beginning as Begun, Ended, Session, Streams};
+use carrel_host::session::{Beginning as CameUp, Ended, Session, Streams};
 use carrel_host::spec::{DEFAULT_DISK_BYTES, Machine, Part, Payload, ProcessSpec};
 use carrel_host::timestamp::mark;
-use carrel_host::{Outcome, RoomName, RoomSpec};
+use carrel_host::{Home, Room, RoomName, RoomSpec};
 use carrel_protocol::agent::{Surroundings, TerminalSize, Tmpfs};
 use carrel_protocol::units::{MemoryMib, VcpuCount};
-use carrel_protocol::vmm::Mark;
-use carrel_store::Image;
+use carrel_store::{Image, Store};
 
+use super::begin::{self, Begun};
 use super::signals::Forwarding;
-use super::{begin, payload, place, report};
+use super::{payload, place, report};
 use crate::arguments::rooms::ExecArgs;
-use crate::arguments::run::{MachineArgs, RunArgs};
+use crate::arguments::run::{MachineArgs, ProcessArgs, RunArgs, SourceArgs};
 use crate::configuration::Configuration;
 use crate::failure;
 use crate::terminal::{self, Raw};
@@ -36,101 +37,144 @@ pub(crate) fn run(args: &RunArgs, configuration: &Configuration) -> Result<u8> {
         false => terminal_for(args.tty, args.interactive)?,
     };
     report::check_file(&args.usage)?;
-    let own = |name: &str| std::env::var(name).ok();
-    let environment = environment::collect(&args.process.env_file, &args.process.env, &own)?;
     let name: Option<RoomName> = args.name.as_deref().map(str::parse).transpose()?;
-    let overrides = Overrides {
-        entrypoint: args.process.entrypoint.clone(),
-        command: args.command().to_vec(),
-        environment,
-        working_directory: args.process.workdir.clone(),
-        user: args.process.user.clone(),
+    let asked = Asked {
+        image: args.image(),
+        command: args.command(),
+        source: &args.source,
+        process: &args.process,
+        machine: &args.machine,
         interactive: args.interactive,
         terminal,
     };
-    let machine = machine(&args.machine)?;
     let home = place::home(configuration)?;
-    // What is wrong with the request is said before anything is fetched.
-    overrides.check()?;
-    home.foresee(name.as_ref(), &machine)?;
     let store = place::store(configuration)?;
-    let wanted = payload::Wanted {
-        image: args.image(),
-        pull: args.pull,
-        platform: args.platform.as_deref(),
-        insecure: args.insecure,
-        without: without(args.machine.unconfined.as_ref()),
-        patience: configuration.patience,
-    };
-    let (acquired, lease) = payload::Acquired::find(&store, &wanted)?;
-    let image = &acquired.image;
-    let process = image::compose(&payload::defaults(image), &overrides)?;
-    let (layers, blobs) = payload::layers(&store, image)?;
+    let composed = asked.compose(name.as_ref(), &home, &store, configuration)?;
     let spec = RoomSpec {
-        id: None,
         name,
-        image: image.name.clone(),
-        machine,
-        payload: Payload { layers, zips: Vec::new(), unpacked_bytes: None },
-        surroundings: surroundings(args, image),
-        process,
-        stop_signal: image::stop_signal(image.config.stop_signal.as_deref())?,
         stop_timeout_ms: millis(args.ends.stop_timeout.unwrap_or(DEFAULT_STOP_TIMEOUT)),
         timeout_ms: args.ends.timeout.map(millis),
         detached: args.detach,
-        without: without(args.machine.unconfined.as_ref()),
-        function: None,
+        initialised: args.begin.initialised,
+        ..composed.spec
     };
-    // The rooms have its blobs open: nobody can take them away any more.
-    drop(lease);
     let attached = Attached { terminal: terminal.is_some(), keys: args.interactive };
-    let serve = |started: Started| -> Result<(Served, Option<Outcome>)> {
-        let Started { room, session, beginning, timeline: mut marks } = started;
-        marks.insert(0, begun.clone());
-        if !args.detach {
-            let ended = attach(session, attached, |session, streams, notice| session.run(streams, notice))?;
-            let outcome = Some(ended.outcome.clone());
-            return Ok((Served { room, beginning: beginning.word(), marks, ended: Some(ended) }, outcome));
-        }
-        let ended = match session.wait_started()? {
-            Begun::Started => None,
-            Begun::Ended(ended) => Some(*ended),
+    let serve = |started: Started| -> Result<(Option<Room>, Option<Ended>)> {
+        let Started { room, session, .. } = started;
+        let ended = match args.detach {
+            false => {
+                Some(attach(session, attached, |session, streams, notice| session.run(streams, notice))?)
+            }
+            true => match session.wait_started()? {
+                CameUp::Started => None,
+                CameUp::Ended(ended) => Some(*ended),
+            },
         };
-        let outcome = ended.as_ref().map(|ended| ended.outcome.clone());
-        Ok((Served { room, beginning: beginning.word(), marks, ended }, outcome))
+        Ok((Some(room), ended))
     };
-    let served = begin::serve(&home, &store, &args.begin, (&spec, &blobs), serve)?;
-    let Served { room, beginning, mut marks, ended } = served;
-    if args.begin.timeline {
-        marks.extend(ended.iter().flat_map(|ended| ended.timeline.clone()));
-        begin::print_timeline(beginning, &marks);
+    let (room, ended) =
+        match begin::serve(&home, &store, &args.begin, &[begun], (&spec, &composed.blobs), serve)? {
+            Begun::Served(room, ended) => (room, ended),
+            Begun::Refused(ended) => (None, Some(ended)),
+        };
+    if let Some(ended) = &ended {
+        composed.acquired.settle(&store, &ended.outcome);
     }
-    match ended {
-        None => {
+    match (room, ended) {
+        (Some(room), None) => {
             failure::print(format_args!("{}\n", room.id()))?;
             Ok(0)
         }
-        Some(ended) => {
-            acquired.settle(&store, &ended.outcome);
-            if args.detach {
-                return begun_and_over(&room, &ended);
-            }
+        (Some(room), Some(ended)) if args.detach => begun_and_over(&room, &ended),
+        (_, Some(ended)) => {
             report::usage(&args.usage, ended.usage.as_ref())?;
             report::ended(&ended.outcome)
         }
+        (None, None) => bail!("The room's end was not told."),
     }
 }
 
-/// A room that was served, to its end or, detached, to its beginning.
-struct Served {
-    room: carrel_host::Room,
-    beginning: &'static str,
-    marks: Vec<Mark>,
-    ended: Option<Ended>,
+/// An image's command, as a command line asks for it.
+pub(super) struct Asked<'a> {
+    pub(super) image: &'a str,
+    pub(super) command: &'a [String],
+    pub(super) source: &'a SourceArgs,
+    pub(super) process: &'a ProcessArgs,
+    pub(super) machine: &'a MachineArgs,
+    pub(super) interactive: bool,
+    pub(super) terminal: Option<TerminalSize>,
+}
+
+/// What was asked for, with all that it is made of.
+pub(super) struct Composed {
+    pub(super) acquired: payload::Acquired,
+    /// It has no name, no end set, and is attached.
+    pub(super) spec: RoomSpec,
+    pub(super) blobs: Vec<OwnedFd>,
+}
+
+impl Asked<'_> {
+    /// Fetches the image if need be. What is wrong with the request is said before.
+    ///
+    /// # Errors
+    ///
+    /// The request is wrong, or the image can't be had.
+    pub(super) fn compose(
+        &self,
+        name: Option<&RoomName>,
+        home: &Home,
+        store: &Store,
+        configuration: &Configuration,
+    ) -> Result<Composed> {
+        let own = |name: &str| std::env::var(name).ok();
+        let overrides = Overrides {
+            entrypoint: self.process.entrypoint.clone(),
+            command: self.command.to_vec(),
+            environment: environment::collect(&self.process.env_file, &self.process.env, &own)?,
+            working_directory: self.process.workdir.clone(),
+            user: self.process.user.clone(),
+            interactive: self.interactive,
+            terminal: self.terminal,
+        };
+        let machine = machine(self.machine)?;
+        overrides.check()?;
+        home.foresee(name, &machine)?;
+        let without = without(self.machine.unconfined.as_ref());
+        let wanted = payload::Wanted {
+            image: self.image,
+            pull: self.source.pull,
+            platform: self.source.platform.as_deref(),
+            insecure: self.source.insecure,
+            without: without.clone(),
+            patience: configuration.patience,
+        };
+        // The rooms have its blobs open: once they are, nobody can take them away any more.
+        let (acquired, _lease) = payload::Acquired::find(store, &wanted)?;
+        let image = &acquired.image;
+        let process = image::compose(&payload::defaults(image), &overrides)?;
+        let (layers, blobs) = payload::layers(store, image)?;
+        let spec = RoomSpec {
+            id: None,
+            name: None,
+            image: image.name.clone(),
+            machine,
+            payload: Payload { layers, zips: Vec::new(), unpacked_bytes: None },
+            surroundings: surroundings(self.machine, image),
+            process,
+            stop_signal: image::stop_signal(image.config.stop_signal.as_deref())?,
+            stop_timeout_ms: millis(DEFAULT_STOP_TIMEOUT),
+            timeout_ms: None,
+            detached: false,
+            without,
+            function: None,
+            initialised: false,
+        };
+        Ok(Composed { acquired, spec, blobs })
+    }
 }
 
 /// A detached room that was over before anybody looked: one that ran is as good as any, one that didn't is a failure.
-fn begun_and_over(room: &carrel_host::Room, ended: &Ended) -> Result<u8> {
+fn begun_and_over(room: &Room, ended: &Ended) -> Result<u8> {
     report::ended(&ended.outcome)?;
     failure::print(format_args!("{}\n", room.id()))?;
     Ok(0)
@@ -202,13 +246,18 @@ pub(super) fn attach(
     Ok(ended?)
 }
 
+/// A room's memory where nobody says otherwise.
+pub(super) fn usual_memory() -> Result<MemoryMib> {
+    Ok(MemoryMib::try_from(DEFAULT_MEMORY_MIB)?)
+}
+
 pub(super) fn machine(args: &MachineArgs) -> Result<Machine> {
     let cpu_millis = args.cpus.map_or(DEFAULT_CPU_MILLIS, CpuMillis::get);
     Ok(Machine {
         vcpus: VcpuCount::try_from(u64::from(cpu_millis.div_ceil(1000)))?,
         memory_mib: match args.memory {
             Some(memory) => memory,
-            None => MemoryMib::try_from(DEFAULT_MEMORY_MIB)?,
+            None => usual_memory()?,
         },
         cpu_millis,
         disk_bytes: args.disk.unwrap_or(DEFAULT_DISK_BYTES),
@@ -216,13 +265,13 @@ pub(super) fn machine(args: &MachineArgs) -> Result<Machine> {
     })
 }
 
-fn surroundings(args: &RunArgs, image: &Image) -> Surroundings {
+fn surroundings(args: &MachineArgs, image: &Image) -> Surroundings {
     Surroundings {
-        read_only_root: args.machine.read_only,
-        tmpfs: surroundings_tmpfs(&args.machine),
+        read_only_root: args.read_only,
+        tmpfs: surroundings_tmpfs(args),
         volumes: image.config.volumes.iter().cloned().collect(),
         // A whole number of CPUs is as many vCPUs. The host's own quota has some for the VMM beside it.
-        cpu_millis: args.machine.cpus.map(CpuMillis::get).filter(|millis| !millis.is_multiple_of(1000)),
+        cpu_millis: args.cpus.map(CpuMillis::get).filter(|millis| !millis.is_multiple_of(1000)),
         ..Surroundings::default()
     }
 }

@@ -11,13 +11,15 @@ use carrel_host::program::returned::{self, Destination, Limits, Received, Return
 use carrel_host::program::{self, Account, Program, With};
 use carrel_host::session::{Ended, Taking};
 use carrel_host::spec::{MOST_ENTRIES, Payload, ProcessSpec};
+use carrel_host::timestamp::mark;
 use carrel_host::{Outcome, Patience, RoomSpec};
 use carrel_protocol::agent::{ExitStatus, Surroundings};
 use carrel_store::Store;
 use rustix::process::{Resource, Rlimit, Signal};
 
+use super::begin::{self, Begun};
 use super::run::{Attached, attach, machine, millis, surroundings_tmpfs, without};
-use super::{begin, place, report};
+use super::{place, report};
 use crate::arguments::run::{BeginArgs, MachineArgs};
 use crate::arguments::runner::{RunnerArgs, RunnerOptions};
 use crate::configuration::Configuration;
@@ -34,6 +36,7 @@ const RETIRED: Duration = Duration::from_secs(14 * 24 * 3600);
 
 /// `carrel runner`.
 pub(crate) fn runner(args: &RunnerArgs, configuration: &Configuration) -> Result<u8> {
+    let mut marks = vec![mark("command begun")];
     let options = args.options.clone().over(configuration.runner.clone());
     let arguments = args.program_and_arguments.clone();
     let word = arguments.first().filter(|word| !word.is_empty()).context("Name a program to run.")?;
@@ -96,13 +99,20 @@ pub(crate) fn runner(args: &RunnerArgs, configuration: &Configuration) -> Result
         detached: false,
         without: without(machine_args.unconfined.as_ref()),
         function: None,
+        initialised: false,
     };
     // The rooms have its blobs open: nobody can take them away any more.
     drop(lease);
     let paths: Vec<String> = returns.iter().map(|destination| destination.in_room.clone()).collect();
     let mut taken = None;
     let attached = Attached { terminal: terminal.is_some(), keys };
-    let begin = BeginArgs { cold: options.cold, domain: None, timeline: false };
+    let begin = BeginArgs {
+        cold: options.cold,
+        initialised: false,
+        domain: options.domain.clone(),
+        timeline: options.timeline,
+    };
+    marks.extend(packed.timeline);
     let serve = |started: Started| {
         let ended = attach(started.session, attached, |session, streams, notice| {
             if paths.is_empty() {
@@ -113,10 +123,12 @@ pub(crate) fn runner(args: &RunnerArgs, configuration: &Configuration) -> Result
                 Box::new(|stream| taken = Some(take(stream, &returns, limits, configuration.patience)));
             session.run_and_take(streams, Taking { paths: &paths, take }, notice)
         })?;
-        let outcome = ended.outcome.clone();
-        Ok((ended, Some(outcome)))
+        Ok(((), Some(ended)))
     };
-    let ended = begin::serve(&home, &store, &begin, (&spec, &packed.blobs), serve)?;
+    let ended = match begin::serve(&home, &store, &begin, &marks, (&spec, &packed.blobs), serve)? {
+        Begun::Served((), ended) => ended.context("The room's end was not told.")?,
+        Begun::Refused(ended) => ended,
+    };
     report::usage(&args.usage, ended.usage.as_ref())?;
     retire(&store);
     let ran = matches!(ended.outcome, Outcome::Exited { .. } | Outcome::TimedOut { .. });

@@ -2,21 +2,27 @@
 
 use std::time::SystemTime;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use carrel_host::RoomSpec;
+use carrel_host::pool::PoolError;
 use carrel_host::timestamp::rfc3339_of;
 use carrel_protocol::{chain, one_line};
 use carrel_store::printable::Printable;
 use carrel_store::templates::{
     Damage, Listed, Part, PrunedTemplates, TemplateError, TemplatePolicy, TemplateRecord,
 };
-use carrel_store::{TemplateKey, Templates};
+use carrel_store::{Store, TemplateKey, Templates};
 use serde_json::{Map, Value, json};
 
-use super::place;
-use crate::arguments::template::{InspectArgs, LsArgs, PruneArgs, TemplateArgs, TemplateCommand, VerifyArgs};
+use super::run::Asked;
+use super::{begin, place};
+use crate::arguments::template::{
+    CreateArgs, InspectArgs, LsArgs, PruneArgs, TemplateArgs, TemplateCommand, VerifyArgs,
+};
 use crate::configuration::Configuration;
-use crate::failure;
+use crate::failure::{self, WithStatus};
 use crate::table::{Align, Table};
+use crate::terminal;
 use crate::values::{size, span};
 
 /// Digits of a key that a table shows.
@@ -27,6 +33,7 @@ pub(crate) fn template(args: &TemplateArgs, configuration: &Configuration) -> Re
     let store = place::store(configuration)?;
     let templates = store.templates();
     match &args.command {
+        TemplateCommand::Create(args) => create(args, &store, configuration),
         TemplateCommand::Ls(args) => ls(args, templates),
         TemplateCommand::Inspect(args) => inspect(args, templates),
         TemplateCommand::Pin(args) => each(templates, &args.templates, "pinned", Templates::pin),
@@ -35,6 +42,59 @@ pub(crate) fn template(args: &TemplateArgs, configuration: &Configuration) -> Re
         TemplateCommand::Verify(args) => verify(args, templates),
         TemplateCommand::Prune(args) => prune(args, templates),
     }
+}
+
+/// Makes the template that rooms of this kind begin with, unless it is there.
+fn create(args: &CreateArgs, store: &Store, configuration: &Configuration) -> Result<u8> {
+    let nothing = ["true".to_owned()];
+    let command = match args.initialised {
+        true => args.command(),
+        // A template of files is every command's, and an image need not have one.
+        false => {
+            ensure!(
+                args.command().is_empty(),
+                "The template of an image's files is every command's: leave the command out, or ask for --initialised."
+            );
+            &nothing[..]
+        }
+    };
+    let asked = Asked {
+        image: args.image(),
+        command,
+        source: &args.source,
+        process: &args.process,
+        machine: &args.machine,
+        interactive: args.interactive,
+        terminal: args.tty.then_some(terminal::FALLBACK),
+    };
+    let home = place::home(configuration)?;
+    let composed = asked.compose(None, &home, store, configuration)?;
+    let spec = RoomSpec { initialised: args.initialised, ..composed.spec };
+    let pool = begin::pool(&home, store, args.domain.as_deref())?;
+    let created = match pool.create_template(&spec, &composed.blobs) {
+        Err(PoolError::Refused(ended)) => {
+            composed.acquired.settle(store, &ended.outcome);
+            return Err(WithStatus::new(failure::FAILED, ended.outcome.sentence().unwrap_or_default()).into());
+        }
+        created => created?,
+    };
+    let (key, templates) = (created.template.key(), store.templates());
+    if args.pin {
+        templates.pin(key)?;
+    }
+    if !args.json {
+        let done = if created.made { "created" } else { "there already:" };
+        failure::print(format_args!("{done} {key}\n"))?;
+        return Ok(0);
+    }
+    let listed =
+        templates.inspect(key)?.ok_or_else(|| TemplateError::Unknown(Printable::new(key.as_str())))?;
+    let mut object = as_json(&listed);
+    if let Some(object) = object.as_object_mut() {
+        object.insert("made".into(), created.made.into());
+    }
+    failure::print(format_args!("{}\n", serde_json::to_string_pretty(&object)?))?;
+    Ok(0)
 }
 
 fn ls(args: &LsArgs, templates: &Templates) -> Result<u8> {
@@ -128,6 +188,9 @@ fn in_words(listed: &Listed) -> Result<String> {
             }
         }
     }
+    if let Some(bytes) = listed.working_set_bytes {
+        lines.push(("working set", size::human(bytes)));
+    }
     let width = lines.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
     let line =
         |(name, text): (&str, String)| format!("{:<width$}  {}\n", one_line(name, 80), one_line(&text, 4000));
@@ -182,6 +245,7 @@ fn prune(args: &PruneArgs, templates: &Templates) -> Result<u8> {
         all: args.all,
         older_than: args.older_than,
         most_bytes: args.max_size,
+        spare_used: false,
         dry_run: args.dry_run,
     };
     let pruned = templates.prune(&policy)?;
@@ -245,6 +309,7 @@ fn as_json(listed: &Listed) -> Value {
         "pinned": listed.pinned,
         "size_bytes": record.map(TemplateRecord::bytes),
         "allocated_bytes": listed.allocated_bytes,
+        "working_set_bytes": listed.working_set_bytes,
         "files": files,
         "description": record.map(|record| &record.description),
     })

@@ -1,4 +1,4 @@
-//! What must be there before any guest can run: the kernel, `/dev/kvm`, the assets, a home with space.
+//! What must be there before any guest can run: the kernel, `/dev/kvm`, the assets, a home and a store with space.
 
 use std::fs::{DirBuilder, OpenOptions};
 use std::io;
@@ -133,34 +133,34 @@ fn offered(name: &str, support: &KvmSupport) -> Check {
     )
 }
 
-/// The home, and the space that is left where it is.
-pub(super) fn home(home: &Path) -> Check {
-    const NAME: &str = "home";
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(home);
+/// The home or the store, and the space that is left where it is. `variable` says where it is to be.
+pub(super) fn place(name: &str, variable: &str, path: &Path) -> Check {
+    let elsewhere = format!("set {variable} to a directory that you may write to");
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
     if let Err(error) = made {
-        let detail = format!("the home {} can't be made: {error}", home.display());
-        return Check::missing(NAME, &detail, "set CARREL_HOME to a directory that you may write to");
+        let detail = format!("the {name} {} can't be made: {error}", path.display());
+        return Check::missing(name, &detail, &elsewhere);
     }
-    if let Err(error) = rustix::fs::access(home, rustix::fs::Access::WRITE_OK) {
-        let detail = format!("the home {} can't be written to: {}", home.display(), io::Error::from(error));
-        return Check::missing(NAME, &detail, "set CARREL_HOME to a directory that you may write to");
+    if let Err(error) = rustix::fs::access(path, rustix::fs::Access::WRITE_OK) {
+        let detail = format!("the {name} {} can't be written to: {}", path.display(), io::Error::from(error));
+        return Check::missing(name, &detail, &elsewhere);
     }
-    match rustix::fs::statvfs(home) {
-        Ok(found) => space(NAME, home, found.f_bavail.saturating_mul(found.f_frsize)),
+    match rustix::fs::statvfs(path) {
+        Ok(found) => space(name, variable, path, found.f_bavail.saturating_mul(found.f_frsize)),
         Err(error) => {
             let detail =
-                format!("the space below {} is not known: {}", home.display(), io::Error::from(error));
-            Check::warning(NAME, &detail, "see that there is some")
+                format!("the space below {} is not known: {}", path.display(), io::Error::from(error));
+            Check::warning(name, &detail, "see that there is some")
         }
     }
 }
 
-fn space(name: &str, home: &Path, free: u64) -> Check {
-    let detail = format!("{} MiB are free below {}", free >> 20, home.display());
-    const MEND: &str = "carrel prune --all, a bigger disk, or CARREL_HOME elsewhere";
+fn space(name: &str, variable: &str, path: &Path, free: u64) -> Check {
+    let detail = format!("{} MiB are free below {}", free >> 20, path.display());
+    let mend = format!("carrel prune --all, a bigger disk, or {variable} elsewhere");
     match free {
-        0..NO_SPACE_BYTES => Check::missing(name, &detail, MEND),
-        NO_SPACE_BYTES..LITTLE_SPACE_BYTES => Check::warning(name, &detail, MEND),
+        0..NO_SPACE_BYTES => Check::missing(name, &detail, &mend),
+        NO_SPACE_BYTES..LITTLE_SPACE_BYTES => Check::warning(name, &detail, &mend),
         _ => Check::ok(name, &detail),
     }
 }
@@ -235,7 +235,7 @@ mod tests {
 
     #[test]
     fn space_is_judged_by_what_a_room_needs() {
-        let of = |free| space("x", "/h".as_ref(), free).status;
+        let of = |free| space("x", "X", "/h".as_ref(), free).status;
         assert_eq!([of(10 << 30), of(1 << 30), of(1 << 20)], [Status::Ok, Status::Warning, Status::Missing]);
     }
 }

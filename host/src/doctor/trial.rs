@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::MemfdFlags;
 
 use super::probe;
-use crate::home::{Assets, Order, Task, fresh_id};
+use crate::home::{Assets, Extras, Order, Task, fresh_id};
 use crate::launch::{self, ChildEnd, LaunchError, Launched};
 use crate::packet::{Connection, PacketError};
 use crate::patience::Patience;
@@ -104,6 +104,7 @@ pub(super) fn boot(assets: &Assets, directory: &Path, without: &[Part], deadline
             // The deadline here is the doctor's own.
             patience: Patience::default(),
             task: Task::Run,
+            extras: Extras::default(),
         };
         launch::launch(&order, &id, directory, false, None)
     };
@@ -171,6 +172,7 @@ fn boot_spec(id: RoomId, without: &[Part]) -> RoomSpec {
         detached: false,
         without: without.to_vec(),
         function: None,
+        initialised: false,
     }
 }
 
@@ -181,7 +183,7 @@ fn watch(
     begun: Instant,
     deadline: Duration,
 ) -> Shown {
-    let Launched { connection, child, cgroup, saved: _ } = launched;
+    let Launched { connection, child, cgroup, saved: _, record: _ } = launched;
     let mut marks = Vec::new();
     let (serial, enough) = serial.map_or((None, None), |(serial, enough)| (Some(serial), enough));
     let mut watched = Watch { connection: &connection, serial, enough, begun, until: begun + deadline };
@@ -273,7 +275,8 @@ impl Watch<'_> {
                 Some(control) => Some(self.greeting(control.into())?),
                 None => None,
             },
-            FromVmm::Booted(_)
+            FromVmm::Prepared(_)
+            | FromVmm::Booted(_)
             | FromVmm::Dialled(_)
             | FromVmm::Done(_)
             | FromVmm::Refused(_)

@@ -65,9 +65,10 @@ pub fn start(id: &str) -> String {
     format!("START RequestId: {id} Version: {VERSION}\n")
 }
 
-/// The line before a managed runtime's first phase.
-pub fn init_start(runtime: &str) -> String {
-    format!("INIT_START Runtime Version: {runtime}\n")
+/// The line before a managed runtime's first phase: its INIT, or, where that is its template's, its restoring (AWS Lambda, *Monitoring for SnapStart*).
+pub fn runtime_start(runtime: &str, initialised: bool) -> String {
+    let phase = if initialised { "RESTORE" } else { "INIT" };
+    format!("{phase}_START Runtime Version: {runtime}\n")
 }
 
 /// END and REPORT. `times` are those of the event and, if there was one, of INIT, µs.

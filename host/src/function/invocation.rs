@@ -1,19 +1,23 @@
-//! One event in a function's room, and then the room's end.
+//! Events in a function's room, one after another, and then the room's end.
 //!
 //! ```text
 //!   Started ─▶ Invoke + event ─▶ Connected(response) and Invoked, in either order ─▶ Stop ─▶ Exited ─▶ Drained ─▶ Ended
+//!                  ▲                 │  │ the runtime lives, and there is another event
+//!                  └─────────────────┼──┘
 //!                                    │ the runtime ends first: Exited ─▶ Invoked, or nothing more in time ─▶ Drained ─▶ Ended
 //! ```
 //!
-//! The function's own output is its log; it is read to its end before the invocation counts as over, so that nothing of it
-//! comes after the lines that close it.
+//! The function's own output is its log; it is read to its end before the last invocation counts as over, so that nothing of it
+//! comes after the lines that close it. Between two events nothing says that it was all: a line that is late stands after the first's REPORT, as on Lambda.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use carrel_protocol::agent::Outcome as Ending;
 
@@ -44,17 +48,21 @@ pub struct Call {
 pub struct Audience<'a> {
     /// For what the function writes: its log.
     pub log: Streams,
-    /// For its response, or the error that it answers with.
+    /// For its responses, or the errors that it answers with.
     pub response: File,
-    /// The runtime runs, and gets the event.
-    pub started: &'a mut dyn FnMut(),
+    /// The runtime runs, and gets this event.
+    pub started: &'a mut dyn FnMut(&Call),
+    /// It answered, and gets another event after this one. Not told of the last one: see [`Called`].
+    pub answered: &'a mut dyn FnMut(&Call, &carrel_protocol::agent::Invoked),
     /// Something that the user should know; the room goes on.
     pub notice: &'a mut dyn FnMut(&str),
 }
 
-/// How it ended.
+/// How the last event ended, and with it the room.
 #[derive(Debug)]
 pub struct Called {
+    /// The event. There may be others that were not asked for any more: the room ended before.
+    pub call: Call,
     /// What the agent says; `None` if the room ended before there was anything to say.
     pub invoked: Option<carrel_protocol::agent::Invoked>,
     /// The room's end, and its usage.
@@ -64,9 +72,9 @@ pub struct Called {
 /// What has happened so far.
 struct Progress {
     pumps: Pumps,
-    response: Option<File>,
-    /// What moves the response, and the socket that it comes from.
-    pump: Option<(JoinHandle<u64>, UnixStream)>,
+    response: File,
+    /// What moves the response.
+    pump: Option<ResponsePump>,
     invoked: Option<carrel_protocol::agent::Invoked>,
     exited: Option<Exited>,
     stopped: bool,
@@ -75,17 +83,42 @@ struct Progress {
     gave_up: bool,
 }
 
+/// A thread that moves a response, and what tells that it is done.
+struct ResponsePump {
+    thread: JoinHandle<u64>,
+    socket: UnixStream,
+    /// Closed when it is.
+    done: Receiver<()>,
+}
+
+impl ResponsePump {
+    /// Waits for the end of the response, for so long at most; then for what had come by now. Returns how many bytes came.
+    fn finish(self, time: Option<Duration>) -> u64 {
+        if let Some(time) = time {
+            let _ = self.done.recv_timeout(time);
+        }
+        let _ = self.socket.shutdown(Shutdown::Read);
+        self.thread.join().unwrap_or_default()
+    }
+}
+
 impl Session {
-    /// Has the function handle one event, then ends its room.
+    /// Has the function handle `first` and then, as long as its runtime lives, what `next` gives; then ends its room.
     ///
     /// # Errors
     ///
-    /// The owner is gone, or refuses.
-    pub fn invoke(self, call: &Call, audience: Audience<'_>) -> Result<Called, SessionError> {
-        let Audience { log, response, started, notice } = audience;
+    /// The owner is gone, or refuses; or `next` fails.
+    pub fn invoke(
+        self,
+        first: Call,
+        next: &mut dyn FnMut() -> io::Result<Option<Call>>,
+        audience: Audience<'_>,
+    ) -> Result<Called, SessionError> {
+        let Audience { log, response, started, answered, notice } = audience;
+        let mut call = first;
         let mut so_far = Progress {
             pumps: Pumps::new(log, self.patience),
-            response: Some(response),
+            response,
             pump: None,
             invoked: None,
             exited: None,
@@ -116,44 +149,84 @@ impl Session {
             };
             match message {
                 ToClient::Started(_) => {
-                    started();
-                    let Call { id, event, event_bytes, timeout_ms, headers } = call;
-                    let invoke = Invoke {
-                        id: id.clone(),
-                        event_bytes: *event_bytes,
-                        timeout_ms: *timeout_ms,
-                        headers: headers.clone(),
-                    };
-                    self.remote().send_with(invoke, event)?;
+                    started(&call);
+                    self.hand_over(&call)?;
                 }
                 ToClient::Invoked(invoked) => so_far.invoked = Some(invoked.invoked),
                 ToClient::Exited(exited) => so_far.exited = Some(exited),
                 ToClient::Refused(Refused { message, .. }) => return Err(SessionError::Refused(message)),
                 ToClient::Noticed(Noticed { message }) => notice(&message),
-                ToClient::Ended(room) => return Ok(so_far.finish(call, room)),
+                ToClient::Ended(room) => {
+                    let invoked = so_far.finish(&call, &room);
+                    return Ok(Called { call, invoked, room });
+                }
                 ToClient::Connected(_) | ToClient::Used(_) | ToClient::Done(_) => {}
+            }
+            if so_far.may_have_another()
+                && let Some(another) = next().map_err(SessionError::Streams)?
+            {
+                if let Some(invoked) = so_far.conclude(self.patience.identify()) {
+                    answered(&call, &invoked);
+                }
+                call = another;
+                started(&call);
+                self.hand_over(&call)?;
             }
             so_far.go_on(&self)?;
         }
     }
+
+    fn hand_over(&self, call: &Call) -> Result<(), SessionError> {
+        let Call { id, event, event_bytes, timeout_ms, headers } = call;
+        let invoke = Invoke {
+            id: id.clone(),
+            event_bytes: *event_bytes,
+            timeout_ms: *timeout_ms,
+            headers: headers.clone(),
+        };
+        self.remote().send_with(invoke, event)
+    }
 }
 
 impl Progress {
+    /// The event was answered, in whatever words, by a runtime that lives; and nobody has asked it to end.
+    fn may_have_another(&self) -> bool {
+        let lives = self.invoked.as_ref().is_some_and(|invoked| match invoked.outcome {
+            Ending::Response { .. } | Ending::Error { .. } | Ending::ResponseTooLarge { .. } => true,
+            Ending::InitError { .. } | Ending::TimedOut | Ending::InitTimedOut | Ending::Exited { .. } => {
+                false
+            }
+        });
+        lives && self.pump.is_some() && self.exited.is_none() && !self.stopped && !self.gave_up
+    }
+
+    /// The last event is over, and there is another.
+    fn conclude(&mut self, time: Duration) -> Option<carrel_protocol::agent::Invoked> {
+        let passed_on = self.pump.take().map_or(0, |pump| pump.finish(Some(time)));
+        self.invoked.take().map(|invoked| measured(invoked, passed_on))
+    }
+
     fn connect(&mut self, stream: StreamKind, socket: UnixStream) -> Result<(), SessionError> {
-        match (stream, self.response.take_if(|_| stream == StreamKind::Response)) {
-            (StreamKind::Response, Some(to)) => {
-                socket.set_nonblocking(false).map_err(SessionError::Streams)?;
-                let from = socket.try_clone().map_err(SessionError::Streams)?;
-                let pump = thread::Builder::new().name("response".into()).spawn(move || pass_on(from, to));
-                self.pump = Some((pump.map_err(SessionError::Streams)?, socket));
+        match stream {
+            StreamKind::Response if self.pump.is_none() => {
+                self.pump = Some(self.pump_response(socket).map_err(SessionError::Streams)?);
                 Ok(())
             }
             // Nobody asks for files of a function's room.
-            (StreamKind::Response, None) | (StreamKind::Returned, _) => Ok(()),
-            (StreamKind::Stdin | StreamKind::Stdout | StreamKind::Stderr, _) => {
-                self.pumps.connect(stream, socket)
-            }
+            StreamKind::Response | StreamKind::Returned => Ok(()),
+            StreamKind::Stdin | StreamKind::Stdout | StreamKind::Stderr => self.pumps.connect(stream, socket),
         }
+    }
+
+    fn pump_response(&self, socket: UnixStream) -> io::Result<ResponsePump> {
+        socket.set_nonblocking(false)?;
+        let (from, to) = (socket.try_clone()?, self.response.try_clone()?);
+        let (alive, done) = channel::<()>();
+        let thread = thread::Builder::new().name("response".into()).spawn(move || {
+            let _alive = alive;
+            pass_on(from, to)
+        })?;
+        Ok(ResponsePump { thread, socket, done })
     }
 
     /// Takes the next step, if it is due, and sets how long to wait for the one after.
@@ -174,24 +247,17 @@ impl Progress {
         session.limit(due.then(|| session.patience.identify()))
     }
 
-    fn finish(mut self, call: &Call, room: Ended) -> Called {
+    fn finish(mut self, call: &Call, room: &Ended) -> Option<carrel_protocol::agent::Invoked> {
         self.pumps.end();
-        let passed_on = self.pump.take().map_or(0, |(pump, socket)| {
-            // As of any stream: what had come by the room's end is all there is.
-            let _ = socket.shutdown(Shutdown::Read);
-            pump.join().unwrap_or_default()
-        });
-        let mut invoked = self.invoked.take();
-        if let Some(invoked) = &mut invoked {
-            // The guest's word is a claim; what came is known.
-            invoked.response_bytes = passed_on.min(MOST_BYTES);
-            if passed_on > MOST_BYTES {
-                invoked.outcome = Ending::ResponseTooLarge { bytes: passed_on };
-            }
-        } else if let Outcome::Exited { status, out_of_memory } = room.outcome {
+        // As of any stream: what had come by the room's end is all there is.
+        let passed_on = self.pump.take().map_or(0, |pump| pump.finish(None));
+        if let Some(invoked) = self.invoked.take() {
+            return Some(measured(invoked, passed_on));
+        }
+        if let Outcome::Exited { status, out_of_memory } = room.outcome {
             // It ended before it could be given its event.
             let guest = room.usage.as_ref().and_then(|usage| usage.guest.as_ref());
-            invoked = Some(carrel_protocol::agent::Invoked {
+            return Some(carrel_protocol::agent::Invoked {
                 id: call.id.clone(),
                 outcome: Ending::Exited { status, out_of_memory },
                 init_us: guest.map(|guest| guest.wall_us),
@@ -200,8 +266,17 @@ impl Progress {
                 response_bytes: 0,
             });
         }
-        Called { invoked, room }
+        None
     }
+}
+
+/// The guest's word is a claim; what came is known.
+fn measured(mut invoked: carrel_protocol::agent::Invoked, passed_on: u64) -> carrel_protocol::agent::Invoked {
+    invoked.response_bytes = passed_on.min(MOST_BYTES);
+    if passed_on > MOST_BYTES {
+        invoked.outcome = Ending::ResponseTooLarge { bytes: passed_on };
+    }
+    invoked
 }
 
 /// Copies to the end, or to the cap. Returns how many bytes came; more than the cap if there were more.

@@ -33,7 +33,7 @@ fn parts() -> Parts {
 }
 
 fn around() -> Circumstances {
-    Circumstances { init: Duration::from_secs(10), log_stream: log_stream(0, [0xab; 16]) }
+    Circumstances { init: Duration::from_secs(10), log_stream: Some(log_stream(0, [0xab; 16])) }
 }
 
 fn room(function: &Function) -> RoomSpec {
@@ -77,6 +77,17 @@ fn a_zip_under_a_managed_runtime_finds_what_it_finds_on_lambda() {
     let function = spec.function.unwrap();
     assert_eq!((function.timeout_ms, function.init_timeout_ms), (3000, 13_000));
     assert_eq!(function.response_bytes, 6_291_556);
+}
+
+#[test]
+fn instances_that_begin_initialised_are_told_the_same() {
+    let around = Circumstances::initialised(Patience::default());
+    let function = managed("python3.11");
+    let (one, other) = (function.room(parts(), &around).unwrap(), function.room(parts(), &around).unwrap());
+    assert_eq!(one, other);
+    assert!(one.initialised && !room(&function).initialised);
+    assert_eq!(variable(&one, "AWS_LAMBDA_LOG_STREAM_NAME"), None);
+    assert_eq!(variable(&one, "AWS_LAMBDA_FUNCTION_NAME"), Some("answers"));
 }
 
 #[test]

@@ -129,6 +129,7 @@ mod tests {
             },
             patience: Patience::default(),
             task: crate::home::Task::Run,
+            extras: Default::default(),
         };
         fs::write(room.join("room.json"), serde_json::to_vec(&order).unwrap()).unwrap();
         fs::write(room.join("lock"), "").unwrap();

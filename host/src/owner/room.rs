@@ -28,6 +28,7 @@ use crate::outcome::{Outcome, Step, clean};
 use crate::packet::{Connection, Packet};
 use crate::patience::Patience;
 use crate::record::{Phase, ProcessMark, Record, Remains};
+use crate::resident::Starting;
 use crate::spec::{RoomId, RoomSpec, WORKLOAD};
 use crate::timestamp::{mark, now_ms};
 use crate::usage::UsageReport;
@@ -36,6 +37,7 @@ use carrel_protocol::{chain, one_line};
 mod agent;
 mod clients;
 mod ending;
+mod recording;
 mod template;
 
 pub(crate) use ending::end_without_vmm;
@@ -43,6 +45,8 @@ pub(crate) use ending::end_without_vmm;
 /// Marks of a start, and characters in one of the VMM's.
 const MOST_MARKS: usize = 64;
 const MARK_CHARACTERS: usize = 40;
+/// Commands that may wait to be accepted.
+const BACKLOG: i32 = 16;
 const SIGKILL: u8 = 9;
 const SIGTERM: u8 = 15;
 /// How often the host's meter is read, and how often the guest reports.
@@ -64,6 +68,8 @@ pub(crate) struct Ownership {
     pub(crate) patience: Patience,
     /// What happened when in its start.
     pub(crate) timeline: Vec<Mark>,
+    /// Held until the workload runs: what the resident owner does beside waits for that.
+    pub(crate) starting: Option<Starting>,
 }
 
 /// A process in the guest: the workload, or an exec.
@@ -126,6 +132,8 @@ struct Deadlines {
     usage: Option<Instant>,
     /// The meter is to be read.
     sample: Option<Instant>,
+    /// The working set is asked for, result or not.
+    record: Option<Instant>,
 }
 
 /// A room in its owner's hands.
@@ -155,6 +163,10 @@ pub(crate) struct Room {
     event: Option<(File, u64)>,
     /// The files that a template is saved into.
     saved: Option<Saved>,
+    /// The workload of a template said that it is ready.
+    said_ready: bool,
+    /// The file that the working set is written into, until it is asked for.
+    working_set: Option<OwnedFd>,
     /// The agent was given an event and has not answered for it.
     invoking: bool,
     /// Notices that were given.
@@ -175,12 +187,12 @@ impl Room {
     /// Takes over a launched VMM and the connection of whoever made the room. If the host has no thread, descriptor or space for that,
     /// the room is ended and its creator told why: there is no room then.
     pub(crate) fn begin(own: Ownership, launched: Launched, creator: Connection) -> Option<Self> {
-        let Launched { connection, child, cgroup, saved } = launched;
+        let Launched { connection, child, cgroup, saved, record: working_set } = launched;
         let (teller, events) = channel();
         let (vmm, creator) = (Arc::new(connection), Arc::new(creator));
         let watched = || -> io::Result<Option<LogWriter>> {
             let log = own.spec.detached.then(|| LogWriter::open(&own.directory)).transpose()?;
-            teller.accept_clients(super::listen(&own.directory)?)?;
+            teller.accept_clients(super::listen(&own.directory, "owner.sock", BACKLOG)?)?;
             teller.watch_vmm(&vmm, &child)?;
             teller.watch_client(ClientId(0), &creator)?;
             Ok(log)
@@ -225,6 +237,8 @@ impl Room {
             guest_usage: None,
             event: None,
             saved,
+            said_ready: false,
+            working_set,
             invoking: false,
             noticed: 0,
             log,
@@ -289,6 +303,9 @@ impl Room {
     fn enter(&mut self, phase: Phase, step: Option<(Step, Duration)>) {
         tracing::debug!(?phase, "the room enters a phase");
         self.record.phase = phase;
+        if matches!(phase, Phase::Running | Phase::Ending) {
+            self.own.starting = None;
+        }
         self.deadlines.step = step.map(|(step, time)| (Instant::now() + time, step, time));
         self.write_record();
     }
@@ -310,7 +327,12 @@ impl Room {
 
     fn hear_vmm(&mut self, packet: Packet<FromVmm>) {
         match packet.message {
+            // Of a VMM that was prepared while nobody looked: none of this room's time.
+            FromVmm::Prepared(_) => {}
             FromVmm::Booted(booted) => {
+                if let Some(why) = booted.notice {
+                    self.notice(&format!("The room begins slower than it could: {}.", clean(&why)));
+                }
                 for Mark { done, at_us } in booted.timeline {
                     self.note(Mark { done: format!("VMM: {}", one_line(&done, MARK_CHARACTERS)), at_us });
                 }
@@ -328,6 +350,7 @@ impl Room {
                 self.vmm_said = Some(Ended { detail, ..ended });
             }
             FromVmm::DeviceStopped(stopped) => {
+                self.spoil(&stopped);
                 let message = match stopped.reason {
                     DeviceStopReason::HostDiskFull => format!(
                         "The host has no space left on the disk that holds {}, so the room's own disk can't grow: its writes fail.",
@@ -342,6 +365,10 @@ impl Room {
                     ),
                 };
                 self.notice(&message);
+            }
+            FromVmm::Done(_) if self.own.task == Task::Clone => self.note(mark("working set recorded")),
+            FromVmm::Refused(refused) if self.own.task == Task::Clone => {
+                tracing::debug!(reason = %clean(&refused.reason), "no working set is recorded");
             }
             FromVmm::Done(_) => self.paused(),
             FromVmm::Snapshotted(snapshotted) => self.saved(&snapshotted),
@@ -457,18 +484,30 @@ impl Room {
             self.processes.remove(&id);
             return;
         }
-        self.record.outcome.get_or_insert(Outcome::Exited { status, out_of_memory });
-        if self.record.phase == Phase::Running {
-            self.deadlines.kill = None;
-            self.enter(Phase::Draining, None);
+        let outcome = Outcome::Exited { status, out_of_memory };
+        match self.record.phase {
+            // It was to be saved alive.
+            Phase::Freezing | Phase::Saving => return self.give_up(outcome),
+            Phase::Running | Phase::Initialising => {
+                self.deadlines.kill = None;
+                self.enter(Phase::Draining, None);
+            }
+            Phase::Launching
+            | Phase::Handshaking
+            | Phase::Preparing
+            | Phase::Starting
+            | Phase::Draining
+            | Phase::Ending
+            | Phase::Ended => {}
         }
+        self.record.outcome.get_or_insert(outcome);
         self.end_if_drained();
     }
 
     fn next_deadline(&self) -> Option<Instant> {
         let due = &self.deadlines;
         let step = due.step.map(|(at, ..)| at);
-        [step, due.timeout, due.kill, due.pressure, due.usage, due.sample]
+        [step, due.timeout, due.kill, due.pressure, due.usage, due.sample, due.record]
             .into_iter()
             .chain(self.processes.values().map(|process| process.flush))
             .flatten()
@@ -499,6 +538,9 @@ impl Room {
         self.flush(now);
         if due(&mut self.deadlines.pressure) {
             self.press();
+        }
+        if due(&mut self.deadlines.record) {
+            self.record_working_set();
         }
         if due(&mut self.deadlines.usage) {
             self.answer_usage();

@@ -8,6 +8,7 @@
 //!
 //! What is loaded by name at run time (dlopen) nobody can know: `--with` brings it.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -52,6 +53,8 @@ pub(crate) struct Loader {
     cache: LoaderCache,
     /// `LD_LIBRARY_PATH`.
     library_path: Vec<PathBuf>,
+    /// What was opened already: every program asks for the C library, and most libraries do.
+    opened: RefCell<BTreeMap<PathBuf, Option<Needs>>>,
 }
 
 /// An object whose libraries are to be found.
@@ -67,7 +70,7 @@ impl Loader {
         let cache = fs::read("/etc/ld.so.cache").map(|bytes| LoaderCache::parse(&bytes)).unwrap_or_default();
         // An empty folder is the working directory, which a room has too.
         let folders = library_path.split([':', ';']).filter(|folder| !folder.is_empty());
-        Self { cache, library_path: folders.map(PathBuf::from).collect() }
+        Self { cache, library_path: folders.map(PathBuf::from).collect(), ..Self::default() }
     }
 
     /// Everything that these objects load, and what that loads.
@@ -112,7 +115,9 @@ impl Loader {
 
     fn find(&self, name: &str, search: &Search, musl: bool) -> Option<(PathBuf, Needs)> {
         let open = |path: PathBuf| {
-            let needs = elf::needs(&File::open(&path).ok()?)?;
+            let mut opened = self.opened.borrow_mut();
+            let read = || elf::needs(&File::open(&path).ok()?);
+            let needs = opened.entry(path.clone()).or_insert_with(read).clone()?;
             Some((path, needs))
         };
         if name.contains('/') {

@@ -76,6 +76,7 @@ mod tests {
             "TMPDIR",
             "LD_PRELOAD",
             "CARREL_HOME",
+            "CARREL_STORE",
         ] {
             assert!(!goes_along(name, &[]), "{name}");
         }

@@ -188,6 +188,11 @@ impl Held {
         Ok(openat(&self.0.file, name, flags, Mode::RUSR | Mode::WUSR)?.into())
     }
 
+    /// Gives a file of it another name in it.
+    pub(super) fn rename_file(&self, from: &str, to: &str) -> io::Result<()> {
+        Ok(rustix::fs::renameat(&self.0.file, from, &self.0.file, to)?)
+    }
+
     /// Removes a file of it, if it is there.
     pub(super) fn remove_file(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.0.file, name, AtFlags::empty()) {

@@ -9,6 +9,7 @@ use super::key::{TemplateKey, are_digits};
 use super::record::TemplateRecord;
 use super::refusal::{Damage, TemplateError};
 use super::template::{Look, is_pinned};
+use super::working_set::WORKING_SET;
 use super::{PINNED, RECORD, Templates};
 use crate::printable::Printable;
 
@@ -24,6 +25,8 @@ pub struct Listed {
     pub record: Result<TemplateRecord, Damage>,
     /// What it takes of the disk, in bytes.
     pub allocated_bytes: u64,
+    /// Bytes of its working set, if it has one.
+    pub working_set_bytes: Option<u64>,
     /// When it was last used, or made.
     pub used: SystemTime,
     /// Whether [`Templates::prune`] leaves it alone.
@@ -91,7 +94,10 @@ impl Templates {
         let allocated_bytes = folder.allocated().map_err(looked_at())?;
         let used = last_use(&folder).map_err(looked_at())?;
         let pinned = is_pinned(&folder).map_err(looked_at())?;
-        Ok(Some(Listed { key: key.clone(), record, allocated_bytes, used, pinned }))
+        let working_set = folder.file(WORKING_SET).map_err(looked_at())?;
+        let working_set = working_set.map(|file| file.metadata()).transpose().map_err(looked_at())?;
+        let working_set_bytes = working_set.map(|found| found.len());
+        Ok(Some(Listed { key: key.clone(), record, allocated_bytes, working_set_bytes, used, pinned }))
     }
 
     /// Makes a template stay: `prune` leaves it alone, and `remove` refuses it. A damaged one goes all the same.

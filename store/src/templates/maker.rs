@@ -108,13 +108,20 @@ impl Maker {
         self.write_record(&text, record.created()).map_err(self.failed("written", RECORD))?;
         self.held.folder().sync().map_err(self.failed("synchronised", RECORD))?;
         self.show()?;
-        match self.templates.look(&self.key)? {
-            Look::Whole(template) => Ok(*template),
+        let template = match self.templates.look(&self.key)? {
+            Look::Whole(template) => template,
             // Under our lock nobody has taken it away; so somebody who heeds no lock has.
             Look::Absent | Look::Damaged(..) => {
-                Err(self.failed("opened", RECORD)(io::ErrorKind::NotFound.into()))
+                return Err(self.failed("opened", RECORD)(io::ErrorKind::NotFound.into()));
             }
-        }
+        };
+        // It stays, whatever it takes.
+        template.hold();
+        let templates = self.templates.clone();
+        // Its lock, which whoever prunes asks for.
+        drop(self);
+        templates.keep_bounds();
+        Ok(*template)
     }
 
     /// Makes one file what it will be for ever.

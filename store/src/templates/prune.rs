@@ -6,6 +6,8 @@
 //!   unused for `older_than`, or any if `all` ─────▶ goes
 //!   the rest: longest unused first, while all that stays takes more than `most_bytes` ──▶ goes
 //! ```
+//!
+//! Whoever publishes a template prunes the others by [`TemplateBounds`], so that nobody has to think of it. Then those that somebody uses stay, too.
 
 use std::time::{Duration, SystemTime};
 
@@ -16,7 +18,7 @@ use super::folder::Folder;
 use super::key::TemplateKey;
 use super::list::{Listed, last_use};
 use super::refusal::TemplateError;
-use super::template::is_pinned;
+use super::template::{is_pinned, is_used};
 
 /// Which templates may go. By default only damaged ones, and what dead makers left.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -27,8 +29,26 @@ pub struct TemplatePolicy {
     pub older_than: Option<Duration>,
     /// The longest unused, until all together take no more of the disk than this, in bytes. Pinned ones count, and stay.
     pub most_bytes: Option<u64>,
+    /// Leave those alone that somebody has open, clones included. Others can go any time: their clones run on, but take the disk until they end.
+    pub spare_used: bool,
     /// Say what would go, and remove nothing.
     pub dry_run: bool,
+}
+
+/// What templates may take without anybody's asking.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TemplateBounds {
+    /// Of the disk, all together, in bytes.
+    pub most_bytes: u64,
+    /// For how long one stays that nobody uses.
+    pub unused_for: Duration,
+}
+
+impl Default for TemplateBounds {
+    /// 10 GiB and 30 days.
+    fn default() -> Self {
+        Self { most_bytes: 10 << 30, unused_for: Duration::from_secs(30 * 24 * 3600) }
+    }
 }
 
 /// A template that went, or would go.
@@ -61,6 +81,11 @@ impl Templates {
         let mut pruned = PrunedTemplates { bytes: self.sweep(policy.dry_run)?, ..PrunedTemplates::default() };
         let mut listed = self.list()?;
         listed.reverse();
+        if policy.spare_used {
+            for template in &mut listed {
+                template.pinned |= self.is_used(&template.key);
+            }
+        }
         for gone in chosen(listed, policy, SystemTime::now()) {
             if policy.dry_run || self.take_unused(&gone)? {
                 pruned.bytes = pruned.bytes.saturating_add(gone.allocated_bytes);
@@ -69,6 +94,40 @@ impl Templates {
             }
         }
         Ok(pruned)
+    }
+
+    /// Prunes by the bounds. It is nobody's request, so a failure is nobody's either.
+    pub(super) fn keep_bounds(&self) {
+        let TemplateBounds { most_bytes, unused_for } = self.bounds;
+        let policy = TemplatePolicy {
+            older_than: Some(unused_for),
+            most_bytes: Some(most_bytes),
+            spare_used: true,
+            ..TemplatePolicy::default()
+        };
+        match self.prune(&policy) {
+            Ok(pruned) if pruned.templates.is_empty() => {}
+            Ok(pruned) => {
+                tracing::info!(
+                    templates = pruned.templates.len(),
+                    bytes = pruned.bytes,
+                    "templates were pruned"
+                );
+            }
+            Err(error) => {
+                let error: &dyn std::error::Error = &error;
+                tracing::warn!(error, "templates were not pruned");
+            }
+        }
+    }
+
+    /// Whether somebody has it open. Whoever can't tell says yes.
+    fn is_used(&self, key: &TemplateKey) -> bool {
+        match Folder::open(&self.path(key)) {
+            Ok(Some(folder)) => is_used(&folder).unwrap_or(true),
+            Ok(None) => false,
+            Err(_) => true,
+        }
     }
 
     /// Removes a template if it still is as it was listed: not used since, not pinned, and damaged if it was.

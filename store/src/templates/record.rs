@@ -200,7 +200,11 @@ impl TemplateRecord {
     }
 
     /// Reads what was written, and believes it only whole.
-    pub(super) fn parse(bytes: &[u8], key: &TemplateKey) -> Result<Self, RecordError> {
+    ///
+    /// # Errors
+    ///
+    /// If it is no record of this version, not this key's, or was changed.
+    pub fn parse(bytes: &[u8], key: &TemplateKey) -> Result<Self, RecordError> {
         let sealed: Sealed<'_> = serde_json::from_slice(bytes).map_err(RecordError::Malformed)?;
         let text = sealed.record.get();
         let actual = Digest::of(text.as_bytes());

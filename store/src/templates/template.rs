@@ -3,7 +3,7 @@
 //! In: a key. Out: three read-only descriptors and the record, all of one and the same making, or nothing. What was opened stays
 //! readable whatever becomes of the name.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
 use std::time::SystemTime;
@@ -95,10 +95,23 @@ impl Template {
         self.templates.discard(&self.folder, reason)
     }
 
+    /// Where its files are.
+    pub(super) fn folder(&self) -> &Folder {
+        &self.folder
+    }
+
     /// Notes that it is used now. Only `prune` reads it, so it is not worth a failure.
     pub(super) fn touch(&self) {
         if let Err(error) = self.touched.set_modified(SystemTime::now()) {
             tracing::debug!(key = %self.key(), %error, "the time of use was not noted");
+        }
+    }
+
+    /// Notes that it is in use until the last copy of its disk's descriptor is closed, by whatever process: a clone's VMM reads from it to its end, and the lock is the
+    /// opening's, not a process's (flock(2)). It can only fail while somebody takes the template away, and what is open stays whole.
+    pub(super) fn hold(&self) {
+        if let Err(error) = self.disk.try_lock_shared() {
+            tracing::debug!(key = %self.key(), %error, "the use was not noted");
         }
     }
 
@@ -165,6 +178,16 @@ fn open_file(folder: &Folder, name: &'static str) -> Result<File, Failed> {
             Err(Failed::Damage(Damage::NoFile(name)))
         }
         Err(error) => Err(Failed::Io(error)),
+    }
+}
+
+/// Whether somebody has it open.
+pub(super) fn is_used(folder: &Folder) -> io::Result<bool> {
+    let Some(disk) = folder.file(Part::Disk.name())? else { return Ok(false) };
+    match disk.try_lock() {
+        Ok(()) => Ok(false),
+        Err(TryLockError::WouldBlock) => Ok(true),
+        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 

@@ -420,6 +420,36 @@ fn age_and_size_take_the_longest_unused_first_and_a_dry_run_tells_the_truth() {
 }
 
 #[test]
+fn who_publishes_prunes_what_nobody_uses() {
+    let bed = bed();
+    let days = |days: u64| Duration::from_secs(days * 24 * 3600);
+    let bounds = TemplateBounds { most_bytes: u64::MAX, unused_for: days(3) };
+    let templates = bed.templates.clone().bounded(bounds);
+    let [pinned, used, unused, recent] = [1, 2, 3, 4].map(key);
+    for (key, age) in [(&pinned, 9), (&used, 8), (&unused, 7), (&recent, 2)] {
+        make(&bed.templates, key);
+        bed.age(key, days(age));
+    }
+    templates.pin(&pinned).unwrap();
+    let template = templates.find(&used).unwrap().unwrap();
+    // What a clone's VMM has.
+    let clones = template.file(Part::Disk).try_clone().unwrap();
+    drop(template);
+    bed.age(&used, days(8));
+    make(&templates, &key(5));
+    let mut left = [&pinned, &used, &recent, &key(5)].map(Clone::clone);
+    left.sort();
+    assert_eq!(bed.keys(), left, "of those too old the one goes that nobody has open");
+    drop(clones);
+    // The newest stays, though it is too large by itself.
+    let template = make(&templates.bounded(TemplateBounds { most_bytes: 0, ..bounds }), &key(6));
+    let mut left = [&pinned, &key(6)].map(Clone::clone);
+    left.sort();
+    assert_eq!(bed.keys(), left);
+    assert_eq!(template.verify().map(|damage| damage.to_string()), None);
+}
+
+#[test]
 fn a_damaged_template_is_pruned_by_any_policy() {
     let bed = bed();
     make(&bed.templates, &key(1));
@@ -509,4 +539,56 @@ fn foreign_names_among_templates_hide_nothing() {
     assert_eq!(bed.templates.list().unwrap().len(), 1);
     bed.templates.sweep(false).unwrap();
     assert!(bed.templates.find(&"f".repeat(64).parse().unwrap()).is_err());
+}
+
+#[test]
+fn a_working_set_is_added_once_and_goes_with_its_template() {
+    let bed = bed();
+    let template = make(&bed.templates, &key(1));
+    assert!(template.working_set().is_none());
+    assert_eq!(bed.templates.inspect(&key(1)).unwrap().unwrap().working_set_bytes, None);
+    // Of a crowd, one.
+    let added = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let template = bed.templates.find(&key(1)).unwrap().unwrap();
+                added.fetch_add(usize::from(template.add_working_set(b"pages").unwrap()), Ordering::Relaxed);
+            });
+        }
+    });
+    assert_eq!(added.into_inner(), 1);
+    assert!(!template.add_working_set(b"others").unwrap(), "never written again");
+    let mut read = [0; 5];
+    template.working_set().unwrap().read_exact_at(&mut read, 0).unwrap();
+    assert_eq!(&read, b"pages");
+    let found = fs::metadata(bed.file(&key(1), "working-set")).unwrap();
+    assert_eq!((found.mode() & 0o777, found.len()), (0o444, 5));
+    assert_eq!(bed.templates.inspect(&key(1)).unwrap().unwrap().working_set_bytes, Some(5));
+    assert!(template.verify().is_none(), "it is no part of what was published");
+    bed.templates.remove(&key(1)).unwrap();
+    assert!(!bed.file(&key(1), "").exists(), "nothing is left over");
+    assert!(!template.add_working_set(b"late").unwrap(), "of a template that is gone");
+    assert!(!bed.file(&key(1), "").exists());
+}
+
+#[test]
+fn what_is_no_working_set_is_none_and_no_damage() {
+    let bed = bed();
+    let template = make(&bed.templates, &key(1));
+    assert!(matches!(
+        template.add_working_set(&vec![0; LARGEST_WORKING_SET + 1]),
+        Err(TemplateError::Io { .. })
+    ));
+    assert!(template.working_set().is_none());
+    // What a killed writer left.
+    fs::write(bed.file(&key(1), "working-set.unfinished"), b"half").unwrap();
+    symlink("/etc/passwd", bed.file(&key(1), "working-set")).unwrap();
+    assert!(bed.templates.find(&key(1)).unwrap().unwrap().working_set().is_none(), "no link is followed");
+    fs::remove_file(bed.file(&key(1), "working-set")).unwrap();
+    fs::write(bed.file(&key(1), "working-set"), vec![0; LARGEST_WORKING_SET + 1]).unwrap();
+    assert!(template.working_set().is_none(), "too long");
+    fs::remove_file(bed.file(&key(1), "working-set")).unwrap();
+    assert!(template.add_working_set(b"pages").unwrap());
+    assert!(!bed.file(&key(1), "working-set.unfinished").exists());
 }

@@ -225,29 +225,31 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // It may have something to clean up; what does not listen is killed.
-        if let Ok(pid) = i32::try_from(self.pid()) {
-            let _ =
-                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM);
-        }
-        let deadline = Instant::now() + GRACE;
-        while Instant::now() < deadline {
-            if !matches!(self.child.try_wait(), Ok(None)) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        // Its children too: what strace followed outlives a killed strace. Errors mean that it is gone already.
-        for pid in crate::meter::family(self.pid()).into_iter().rev() {
-            if let Ok(pid) = i32::try_from(pid) {
-                let _ = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(pid),
-                    nix::sys::signal::Signal::SIGKILL,
-                );
-            }
-        }
-        let _ = self.child.wait();
+        end(&mut self.child);
     }
+}
+
+/// Ends a VMM's process and what it started.
+pub(crate) fn end(child: &mut Child) {
+    // It may have something to clean up; what does not listen is killed.
+    if let Ok(pid) = i32::try_from(child.id()) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM);
+    }
+    let deadline = Instant::now() + GRACE;
+    while Instant::now() < deadline {
+        if !matches!(child.try_wait(), Ok(None)) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // Its children too: what strace followed outlives a killed strace. Errors mean that it is gone already.
+    for pid in crate::meter::family(child.id()).into_iter().rev() {
+        if let Ok(pid) = i32::try_from(pid) {
+            let _ =
+                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+    let _ = child.wait();
 }
 
 /// Says `CONNECT port` at a VMM's vsock socket, once.

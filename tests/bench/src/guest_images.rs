@@ -81,6 +81,54 @@ pub(crate) fn ready_init() -> Vec<u8> {
     elf(&code, INIT_BASE)
 }
 
+/// A kernel that writes [`READY`] again and again, some hundred instructions between two, and after 20,000 waits for ever: one that was saved meanwhile and goes on says so
+/// at once, and none is loud for long.
+pub(crate) fn ticking_kernel() -> Vec<u8> {
+    let code = [
+        &[0x66, 0xba, 0xf8, 0x03][..], // mov dx, 0x3f8
+        &[0xb0, READY],                // mov al, READY
+        &[0xb9, 0x20, 0x4e, 0, 0],     // mov ecx, 20000
+        &[0xee],                       // out dx, al
+        &[0xbb, 200, 0, 0, 0],         // mov ebx, 200
+        &[0xff, 0xcb],                 // dec ebx
+        &[0x75, 0xfc],                 // jnz to the dec
+        &[0xff, 0xc9],                 // dec ecx
+        &[0x75, 0xf2],                 // jnz to the out
+        &[0xf4],                       // hlt (interrupts are off: for ever)
+        &[0xeb, 0xfd],                 // jmp to the hlt
+    ]
+    .concat();
+    elf(&code, KERNEL_BASE)
+}
+
+/// `/init` that writes [`READY`] every millisecond, and after 500 every second: a clone of it ticks at once, and is quiet soon.
+pub(crate) fn ticking_init() -> Vec<u8> {
+    let code = [
+        &[0xbb, 0xf4, 1, 0, 0][..],       // mov ebx, 500
+        &[0xb8, 1, 0, 0, 0],              // mov eax, SYS_write
+        &[0xbf, 1, 0, 0, 0],              // mov edi, 1
+        &[0x48, 0x8d, 0x35, 70, 0, 0, 0], // lea rsi, [rip + 70]: the byte at the end
+        &[0xba, 1, 0, 0, 0],              // mov edx, 1
+        &[0x0f, 0x05],                    // syscall
+        &[0x48, 0x8d, 0x3d, 24, 0, 0, 0], // lea rdi, [rip + 24]: the first timespec
+        &[0xff, 0xcb],                    // dec ebx
+        &[0x79, 9],                       // jns over the next two
+        &[0x31, 0xdb],                    // xor ebx, ebx
+        &[0x48, 0x8d, 0x3d, 27, 0, 0, 0], // lea rdi, [rip + 27]: the second timespec
+        &[0x31, 0xf6],                    // xor esi, esi
+        &[0xb8, 35, 0, 0, 0],             // mov eax, SYS_nanosleep
+        &[0x0f, 0x05],                    // syscall
+        &[0xeb, 0xc9],                    // jmp to the first mov eax
+        &0_u64.to_le_bytes(),             // 1 ms
+        &1_000_000_u64.to_le_bytes(),
+        &1_u64.to_le_bytes(), // 1 s
+        &0_u64.to_le_bytes(),
+        &[READY],
+    ]
+    .concat();
+    elf(&code, INIT_BASE)
+}
+
 /// A static ELF64 of one readable and executable segment whose entry is `code`'s first byte.
 fn elf(code: &[u8], base: u64) -> Vec<u8> {
     let size = HEADERS + u64::try_from(code.len()).unwrap_or(0);
@@ -168,6 +216,27 @@ mod tests {
         cpio.stdin.take().unwrap().write_all(&initramfs(&ready_init())).unwrap();
         let listed = cpio.wait_with_output().unwrap();
         assert_eq!(String::from_utf8_lossy(&listed.stdout), "dev\ndev/console\ninit\n");
+    }
+
+    #[test]
+    fn the_ticking_init_ticks_quickly_and_then_slowly() {
+        use std::io::Read;
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("init");
+        std::fs::write(&path, ticking_init()).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let mut child = Command::new(&path).stdout(Stdio::piped()).spawn().unwrap();
+        let mut ticks = vec![0; 501];
+        let mut output = child.stdout.take().unwrap();
+        output.read_exact(&mut ticks).unwrap();
+        let began = std::time::Instant::now();
+        output.read_exact(&mut [0]).unwrap();
+        let slow = began.elapsed();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(ticks.iter().all(|&tick| tick == READY));
+        assert!(slow.as_millis() > 500, "{slow:?}");
     }
 
     #[test]

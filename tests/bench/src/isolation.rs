@@ -19,9 +19,9 @@ mod plans;
 mod plots;
 mod report;
 mod results;
-mod room;
-mod snapshot;
-mod stage;
+pub(crate) mod room;
+pub(crate) mod snapshot;
+pub(crate) mod stage;
 mod subjects;
 mod surface;
 
@@ -240,7 +240,7 @@ impl Options {
                 continue;
             }
             let named = match subject {
-                Subject::Carrel => carrel.as_ref(),
+                Subject::Carrel | Subject::CarrelClone | Subject::CarrelPool => carrel.as_ref(),
                 Subject::Firecracker | Subject::FirecrackerSnapshot | Subject::FirecrackerResident => {
                     self.firecracker.as_ref()
                 }

@@ -9,6 +9,7 @@
 //! the same serial port. Firecracker runs as it comes: without its jailer and, in builds for gnu targets, without a seccomp filter. carrel runs as
 //! it comes: confined. A second carrel, `--unconfined`, shows what that costs.
 
+mod clone;
 mod engine;
 mod guest_images;
 mod isolation;
@@ -21,7 +22,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
 use serde::Serialize;
 
@@ -71,6 +72,8 @@ struct Options {
     /// Write one JSON object a metric per line
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    #[command(flatten)]
+    clone: clone::Options,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -84,6 +87,8 @@ enum Bench {
     Memory,
     /// 256 MiB into the guest, out of it, and single bytes there and back
     Vsock,
+    /// Guests that go on from a snapshot: request to first tick, memory, starts a second, and what a start's time depends on
+    Clone,
 }
 
 /// One line of the result.
@@ -107,25 +112,26 @@ struct Peer {
 }
 
 /// One side and what its rounds gave, a sample each: sides are compared round by round.
-struct Series {
-    side: Engine,
+struct Series<S = Engine> {
+    name: &'static str,
+    side: S,
     samples: Vec<Sample>,
     /// Attempts that failed, and rounds that are missing for it.
     failed: u32,
     missing: u32,
 }
 
-impl Series {
-    fn new(side: Engine) -> Self {
-        Self { side, samples: Vec::new(), failed: 0, missing: 0 }
+impl<S> Series<S> {
+    fn new(name: &'static str, side: S) -> Self {
+        Self { name, side, samples: Vec::new(), failed: 0, missing: 0 }
     }
 
     /// Takes a round's sample, in a second attempt if the first fails. What is missing then throws away nothing of the others.
-    fn take(&mut self, round: u32, counted: bool, mut sample: impl FnMut(&Engine) -> Result<Sample>) {
+    fn take(&mut self, round: u32, counted: bool, mut sample: impl FnMut(&S) -> Result<Sample>) {
         let mut attempt = || {
             sample(&self.side).inspect_err(|error| {
                 self.failed += 1;
-                eprintln!("\nround {round} of {} failed: {error:#}", self.side.name());
+                eprintln!("\nround {round} of {} failed: {error:#}", self.name);
             })
         };
         let taken = attempt().or_else(|_| attempt());
@@ -137,7 +143,7 @@ impl Series {
 
     fn tell_failures(&self) {
         if self.failed > 0 {
-            let (name, rounds) = (self.side.name(), self.samples.len());
+            let (name, rounds) = (self.name, self.samples.len());
             eprintln!(
                 "{name}: {} attempts failed; {} of {rounds} rounds are missing",
                 self.failed, self.missing
@@ -167,6 +173,9 @@ fn main() -> Result<()> {
         return isolation::run(std::iter::once(program).chain(words));
     }
     let options = Options::parse();
+    if options.bench == Bench::Clone {
+        return clone::run(&options);
+    }
     let folder = tempfile::tempdir()?;
     let machine = machine(&options, folder.path())?;
     let binary = stage(&options.carrel_vmm, folder.path(), "carrel-vmm")?;
@@ -175,7 +184,7 @@ fn main() -> Result<()> {
     let peer = Engine::Firecracker { binary: stage(&options.firecracker, folder.path(), "firecracker")? };
     let sides = [confined, peer, unconfined];
 
-    let mut series = sides.map(Series::new);
+    let mut series = sides.map(|side| Series::new(side.name(), side));
     let mut turns: Vec<&mut Series> = series.iter_mut().collect();
     let mut round = 0;
     let mut rounds = options.warm_ups + options.runs.unwrap_or(RUNS);
@@ -257,6 +266,7 @@ fn machine(options: &Options, folder: &Path) -> Result<Machine> {
         stage(kernel, folder, "vmlinux")
     };
     let (kernel, initramfs) = match options.bench {
+        Bench::Clone => bail!("a clone's machines are its own"),
         Bench::Tiny | Bench::Memory => (write("tiny", &guest_images::tiny_kernel())?, None),
         Bench::Boot => {
             (linux()?, Some(write("initramfs", &guest_images::initramfs(&guest_images::ready_init()))?))
@@ -283,6 +293,7 @@ fn metrics_of(bench: Bench) -> &'static [(&'static str, &'static str)] {
         Bench::Tiny => &[("start to output", "ms"), ("page faults", ""), ("VM exits", "")],
         Bench::Boot => &[("start to init", "ms"), ("page faults", ""), ("VM exits", "")],
         Bench::Memory => &[("PSS", "KiB"), ("kernel memory", "KiB")],
+        Bench::Clone => &[("request to first tick", "ms")],
         Bench::Vsock => &[("into the guest", "MiB/s"), ("out of the guest", "MiB/s"), ("round trip", "µs")],
     }
 }
@@ -313,6 +324,7 @@ fn sample(bench: Bench, side: &Engine, machine: &Machine) -> Result<Sample> {
             let (_, running) = side.start(machine, &[])?;
             vsock_sample(&running)
         }
+        Bench::Clone => bail!("a clone is not booted"),
     }
 }
 
@@ -339,7 +351,7 @@ fn system_calls(bench: Bench, series: &[Series; 3], machine: &Machine, peer: &st
         Ok(vec![u32::try_from(calls).map_or(f64::NAN, f64::from)])
     };
     let counts = series.each_ref().map(|series| {
-        let mut counts = Series::new(series.side.clone());
+        let mut counts = Series::new(series.name, series.side.clone());
         (0..COUNTED_STARTS).for_each(|round| counts.take(round + 1, true, count));
         counts.tell_failures();
         counts.samples
@@ -432,12 +444,10 @@ fn write_json(path: &Path, metrics: &[Metric]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use anyhow::bail;
-
     use super::*;
 
     fn series() -> Series {
-        Series::new(Engine::Firecracker { binary: "firecracker".into() })
+        Series::new("firecracker", Engine::Firecracker { binary: "firecracker".into() })
     }
 
     #[test]

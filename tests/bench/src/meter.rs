@@ -92,6 +92,14 @@ pub(crate) fn vm_exits(pids: &[u32]) -> Option<u64> {
     exits
 }
 
+/// Kernel memory of the cgroup (v2) that a process is in, KiB.
+pub(crate) fn kernel_kib_of(pid: u32) -> Result<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::/")).context("it is in no cgroup v2")?;
+    let stat = fs::read_to_string(Path::new("/sys/fs/cgroup").join(path).join("memory.stat"))?;
+    Ok(field(&stat, "kernel ").context("memory.stat has no line kernel")? / 1024)
+}
+
 /// A cgroup of its own below the root, for the kernel's share of a VMM's memory; removed when dropped.
 pub(crate) struct Cgroup {
     path: PathBuf,

@@ -106,9 +106,9 @@ fn a_file_is_read_from_its_beginning_and_no_further_than_the_cap() {
     let mut file = tempfile::tempfile().unwrap();
     assert_eq!(state().write(&file).unwrap(), u64::try_from(state().encode().unwrap().len()).unwrap());
     file.seek(SeekFrom::End(0)).unwrap();
-    assert!(MachineState::read(&mut file).is_ok());
+    assert!(MachineState::read(&file).is_ok());
     file.set_len(MAX_BYTES + 1).unwrap();
-    assert!(matches!(MachineState::read(&mut file), Err(SnapshotError::Length)));
+    assert!(matches!(MachineState::read(&file), Err(SnapshotError::Length)));
 }
 
 proptest! {

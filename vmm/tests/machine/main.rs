@@ -7,5 +7,7 @@ mod ends;
 mod guest;
 mod limits;
 mod owners;
+mod prepared;
 mod run;
 mod snapshots;
+mod working_sets;

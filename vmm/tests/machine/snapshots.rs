@@ -20,16 +20,16 @@ use super::run::{Vmm, has_kvm};
 
 const MEMORY: u64 = 64 << 20;
 /// Where the guest keeps what it counts.
-const COUNTER: u32 = 0x30_0000;
+pub(crate) const COUNTER: u32 = 0x30_0000;
 
 /// A guest that counts, its control socket, and where its snapshots go.
-struct Counting {
+pub(crate) struct Counting {
     vmm: Vmm,
-    owner: Connection,
+    pub(crate) owner: Connection,
     heard: Vec<u8>,
 }
 
-fn counting(vcpus: u8, change: impl Fn(&mut Value)) -> Counting {
+pub(crate) fn counting(vcpus: u8, change: impl Fn(&mut Value)) -> Counting {
     let vmm = Vmm::start_with(
         &Guest::new().count(COUNTER, 2_000),
         |vm| {
@@ -64,7 +64,7 @@ impl Counting {
     }
 
     /// Pauses it, and hears what it has said: what is heard after a resume is said after it.
-    fn pause(&mut self) {
+    pub(crate) fn pause(&mut self) {
         assert_eq!(ask(&self.owner, Pause {}), Done {}.into());
         self.hear(self.vmm.unheard());
     }
@@ -73,7 +73,7 @@ impl Counting {
         assert_eq!(ask(&self.owner, Resume {}), Done {}.into());
     }
 
-    fn save(&self, to: &Saved, kind: SnapshotKind) -> Snapshotted {
+    pub(crate) fn save(&self, to: &Saved, kind: SnapshotKind) -> Snapshotted {
         let answer = self.try_save(to, kind);
         let FromVmm::Snapshotted(snapshotted) = answer else { panic!("{answer:?}") };
         snapshotted
@@ -94,7 +94,7 @@ impl Counting {
     }
 
     /// Ends it, and returns all that it ever said.
-    fn stop(mut self) -> Vec<u8> {
+    pub(crate) fn stop(mut self) -> Vec<u8> {
         assert!(matches!(ask(&self.owner, Stop {}), FromVmm::Ended(_)));
         let over = self.vmm.over();
         self.heard.extend(over.said);
@@ -103,18 +103,18 @@ impl Counting {
 }
 
 /// A snapshot's files.
-struct Saved(TempDir);
+pub(crate) struct Saved(TempDir);
 
 impl Saved {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(tempfile::tempdir().unwrap())
     }
 
-    fn state(&self) -> PathBuf {
+    pub(crate) fn state(&self) -> PathBuf {
         self.0.path().join("state")
     }
 
-    fn memory(&self) -> PathBuf {
+    pub(crate) fn memory(&self) -> PathBuf {
         self.0.path().join("memory")
     }
 
@@ -129,7 +129,7 @@ impl Saved {
 }
 
 /// Each number is the one before it and one more.
-fn assert_counts(numbers: &[u8], from: u8) {
+pub(crate) fn assert_counts(numbers: &[u8], from: u8) {
     for (expected, number) in
         (0..numbers.len()).map(|n| from.wrapping_add(u8::try_from(n % 256).unwrap())).zip(numbers)
     {

@@ -3,8 +3,8 @@
 use std::time::{Duration, Instant};
 
 use carrel_protocol::agent::{
-    self, Blob, EndingReason, Entropy, Exited, Failed, FromAgent, FromHost, Hello, Identity, Layer, Prepare,
-    ProcessId, Refused, ReportUsage, Request, Stdio, UnpackLimits, Welcome, Zip,
+    self, Attach, Blob, EndingReason, Entropy, Exited, Failed, FromAgent, FromHost, Hello, Identity, Layer,
+    Prepare, ProcessId, Refused, ReportUsage, Request, Stdio, UnpackLimits, Welcome, Zip,
 };
 
 use super::super::api::{self, StreamKind};
@@ -32,8 +32,8 @@ impl Room {
                 tracing::debug!(?prepared, "the payload is in place");
                 self.note(mark("payload unpacked"));
                 match self.own.task {
-                    Task::Template => self.freeze(),
-                    Task::Run | Task::Clone => self.start_or_give_up(),
+                    Task::Template if !self.own.spec.initialised => self.freeze(),
+                    Task::Run | Task::Clone | Task::Template => self.or_give_up(Self::start),
                 }
             }
             (FromAgent::Frozen(_), Phase::Freezing) => self.frozen(),
@@ -42,6 +42,10 @@ impl Room {
                 self.note(mark("clone awake"));
             }
             (FromAgent::Started(started), _) => self.started(started.process),
+            (FromAgent::Ready(ready), _) if ready.process == WORKLOAD && self.initialises() => self.ready(),
+            (FromAgent::Attached(attached), Phase::Starting) if self.attaches() => {
+                self.started(attached.process);
+            }
             (FromAgent::Exited(exited), _) => self.exited(&exited),
             (FromAgent::Failed(failed), _) => self.failed(&failed),
             (FromAgent::Usage(mut usage), _) => {
@@ -54,6 +58,7 @@ impl Room {
             (FromAgent::Invoked(invoked), _) => {
                 // An event that was never fetched has a runtime that was gone before.
                 self.event = None;
+                self.record_working_set();
                 if self.end_invocation() {
                     self.tell_client(self.creator, api::Invoked { invoked });
                 }
@@ -63,7 +68,6 @@ impl Room {
                     self.agent_said = Some(clean(&message));
                 }
             }
-            // None of the latter is asked for yet.
             (
                 FromAgent::Hello(_)
                 | FromAgent::Prepared(_)
@@ -108,7 +112,10 @@ impl Room {
         self.note(mark("welcomed"));
         if self.own.task == Task::Clone {
             // Its payload is in place. The agent carries this out once it is itself.
-            return self.start_or_give_up();
+            return match self.attaches() {
+                true => self.or_give_up(Self::attach),
+                false => self.or_give_up(Self::start),
+            };
         }
         match self.preparation() {
             Ok(prepare) => {
@@ -150,21 +157,33 @@ impl Room {
         })
     }
 
-    fn start_or_give_up(&mut self) {
-        if let Err(error) = self.start() {
+    fn or_give_up(&mut self, step: fn(&mut Self) -> std::io::Result<()>) {
+        if let Err(error) = step(self) {
             self.give_up(Outcome::OwnerFailed { message: chain(&error) });
         }
     }
 
     fn start(&mut self) -> std::io::Result<()> {
+        let process = self.add_workload()?;
+        let start = self.own.spec.start(process, self.initialises());
+        self.tell_agent(start);
+        Ok(())
+    }
+
+    /// The workload runs already, as its template's did, and waits for streams.
+    fn attach(&mut self) -> std::io::Result<()> {
+        let agent::Process { id, stdio, .. } = self.add_workload()?;
+        self.tell_agent(Attach { process: id, stdio });
+        Ok(())
+    }
+
+    fn add_workload(&mut self) -> std::io::Result<agent::Process> {
         let spec = self.own.spec.process.clone();
         let client = (!self.own.spec.detached).then_some(self.creator);
         let process = self.add_process(WORKLOAD, &spec, client)?;
         let time = self.own.patience.start();
         self.enter(Phase::Starting, Some((Step::Start, time)));
-        let start = self.own.spec.start(process);
-        self.tell_agent(start);
-        Ok(())
+        Ok(process)
     }
 
     /// A process as the agent is told of it, with its streams agreed on.
@@ -221,11 +240,15 @@ impl Room {
         if id != WORKLOAD || self.record.phase != Phase::Starting {
             return;
         }
-        self.note(mark("workload started"));
+        self.note(mark(if self.attaches() { "workload attached" } else { "workload started" }));
+        if self.initialises() {
+            return self.initialise();
+        }
         self.record.started_ms = Some(now_ms());
         self.enter(Phase::Running, None);
         self.deadlines.timeout =
             self.own.spec.timeout_ms.map(|ms| Instant::now() + Duration::from_millis(ms));
+        self.await_working_set();
         if let Some(cgroup) = &self.cgroup
             && let Err(error) = cgroup.limit_cpu(launch::running_cpu_millis(&self.own.spec.machine))
         {
@@ -255,8 +278,10 @@ impl Room {
             process.exited = Some((exited.status, exited.out_of_memory));
             process.flush = Some(Instant::now() + self.own.patience.identify());
             if exited.process == WORKLOAD {
+                self.note(mark("workload ended"));
                 // Before anybody is told: the VMM has still all that the workload made it take.
                 self.meter.sample_living();
+                self.record_working_set();
             }
             self.tell_exit(exited.process);
         }
@@ -289,12 +314,14 @@ impl Room {
                     self.tell_client(self.creator, api::Refused { failure: failed.failure, message });
                 }
             }
-            Request::Freeze => self.give_up(Outcome::Refused { failure: failed.failure, message }),
+            Request::Freeze | &Request::Attach(WORKLOAD) => {
+                self.give_up(Outcome::Refused { failure: failed.failure, message });
+            }
             Request::Collect(_) => {
                 self.deadlines.step.take_if(|(_, step, _)| *step == Step::Return);
                 self.tell_client(self.creator, api::Refused { failure: failed.failure, message });
             }
-            // A signal or a size for a process that is gone already; the last is not asked for yet.
+            // A signal or a size for a process that is gone already; others than the workload are never attached.
             Request::Process(_) | Request::Prepare(_) | Request::Attach(_) => {
                 tracing::debug!(message, "the agent refused a request")
             }

@@ -138,6 +138,7 @@ impl Room {
                 | Phase::Freezing
                 | Phase::Saving
                 | Phase::Starting
+                | Phase::Initialising
         );
         if process == WORKLOAD && begins {
             if ENDING_SIGNALS.contains(&signal) {
@@ -164,7 +165,8 @@ impl Room {
             | Phase::Preparing
             | Phase::Freezing
             | Phase::Saving
-            | Phase::Starting => {
+            | Phase::Starting
+            | Phase::Initialising => {
                 self.give_up(Outcome::Stopped { signal: self.own.spec.stop_signal });
             }
             Phase::Running => {

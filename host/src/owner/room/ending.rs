@@ -20,7 +20,7 @@ use crate::launch::ChildEnd;
 use crate::outcome::{Outcome, Step};
 use crate::packet::Connection;
 use crate::record::{Phase, Record, Remains};
-use crate::timestamp::now_ms;
+use crate::timestamp::{mark, now_ms};
 
 /// From the VMM's end to that of its agent's connection, which is read as fast as an agent may speak.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -123,6 +123,7 @@ impl Room {
 
     /// The VMM is gone: what it was is metered, buried, recorded and told.
     pub(super) fn finish(mut self) {
+        self.note(mark("VMM gone"));
         self.meter.sample();
         let end = self.vmm_end.unwrap_or(ChildEnd::Signal(0));
         let out_of_memory = self

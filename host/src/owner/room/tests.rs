@@ -7,11 +7,13 @@ use std::thread::JoinHandle;
 use carrel_protocol::agent::{
     self, Compression, Exited, Failed, Failure, FromAgent, FromHost, Hello, Prepared, Request, Started, Usage,
 };
-use carrel_protocol::vmm::{Dialled, End, FromOwner};
+use carrel_protocol::vmm::{DeviceStopped, Dialled, End, FromOwner};
 
 mod execs;
 mod hostile;
+mod initialised;
 mod invocations;
+mod recording;
 mod returning;
 
 use super::*;
@@ -86,6 +88,16 @@ fn begin_task(
     task: Task,
     saved: Option<launch::Saved>,
 ) -> (Place, Guest) {
+    begin_recording(spec, patience, task, saved, None)
+}
+
+fn begin_recording(
+    spec: RoomSpec,
+    patience: Patience,
+    task: Task,
+    saved: Option<launch::Saved>,
+    record: Option<OwnedFd>,
+) -> (Place, Guest) {
     let directory = tempfile::tempdir().unwrap();
     let room = directory.path().join("room");
     std::fs::create_dir(&room).unwrap();
@@ -103,10 +115,11 @@ fn begin_task(
         blobs: vec![blob],
         lock: lock.into(),
         patience,
+        starting: None,
     };
     let (life, held) = UnixStream::pair().unwrap();
     let child = testing::stand_in(held.as_fd());
-    let launched = Launched { connection: owners, child, cgroup: None, saved };
+    let launched = Launched { connection: owners, child, cgroup: None, saved, record };
     let owner = std::thread::spawn(move || Room::begin(ownership, launched, creator).unwrap().serve());
     let (control, theirs) = UnixStream::pair().unwrap();
     control.set_read_timeout(Some(TIME)).unwrap();
@@ -404,6 +417,22 @@ fn usage_is_asked_of_the_guest_and_merged_with_the_hosts() {
 }
 
 #[test]
+fn a_guest_that_lost_what_it_wrote_is_no_template() {
+    let stopped = DeviceStopped { device: "block room".into(), reason: DeviceStopReason::HostDiskFull };
+    let (place, mut guest) = begin_task(spec(false), Patience::default(), Task::Template, None);
+    guest.hello();
+    assert!(matches!(guest.hear(), FromHost::Welcome(_)));
+    let FromHost::Prepare(prepare) = guest.hear() else { panic!("nothing to prepare") };
+    guest.vmm.send_blocking(&FromVmm::from(stopped), &[]).unwrap();
+    // Its agent saw nothing of it: what it wrote is in the guest's memory still.
+    guest.say(Prepared { container: prepare.container, bytes: 5, entries: 1, took_us: 1 });
+    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)), "it was to be paused");
+    guest.end(End::Stopped);
+    let Outcome::OwnerFailed { message } = place.session.wait().unwrap().outcome else { panic!("saved") };
+    assert!(message.contains("no space"), "{message}");
+}
+
+#[test]
 fn a_full_host_disk_is_said() {
     let (place, mut guest) = begin(spec(false));
     let (streams, ..) = files(b"");
@@ -414,10 +443,7 @@ fn a_full_host_disk_is_said() {
         (said, ended)
     });
     let streams = guest.boot();
-    let stopped = carrel_protocol::vmm::DeviceStopped {
-        device: "block room".into(),
-        reason: DeviceStopReason::HostDiskFull,
-    };
+    let stopped = DeviceStopped { device: "block room".into(), reason: DeviceStopReason::HostDiskFull };
     guest.vmm.send_blocking(&FromVmm::from(stopped), &[]).unwrap();
     drop(streams);
     guest.exit(ExitStatus::Code(1));

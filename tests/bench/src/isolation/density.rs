@@ -83,7 +83,7 @@ fn grow(bench: &mut Bench<'_>, subject: Subject, level: u32, rooms: &mut Vec<Roo
 /// An idle room.
 fn one(bench: &Bench<'_>, subject: Subject) -> Result<Room> {
     // A detached carrel room is there when its command has ended.
-    let expect = if subject == Subject::Carrel { Expect::End } else { Work::Idle.expect() };
+    let expect = if subject.is_carrel() { Expect::End } else { Work::Idle.expect() };
     Ok(plan(bench.stage, subject, Work::Idle)?.start(expect, &bench.patience(1))?.room)
 }
 

@@ -62,6 +62,19 @@ use Subject::{Carrel, Firecracker, QemuMicrovm};
 
 /// Everyone.
 const ALL: &[Subject] = Subject::ALL;
+/// Whose idle rooms can be weighed each by itself. (A pool owns no detached room; its attached ones are clones like the others.)
+const WEIGHED: &[Subject] = &[
+    Subject::Plain,
+    Subject::Bubblewrap,
+    Subject::Runc,
+    Subject::Crun,
+    QemuMicrovm,
+    Firecracker,
+    Subject::FirecrackerSnapshot,
+    Subject::FirecrackerResident,
+    Carrel,
+    Subject::CarrelClone,
+];
 /// Whom a room's inside can differ for: a restored guest runs as a booted one of the same VMM does.
 const DISTINCT: &[Subject] =
     &[Subject::Plain, Subject::Bubblewrap, Subject::Runc, Subject::Crun, QemuMicrovm, Firecracker, Carrel];
@@ -78,16 +91,16 @@ pub(crate) const METRICS: &[Metric] = &[
     row("start-true", "start to first output of true", "ms", Lower, True, ALL,
         "from just before fork, or for a resident snapshot from just before the request, to one byte written by a static program in the room"),
     row("start-python", "start to first output of python3", "ms", Lower, Python, ALL,
-        "the same with `python3 -c 'print(1)'`, from the one root file system that all share; carrel unpacks it from an OCI image at each cold start"),
+        "the same with `python3 -c 'print(1)'`, from the one root file system that all share; carrel unpacks it from an OCI image at each cold start, and once for a template"),
     row("burst", "start in a burst, to first output of true", "ms", Lower, Burst, ALL,
         "starts from as many threads at once as the level says, each measured by itself; samples of all waves together"),
     row("starts-per-second", "starts per second in bursts", "1/s", Higher, Burst, ALL,
         "a wave's starts over the time from its beginning to its last first output; a sample is a wave"),
-    row("density-pss", "PSS per idle room", "KiB", Lower, Density, ALL,
+    row("density-pss", "PSS per idle room", "KiB", Lower, Density, WEIGHED,
         "proportional set size of all of a room's processes on the host, guest memory included, while as many idle rooms as the level says are there; a sample is a room"),
-    row("density-kernel", "kernel memory per idle room", "KiB", Lower, Density, ALL,
+    row("density-kernel", "kernel memory per idle room", "KiB", Lower, Density, WEIGHED,
         "`kernel` of memory.stat of the room's cgroups; a sample is a room"),
-    row("density-host", "host memory per idle room", "KiB", Lower, Density, ALL,
+    row("density-host", "host memory per idle room", "KiB", Lower, Density, WEIGHED,
         "what MemAvailable lost since there was no room, over the rooms: also what no process or cgroup is charged for; one sample"),
     row("cpu", "integer loop inside", "M/s", Higher, Inside, DISTINCT,
         "rounds of a dependent shift, exclusive or and multiply, by the room's monotonic clock"),

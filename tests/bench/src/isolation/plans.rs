@@ -117,8 +117,8 @@ pub(crate) fn plan(stage: &Stage, subject: Subject, work: Work) -> Result<Plan> 
             // Its guest goes on listening.
             plan.leave = Leave::Killed;
         }
-        Subject::Carrel => {
-            plan.command = carrel(stage, work)?;
+        Subject::Carrel | Subject::CarrelClone | Subject::CarrelPool => {
+            plan.command = carrel(stage, subject, work)?;
             plan.leave = if work == Work::Idle { Leave::Alone } else { plan.leave };
         }
     }
@@ -162,7 +162,9 @@ pub(crate) fn tiny(stage: &Stage, subject: Subject) -> Result<Plan> {
         | Subject::Runc
         | Subject::Crun
         | Subject::FirecrackerSnapshot
-        | Subject::FirecrackerResident => bail!("{} starts no guest of its own", subject.name()),
+        | Subject::FirecrackerResident
+        | Subject::CarrelClone
+        | Subject::CarrelPool => bail!("{} starts no guest of its own", subject.name()),
     };
     Ok(plan)
 }
@@ -284,10 +286,19 @@ fn qemu(stage: &Stage, kernel: &Path, work: Option<Work>, folder: &Path) -> Resu
     Ok(command)
 }
 
-fn carrel(stage: &Stage, work: Work) -> Result<Command> {
+fn carrel(stage: &Stage, subject: Subject, work: Work) -> Result<Command> {
     let [ours, python] = &stage.layouts;
-    let mut command = Command::new(stage.program(Subject::Carrel)?);
+    let mut command = Command::new(stage.program(subject)?);
     command.arg("--home").arg(&stage.home).arg("run").env("CARREL_ASSETS", &stage.assets);
+    if subject == Subject::CarrelPool {
+        stage.start_pool()?;
+    } else {
+        // The pool of another subject may be there.
+        command.env("CARREL_POOL", "off");
+    }
+    if subject == Subject::Carrel {
+        command.arg("--cold");
+    }
     command.args(["--memory", &format!("{GUEST_MIB}m"), "--cpus", "1"]);
     let of = |layout: &Path| {
         let mut name = OsString::from("oci:");

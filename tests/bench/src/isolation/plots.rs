@@ -183,6 +183,8 @@ fn color(series: &Series) -> RGBAColor {
         Subject::FirecrackerSnapshot => [243, 178, 70],
         Subject::FirecrackerResident => [175, 122, 197],
         Subject::Carrel => [30, 132, 73],
+        Subject::CarrelClone => [88, 190, 120],
+        Subject::CarrelPool => [20, 184, 166],
     };
     RGBColor(red, green, blue).to_rgba()
 }

@@ -43,6 +43,11 @@ impl Patience {
         Self { until: Instant::now() + of, of, interrupted: Arc::clone(interrupted) }
     }
 
+    /// The same where nothing interrupts.
+    pub(crate) fn alone(of: Duration) -> Self {
+        Self::new(of, &Arc::default())
+    }
+
     /// An error once there is no point in waiting.
     pub(crate) fn check(&self) -> Result<()> {
         ensure!(!self.interrupted.load(Ordering::Relaxed), "interrupted");

@@ -25,7 +25,7 @@ use crate::engine::{Disk, try_connect};
 use crate::vsock::PORT;
 
 /// Between two attempts at what is not there yet.
-const AGAIN: Duration = Duration::from_millis(1);
+const AGAIN: Duration = Duration::from_micros(200);
 /// Making it includes writing the guest's memory.
 const MAKING: Duration = Duration::from_secs(180);
 
@@ -137,7 +137,8 @@ impl Restore {
     }
 }
 
-fn await_api(socket: &Path, patience: &Patience) -> Result<()> {
+/// Waits until a Firecracker process listens.
+pub(crate) fn await_api(socket: &Path, patience: &Patience) -> Result<()> {
     while UnixStream::connect(socket).is_err() {
         patience.check()?;
         std::thread::sleep(AGAIN);
@@ -146,7 +147,19 @@ fn await_api(socket: &Path, patience: &Patience) -> Result<()> {
 }
 
 /// One request of HTTP/1.1, and its answer's status.
-fn request(socket: &Path, method: &str, path: &str, body: &Value, patience: &Patience) -> Result<()> {
+pub(crate) fn request(
+    socket: &Path,
+    method: &str,
+    path: &str,
+    body: &Value,
+    patience: &Patience,
+) -> Result<()> {
+    let stream = send(socket, method, path, body)?;
+    hear_answer(stream, patience).with_context(|| format!("Firecracker refused {method} {path}"))
+}
+
+/// The request alone; its answer can be read from what this returns.
+pub(crate) fn send(socket: &Path, method: &str, path: &str, body: &Value) -> Result<UnixStream> {
     let mut stream = UnixStream::connect(socket).context("Firecracker's API does not answer")?;
     let body = body.to_string();
     let length = body.len();
@@ -154,16 +167,21 @@ fn request(socket: &Path, method: &str, path: &str, body: &Value, patience: &Pat
         stream,
         "{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
     )?;
+    Ok(stream)
+}
+
+/// An error unless the answer is a good one.
+pub(crate) fn hear_answer(mut stream: UnixStream, patience: &Patience) -> Result<()> {
     let (mut answer, mut bytes) = (Vec::new(), [0; 1024]);
     // Its answers to these requests are short: the head, and an error's body, come at once.
     while !answer.windows(4).any(|four| four == b"\r\n\r\n") {
         patience.readable(&stream)?;
         let read = stream.read(&mut bytes)?;
-        ensure!(read > 0, "Firecracker closed its API at {method} {path}");
+        ensure!(read > 0, "Firecracker closed its API");
         answer.extend(bytes.iter().take(read));
     }
     let text = String::from_utf8_lossy(&answer);
     let status = text.split_whitespace().nth(1).unwrap_or_default();
-    ensure!(status.starts_with('2'), "Firecracker refused {method} {path}: {text}");
+    ensure!(status.starts_with('2'), "it answered: {text}");
     Ok(())
 }

@@ -3,17 +3,20 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use nix::fcntl::{Flock, FlockArg};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use super::cgroups::Tree;
+use super::cgroups::{RoomCgroup, Tree};
 use super::image;
 use super::snapshot::Snapshot;
 use super::subjects::{Present, Subject};
@@ -22,6 +25,10 @@ use crate::guest_images;
 
 /// Memory of every guest.
 pub(crate) const GUEST_MIB: u32 = 128;
+/// VMMs that `carrel pool` has ready.
+const POOL_READY: &str = "8";
+/// How long it may take to listen.
+const POOL_BEGINS: Duration = Duration::from_secs(30);
 const PREFIX: &str = "carrel-bench-";
 
 /// Where the parts come from.
@@ -36,6 +43,19 @@ pub(crate) struct Sources<'a> {
     pub(crate) root: Option<&'a Path>,
     /// carrel's VMM by itself.
     pub(crate) carrel_vmm: &'a Path,
+}
+
+/// `carrel pool`. Killed when dropped, and its rooms with it.
+struct PoolProcess {
+    child: Child,
+    _cgroup: RoomCgroup,
+}
+
+impl Drop for PoolProcess {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// What runs are made from.
@@ -63,6 +83,7 @@ pub(crate) struct Stage {
     /// Whether to stop.
     pub(crate) interrupted: Arc<AtomicBool>,
     snapshot: OnceLock<Snapshot>,
+    pool: Mutex<Option<PoolProcess>>,
     folder: PathBuf,
     /// Tells a bench that comes later that this folder is in use.
     _lock: Flock<File>,
@@ -139,6 +160,7 @@ impl Stage {
             tree,
             interrupted: Arc::clone(interrupted),
             snapshot: OnceLock::new(),
+            pool: Mutex::new(None),
             folder,
             _lock: lock,
         })
@@ -156,6 +178,31 @@ impl Stage {
         Ok(tempfile::Builder::new().prefix("room.").tempdir_in(&self.folder)?)
     }
 
+    /// Starts the pool of the home, when the first of its subjects asks for it, and waits until it listens.
+    pub(crate) fn start_pool(&self) -> Result<()> {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        if pool.is_some() {
+            return Ok(());
+        }
+        let cgroup = self.tree.room()?;
+        let errors = File::create(self.folder.join("pool.stderr"))?;
+        let mut command = Command::new(self.program(Subject::CarrelPool)?);
+        command.arg("--home").arg(&self.home).args(["pool", "--ready", POOL_READY]);
+        command.env("CARREL_ASSETS", &self.assets).process_group(0);
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors).spawn()?;
+        fs::File::from(cgroup.procs()?).write_all(child.id().to_string().as_bytes())?;
+        let mut started = PoolProcess { child, _cgroup: cgroup };
+        let deadline = Instant::now() + POOL_BEGINS;
+        while !self.home.join("pool.sock").exists() {
+            let said = || fs::read_to_string(self.folder.join("pool.stderr")).unwrap_or_default();
+            ensure!(started.child.try_wait()?.is_none(), "carrel pool ended: {}", said());
+            ensure!(Instant::now() < deadline, "carrel pool does not listen: {}", said());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        *pool = Some(started);
+        Ok(())
+    }
+
     /// Firecracker's snapshot, made when the first of its subjects asks for it.
     pub(crate) fn snapshot(&self, subject: Subject) -> Result<&Snapshot> {
         if self.snapshot.get().is_none() {
@@ -170,7 +217,10 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
-        if let Ok(carrel) = self.program(Subject::Carrel) {
+        // Its rooms end with it.
+        drop(self.pool.get_mut().map(Option::take));
+        let carrel = self.present.values().find(|one| one.subject.is_carrel());
+        if let Some(carrel) = carrel.map(|one| &one.program) {
             // Any command sweeps up rooms that were killed.
             let mut sweep = Command::new(carrel);
             sweep

@@ -26,8 +26,12 @@ pub(crate) enum Subject {
     FirecrackerSnapshot,
     /// The same, with its API process already up
     FirecrackerResident,
-    /// `carrel run`, a cold boot
+    /// `carrel run --cold`
     Carrel,
+    /// `carrel run` of an image that has a template
+    CarrelClone,
+    /// The same through `carrel pool`
+    CarrelPool,
 }
 
 impl Subject {
@@ -42,6 +46,8 @@ impl Subject {
         Self::FirecrackerSnapshot,
         Self::FirecrackerResident,
         Self::Carrel,
+        Self::CarrelClone,
+        Self::CarrelPool,
     ];
 
     /// Its name in options, tables and results.
@@ -56,7 +62,14 @@ impl Subject {
             Self::FirecrackerSnapshot => "firecracker-snapshot",
             Self::FirecrackerResident => "firecracker-resident",
             Self::Carrel => "carrel",
+            Self::CarrelClone => "carrel-clone",
+            Self::CarrelPool => "carrel-pool",
         }
+    }
+
+    /// Whether it is a way to use the `carrel` command.
+    pub(crate) fn is_carrel(self) -> bool {
+        matches!(self, Self::Carrel | Self::CarrelClone | Self::CarrelPool)
     }
 
     /// How it is set up here, in a sentence.
@@ -82,7 +95,13 @@ impl Subject {
                 "the same, measured from the load request: the API process is there already"
             }
             Self::Carrel => {
-                "carrel run, cold, 1 vCPU, 128 MiB: owner, confined VMM, agent, and the OCI image unpacked in the guest"
+                "carrel run --cold, 1 vCPU, 128 MiB: owner, confined VMM, agent, and the OCI image unpacked in the guest"
+            }
+            Self::CarrelClone => {
+                "carrel run, 1 vCPU, 128 MiB, without a pool: the room's own owner, a confined VMM that goes on from the image's template, saved before its workload's first instruction; the first warm-up makes that"
+            }
+            Self::CarrelPool => {
+                "the same command with carrel pool there: its owner is that process, its VMM one that was prepared ahead (8 ready, replaced when no room is starting); the command's own process start is in its time"
             }
         }
     }
@@ -96,7 +115,7 @@ impl Subject {
             Self::Crun => Some("crun"),
             Self::QemuMicrovm => Some("qemu-system-x86_64"),
             Self::Firecracker | Self::FirecrackerSnapshot | Self::FirecrackerResident => Some("firecracker"),
-            Self::Carrel => Some("carrel"),
+            Self::Carrel | Self::CarrelClone | Self::CarrelPool => Some("carrel"),
         }
     }
 
@@ -108,7 +127,9 @@ impl Subject {
             | Self::Firecracker
             | Self::FirecrackerSnapshot
             | Self::FirecrackerResident
-            | Self::Carrel => true,
+            | Self::Carrel
+            | Self::CarrelClone
+            | Self::CarrelPool => true,
         }
     }
 

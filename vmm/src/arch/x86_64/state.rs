@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  save     complete the exit under way ─▶ MP state, registers, XSAVE, local APIC, MSRs, events
-//!  restore  CPUID ─▶ TSC rate ─▶ MP state ─▶ registers ─▶ XSAVE, XCRs ─▶ debug registers ─▶ local APIC ─▶ MSRs ─▶ events ─▶ (all vCPUs) ─▶ clock
+//!  restore  (CPUID) ─▶ TSC rate ─▶ MP state ─▶ registers ─▶ XSAVE, XCRs ─▶ debug registers ─▶ local APIC ─▶ MSRs ─▶ events ─▶ (all vCPUs) ─▶ clock
 //! ```
 //!
 //! The order is KVM's: CPUID says which registers there are; the local APIC's base is a system register; the deadline timer is set when the TSC is
@@ -180,14 +180,12 @@ impl VcpuState {
         })
     }
 
-    /// Gives all of it to a new vCPU.
+    /// Gives all of it to a new vCPU that has its CPUID ([`Self::check_cpu`]).
     ///
     /// # Errors
     ///
     /// This host can't go on with it, or KVM's.
     pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
-        let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| StateError::List)?;
-        vcpu.set_cpuid2(&cpuid).map_err(kvm("set a vCPU's CPUID"))?;
         self.set_tsc_rate(vcpu)?;
         vcpu.set_mp_state(self.mp_state).map_err(kvm("set a vCPU's MP state"))?;
         vcpu.set_regs(&self.registers).map_err(kvm("set a vCPU's registers"))?;

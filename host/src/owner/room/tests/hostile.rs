@@ -231,7 +231,7 @@ fn a_killed_workload_whose_agent_does_not_bury_it_is_ended_with_its_room() {
 /// A room's directory whose owner has been stopped: it listens, and does nothing more.
 fn stopped_owner() -> (tempfile::TempDir, OwnedFd) {
     let directory = tempfile::tempdir().unwrap();
-    let listener = crate::owner::listen(directory.path()).unwrap();
+    let listener = crate::owner::listen(directory.path(), "owner.sock", 4).unwrap();
     (directory, listener)
 }
 
@@ -286,9 +286,15 @@ fn a_command_is_told_why_its_room_could_not_begin() {
     let (creator, command) = Connection::pair().unwrap();
     let (_vmm, owners) = Connection::pair().unwrap();
     let (_life, held) = UnixStream::pair().unwrap();
-    let launched =
-        Launched { connection: owners, child: testing::stand_in(held.as_fd()), cgroup: None, saved: None };
+    let launched = Launched {
+        connection: owners,
+        child: testing::stand_in(held.as_fd()),
+        cgroup: None,
+        saved: None,
+        record: None,
+    };
     let ownership = Ownership {
+        starting: None,
         id: "0123456789ab".parse().unwrap(),
         spec: spec(false),
         task: Task::Run,
@@ -316,7 +322,10 @@ fn a_start_is_noted_once_however_often_its_steps_are_said() {
         (0..20).map(|n| Mark { done: format!("{round}.{n} {long}"), at_us: 1 }).collect()
     };
     for round in 0..8 {
-        guest.vmm.send_blocking(&FromVmm::from(Booted { timeline: marks(round) }), &[]).unwrap();
+        guest
+            .vmm
+            .send_blocking(&FromVmm::from(Booted { timeline: marks(round), notice: None }), &[])
+            .unwrap();
         guest.say(Started { process: WORKLOAD });
     }
     must_be_well(&place, &mut guest);

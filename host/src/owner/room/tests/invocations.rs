@@ -22,24 +22,46 @@ fn function() -> RoomSpec {
 
 /// The command's side on a thread; and what its files hold in the end.
 fn invoke(place: Place) -> (JoinHandle<Result<Called, SessionError>>, File, File) {
-    let (mut event, response) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-    event.write_all(b"{\"n\":1}").unwrap();
-    let call = Call {
-        id: ID.into(),
-        event,
-        event_bytes: 7,
-        timeout_ms: 3000,
-        headers: BTreeMap::from([("Invoked-Function-Arn".to_owned(), "arn".to_owned())]),
+    let (command, kept, log) = invoke_often(place, 1);
+    let command = std::thread::spawn(move || {
+        let (called, begun, answered) = command.join().unwrap();
+        assert_eq!((begun, answered.len()), (1, 0));
+        called
+    });
+    (command, kept, log)
+}
+
+type Often = (Result<Called, SessionError>, usize, Vec<Invoked>);
+
+/// The same with so many events.
+fn invoke_often(place: Place, times: usize) -> (JoinHandle<Often>, File, File) {
+    let response = tempfile::tempfile().unwrap();
+    let call = || {
+        let mut event = tempfile::tempfile().unwrap();
+        event.write_all(b"{\"n\":1}").unwrap();
+        Call {
+            id: ID.into(),
+            event,
+            event_bytes: 7,
+            timeout_ms: 3000,
+            headers: BTreeMap::from([("Invoked-Function-Arn".to_owned(), "arn".to_owned())]),
+        }
     };
     let (streams, log, _) = files(b"");
     let kept = response.try_clone().unwrap();
     let command = std::thread::spawn(move || {
         let _files = place.directory;
-        let mut begun = 0;
-        let audience = Audience { log: streams, response, started: &mut || begun += 1, notice: &mut |_| () };
-        let called = place.session.invoke(&call, audience);
-        assert_eq!(begun, 1);
-        called
+        let (mut begun, mut answered) = (0, Vec::new());
+        let audience = Audience {
+            log: streams,
+            response,
+            started: &mut |_| begun += 1,
+            answered: &mut |_, invoked| answered.push(invoked.clone()),
+            notice: &mut |_| (),
+        };
+        let mut rest = (1..times).map(|_| call());
+        let called = place.session.invoke(call(), &mut || Ok(rest.next()), audience);
+        (called, begun, answered)
     });
     (command, kept, log)
 }
@@ -97,6 +119,48 @@ fn an_event_is_answered_and_then_the_room_ends() {
     assert_eq!((said.outcome, said.response_bytes), (response(), 3));
     assert_eq!(called.room.usage.unwrap().guest.unwrap().wall_us, 77);
     assert_eq!((text(answer).as_str(), text(log).as_str()), ("[1]", "late\n"));
+}
+
+#[test]
+fn events_follow_each_other_while_the_runtime_lives() {
+    let (place, mut guest) = begin(function());
+    let (command, answer, _log) = invoke_often(place, 3);
+    let streams = guest.boot();
+    for n in 0..3 {
+        let invoke = guest.event();
+        let word = if n == 1 { Answer::Error { error_type: "ValueError".into() } } else { response() };
+        // The end of the second overtakes its bytes.
+        if n == 1 {
+            guest.say(invoked(word));
+            std::thread::sleep(Duration::from_millis(50));
+            guest.dial(&invoke.response).write_all(b"[error]").unwrap();
+        } else {
+            guest.dial(&invoke.response).write_all(format!("[{n}]").as_bytes()).unwrap();
+            guest.say(invoked(word));
+        }
+    }
+    drop(streams);
+    guest.killed();
+    let (called, begun, answered) = command.join().unwrap();
+    assert_eq!((begun, answered.len()), (3, 2));
+    assert_eq!((answered[0].response_bytes, answered[1].response_bytes), (3, 7));
+    assert_eq!(called.unwrap().invoked.unwrap().outcome, response());
+    assert_eq!(text(answer), "[0][error][2]");
+}
+
+#[test]
+fn events_after_a_runtimes_end_are_left_to_another_room() {
+    let (place, mut guest) = begin(function());
+    let (command, ..) = invoke_often(place, 3);
+    let streams = guest.boot();
+    let invoke = guest.event();
+    guest.dial(&invoke.response);
+    guest.say(invoked(Answer::TimedOut));
+    drop(streams);
+    guest.killed();
+    let (called, begun, answered) = command.join().unwrap();
+    assert_eq!((begun, answered.len()), (1, 0));
+    assert_eq!(called.unwrap().invoked.unwrap().outcome, Answer::TimedOut);
 }
 
 #[test]

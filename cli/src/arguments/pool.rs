@@ -1,0 +1,60 @@
+//! The resident owner's command line.
+
+use std::time::Duration;
+
+use carrel_host::resident::Factor;
+use clap::{Args, Subcommand};
+
+use crate::values::span;
+
+const POOL_EXAMPLES: &str = "\
+Examples:
+  carrel pool                        until Ctrl-C, for this home
+  carrel pool --ready 16 --idle 10m  ends when it had no room for ten minutes
+  carrel pool status --json | jq .rooms
+
+While it runs, `run`, `runner` and `invoke` have their rooms owned by it and start in
+VMMs that it has ready; without it they start an owner of their own. Rooms of
+`run --detach` always have one of their own.
+
+With systemd: a socket unit with ListenSequentialPacket=HOME/pool.sock, and a
+service unit with ExecStart=carrel pool --idle 5m and Delegate=yes (docs/host.md).
+
+Signals: TERM or INT, no new rooms, and the end when the last has ended; once more,
+the end at once, and that of all its rooms.";
+
+/// `carrel pool`.
+#[derive(Debug, Args)]
+#[command(after_help = POOL_EXAMPLES, args_conflicts_with_subcommands = true, disable_help_subcommand = true)]
+pub(crate) struct PoolArgs {
+    /// What to do instead.
+    #[command(subcommand)]
+    pub(crate) command: Option<PoolCommand>,
+    /// VMMs to keep ready for each kind of machine that was asked for lately
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(0..=1024))]
+    pub(crate) ready: u16,
+    /// End after so long without a room [default: never]
+    #[arg(long, value_name = "TIME", value_parser = span::positive)]
+    pub(crate) idle: Option<Duration>,
+    /// Promise rooms so many times the host's memory [default: 16]
+    #[arg(long, value_name = "FACTOR")]
+    pub(crate) memory_overcommit: Option<Factor>,
+    /// Promise rooms so many times the host's CPUs [default: 100]
+    #[arg(long, value_name = "FACTOR")]
+    pub(crate) cpu_overcommit: Option<Factor>,
+}
+
+/// The commands on a resident owner.
+#[derive(Debug, Subcommand)]
+pub(crate) enum PoolCommand {
+    /// Show what the home's resident owner has and has promised
+    Status(StatusArgs),
+}
+
+/// `carrel pool status`.
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}

@@ -1,0 +1,528 @@
+//! The resident owner, `carrel pool`: one process that owns the rooms of attached commands, and has ready what the next ones need.
+//!
+//! ```text
+//!   command ── Own + lock, template, blobs ──▶ accept ─▶ a thread a room: admitted? ─▶ a VMM from the shelf goes on ─▶ owned to its end
+//!           ◀── Mine ──                                     │ no: told why             └ none there: launched as by any owner
+//!                                              keeper: a VMM that was taken is replaced once no room is starting
+//! ```
+//!
+//! Rooms are the same as with an owner of their own: the same directory, lock, record and socket, so every command finds them as always. A command that finds no
+//! resident owner starts an owner by itself; so does one whose room is to outlive it, since a resident owner that dies takes its rooms with it.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use carrel_protocol::chain;
+use carrel_protocol::units::{MemoryMib, VcpuCount};
+use rustix::event::{PollFd, PollFlags};
+use rustix::fs::FlockOperation;
+use rustix::net::SocketFlags;
+use rustix::net::sockopt::Timeout;
+use rustix::process::Resource;
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::home::{Home, Order, Task, TemplateFiles};
+use crate::launch::{self, LaunchError, Launched};
+use crate::outcome::Outcome;
+use crate::owner::{self, Assignment};
+use crate::packet::{Connection, PacketError};
+use crate::patience::Patience;
+use crate::session::{self, Session, SessionError};
+use crate::spec::RoomId;
+use crate::timestamp::mark;
+
+mod admission;
+pub mod api;
+mod shelf;
+
+pub use admission::{Factor, Overcommit, OvercommitError};
+pub use shelf::Ready;
+pub(crate) use shelf::Starting;
+
+use admission::Admission;
+use api::{FromResident, Look, Looked, Mine, Own, ToResident, VERSION};
+use shelf::{Shape, Shelf};
+
+/// Its socket, below the home.
+const SOCKET: &str = "pool.sock";
+/// Locked by the one resident owner of a home.
+const LOCK: &str = "pool.lock";
+/// Commands that may wait to be accepted.
+const BACKLOG: i32 = 1024;
+/// From a command that could not be accepted to the next attempt.
+const AGAIN: Duration = Duration::from_millis(200);
+/// A room's thread waits for one thing at a time.
+const STACK_BYTES: usize = 512 << 10;
+
+/// The resident owner can't begin.
+#[derive(Debug, Error)]
+pub enum ResidentError {
+    /// There is one already.
+    #[error("this home has a resident owner already; see `carrel pool status`")]
+    Taken,
+    /// A file of it.
+    #[error("{} can't be {doing}", .path.display())]
+    Io {
+        /// `opened`, `bound`, ….
+        doing: &'static str,
+        /// What.
+        path: PathBuf,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// What the service manager handed over.
+    #[error(
+        "the socket that the service manager hands over is none (LISTEN_FDS); it must be one of ListenSequentialPacket="
+    )]
+    Activation(#[source] io::Error),
+    /// A thread or a pipe.
+    #[error("the host has no thread or descriptor left")]
+    Host(#[from] io::Error),
+    /// The host's memory and CPUs can't be counted.
+    #[error(transparent)]
+    Overcommit(#[from] OvercommitError),
+    /// Nobody is there.
+    #[error("this home has no resident owner; start one with `carrel pool`")]
+    Absent(#[source] io::Error),
+    /// It doesn't answer, or not so that it could be understood.
+    #[error("the resident owner does not answer, or is of another version")]
+    Answer(#[source] PacketError),
+}
+
+/// How a resident owner is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// vCPUs and memory of the rooms that are expected before any was asked for.
+    pub usual: (VcpuCount, MemoryMib),
+    /// VMMs that are kept ready for each kind of machine that was asked for lately.
+    pub ready: usize,
+    /// It ends when it had no room for so long; without it never.
+    pub idle: Option<Duration>,
+    /// What it promises beyond what the host has.
+    pub overcommit: Overcommit,
+}
+
+/// What a resident owner has and had.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// Its process.
+    pub pid: u32,
+    /// For how long it has been there, s.
+    pub up_seconds: u64,
+    /// Rooms that it owns now.
+    pub rooms: u64,
+    /// Rooms whose workloads do not run yet, of these.
+    pub starting: u64,
+    /// Rooms that it was given.
+    pub given: u64,
+    /// Of these, clones that went on in a VMM that was ready.
+    pub from_shelf: u64,
+    /// Rooms for which the host had nothing left.
+    pub refused: u64,
+    /// VMMs that are ready.
+    pub ready: Vec<Ready>,
+    /// Guest memory and VMMs' own that its rooms may take, bytes.
+    pub memory_promised: u64,
+    /// The most that it promises.
+    pub memory_limit: u64,
+    /// CPUs that its rooms may use, in thousandths.
+    pub cpu_promised_millis: u64,
+    /// The most that it promises.
+    pub cpu_limit_millis: u64,
+}
+
+/// A resident owner that listens.
+#[derive(Debug)]
+pub struct Resident {
+    listener: OwnedFd,
+    /// Removed at the end; none where a service manager holds the socket.
+    socket: Option<PathBuf>,
+    idle: Option<Duration>,
+    news: io::PipeReader,
+    shared: Arc<Shared>,
+    _lock: File,
+}
+
+#[derive(Debug)]
+struct Shared {
+    home: Home,
+    begun: Instant,
+    shelf: Shelf,
+    admission: Admission,
+    given: AtomicU64,
+    from_shelf: AtomicU64,
+    refused: AtomicU64,
+    /// Connections that are served, a room's or another's.
+    served: AtomicU64,
+    /// One byte for each piece of news: [`STOP`] or [`LEFT`].
+    news: io::PipeWriter,
+}
+
+const STOP: u8 = b's';
+const LEFT: u8 = b'l';
+
+/// Tells a resident owner to end.
+#[derive(Debug)]
+pub struct Stopper(Arc<Shared>);
+
+impl Stopper {
+    /// It takes no more rooms, and ends when it has none; told once more, it ends at once, and its rooms with it.
+    pub fn stop(&self) {
+        self.0.tell(STOP);
+    }
+}
+
+impl Resident {
+    /// Listens at the home's socket, or at the one that a service manager handed over (`LISTEN_FDS`, sd_listen_fds(3)).
+    ///
+    /// # Errors
+    ///
+    /// There is another one, or the host refuses something.
+    pub fn open(home: Home, options: Options) -> Result<Self, ResidentError> {
+        let lock = claim(home.root())?;
+        raise_descriptors();
+        let activated = activated();
+        let path = home.root().join(SOCKET);
+        let failed = |doing| {
+            let path = path.clone();
+            move |source| ResidentError::Io { doing, path, source }
+        };
+        let (listener, socket) = match activated {
+            true => (launch::owner_socket().map_err(ResidentError::Activation)?, None),
+            false => {
+                match fs::remove_file(&path) {
+                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("removed")(e)),
+                    _ => {}
+                }
+                let listener = owner::listen(home.root(), SOCKET, BACKLOG).map_err(failed("bound"))?;
+                (listener, Some(path.clone()))
+            }
+        };
+        rustix::io::ioctl_fionbio(&listener, true).map_err(|e| failed("used")(e.into()))?;
+        let (news, tell) = io::pipe()?;
+        let shared = Arc::new(Shared {
+            begun: Instant::now(),
+            shelf: Shelf::new(options.ready, home.assets().vmm.clone(), options.usual),
+            admission: Admission::new(options.overcommit)?,
+            home,
+            given: AtomicU64::new(0),
+            from_shelf: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+            served: AtomicU64::new(0),
+            news: tell,
+        });
+        Ok(Self { listener, socket, idle: options.idle, news, shared, _lock: lock })
+    }
+
+    /// What ends it, for whoever hears signals.
+    pub fn stopper(&self) -> Stopper {
+        Stopper(Arc::clone(&self.shared))
+    }
+
+    /// Owns rooms until it is told to stop, or has been idle for long enough.
+    ///
+    /// # Errors
+    ///
+    /// The host refuses a thread or a descriptor from the beginning on.
+    pub fn serve(self) -> Result<(), ResidentError> {
+        let Self { listener, socket, idle, mut news, shared, _lock } = self;
+        // The thread that starts a VMM has to outlive it (PR_SET_PDEATHSIG, prctl(2)): this one lives as long as the process.
+        let keeper = Arc::clone(&shared);
+        let keeper = thread::Builder::new().name("keeper".into()).spawn(move || keeper.shelf.keep())?;
+        let told = accept_until_stopped(&shared, &listener, &mut news, idle)?;
+        // Whoever is not accepted by now starts an owner by itself, or finds the next one behind a service manager's socket.
+        if let Some(path) = socket {
+            let _ = fs::remove_file(path);
+        }
+        drop(listener);
+        shared.shelf.close();
+        let _ = keeper.join();
+        let left = shared.served.load(Ordering::SeqCst);
+        if told && left > 0 {
+            tracing::info!(
+                rooms = left,
+                "no more rooms are taken; those that are there are owned to their ends"
+            );
+        }
+        while shared.served.load(Ordering::SeqCst) > 0 {
+            if hear(&mut news)? == STOP {
+                tracing::warn!("told to stop once more: the rooms end with their owner");
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Says whether it was told to stop, or had nothing to do for so long.
+fn accept_until_stopped(
+    shared: &Arc<Shared>,
+    listener: &OwnedFd,
+    news: &mut io::PipeReader,
+    idle: Option<Duration>,
+) -> Result<bool, ResidentError> {
+    let mut idle_since = Instant::now();
+    loop {
+        let busy = shared.served.load(Ordering::SeqCst) > 0;
+        let left = idle.filter(|_| !busy).map(|idle| idle.saturating_sub(idle_since.elapsed()));
+        let timeout = left.and_then(|left| left.try_into().ok());
+        let mut sources = [PollFd::new(listener, PollFlags::IN), PollFd::new(news, PollFlags::IN)];
+        match rustix::event::poll(&mut sources, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(ResidentError::Host(error.into())),
+        }
+        let [command, told] = sources.map(|source| !source.revents().is_empty());
+        if told && hear(news)? == STOP {
+            return Ok(true);
+        }
+        if command {
+            accept(shared, listener);
+        }
+        if busy || command || told {
+            idle_since = Instant::now();
+        } else if left.is_some_and(|left| left.is_zero()) {
+            return Ok(false);
+        }
+    }
+}
+
+fn hear(news: &mut io::PipeReader) -> io::Result<u8> {
+    let mut byte = [0];
+    news.read_exact(&mut byte)?;
+    Ok(byte[0])
+}
+
+/// Accepts a command, of root or of this process's own user, and serves it on a thread. One that is not served starts an owner by itself.
+fn accept(shared: &Arc<Shared>, listener: &OwnedFd) {
+    let socket = match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
+        Ok(socket) => socket,
+        Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED | rustix::io::Errno::AGAIN) => return,
+        // Too many descriptors, here or on the whole host, or no memory: that passes, and the command waits meanwhile.
+        Err(error) => {
+            tracing::warn!(%error, "a command can't be accepted yet");
+            return thread::sleep(AGAIN);
+        }
+    };
+    let peer = rustix::net::sockopt::socket_peercred(&socket);
+    let own = rustix::process::geteuid();
+    if !peer.is_ok_and(|peer| peer.uid.is_root() || peer.uid == own) {
+        return;
+    }
+    let served = Served::new(shared);
+    let thread = thread::Builder::new().name("room".into()).stack_size(STACK_BYTES);
+    if let Err(error) = thread.spawn(move || served.0.serve(socket.into())) {
+        tracing::warn!(%error, "a command can't be served");
+    }
+}
+
+/// A connection that is served, whatever becomes of its thread.
+#[derive(Debug)]
+struct Served(Arc<Shared>);
+
+impl Served {
+    fn new(shared: &Arc<Shared>) -> Self {
+        shared.served.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(shared))
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.0.served.fetch_sub(1, Ordering::SeqCst);
+        self.0.tell(LEFT);
+    }
+}
+
+impl Shared {
+    fn tell(&self, news: u8) {
+        // A full pipe has news enough.
+        let _ = (&self.news).write_all(&[news]);
+    }
+
+    /// One connection: a question, or a room to its end.
+    fn serve(&self, connection: Connection) {
+        let patience = self.home.patience();
+        let limit = |time| rustix::net::sockopt::set_socket_timeout(&connection, Timeout::Recv, time);
+        if limit(Some(patience.owner())).is_err() {
+            return;
+        }
+        let asked = match connection.receive::<ToResident>() {
+            Ok(packet) => packet.message,
+            Err(error) => return tracing::debug!(error = %chain(&error), "a command said nothing"),
+        };
+        let served = match asked {
+            ToResident::Own(Own { version, room }) if version == VERSION => self.own(connection, &room),
+            ToResident::Look(Look { version }) if version == VERSION => {
+                let answer = FromResident::from(Looked { status: self.status() });
+                connection.send(&answer, &[]).map_err(|e| chain(&e))
+            }
+            ToResident::Own(_) | ToResident::Look(_) => Err("a command speaks another version".into()),
+        };
+        if let Err(error) = served {
+            tracing::debug!(error, "a command was not served");
+        }
+    }
+
+    fn own(&self, creator: Connection, id: &RoomId) -> Result<(), String> {
+        let timeline = vec![mark("request read")];
+        let starting = Some(self.shelf.starting());
+        let directory = self.home.directory_of(id);
+        let order = owner::read_order(&directory).map_err(|e| chain(&e))?;
+        let supplies = owner::supplies(&creator, order.patience).map_err(|e| chain(&e))?;
+        // From here on the room is this process's, whatever comes.
+        creator.send(&FromResident::from(Mine {}), &[]).map_err(|e| chain(&e))?;
+        self.given.fetch_add(1, Ordering::Relaxed);
+        let admitted = self.admission.admit(&order.spec.machine);
+        let assignment = Assignment { directory: &directory, order, supplies, creator, timeline, starting };
+        let owned = match admitted {
+            Ok(_admitted) => {
+                assignment.own(|order, id, template| self.launch(order, id, &directory, template))
+            }
+            Err(refusal) => {
+                self.refused.fetch_add(1, Ordering::Relaxed);
+                assignment.refuse(Outcome::NoCapacity { message: refusal.to_string() })
+            }
+        };
+        owned.map_err(|e| chain(&e))
+    }
+
+    /// A clone goes on in a VMM from the shelf, if there is one of its kind.
+    fn launch(
+        &self,
+        order: &Order,
+        id: &RoomId,
+        directory: &Path,
+        template: Option<TemplateFiles>,
+    ) -> Result<Launched, LaunchError> {
+        let verbose = tracing::enabled!(tracing::Level::DEBUG);
+        if order.task == Task::Clone
+            && let Some(files) = &template
+            && let Some(prepared) = self.shelf.take(&Shape::of(order))
+        {
+            // One that broke since is no reason to fail: nothing has begun.
+            match prepared.go_on(order, directory, files.try_clone()?, launch::limits(&order.spec.machine)) {
+                Ok(launched) => {
+                    self.from_shelf.fetch_add(1, Ordering::Relaxed);
+                    return Ok(launched);
+                }
+                Err(error) => tracing::warn!(error = %chain(&error), "a VMM that was ready is none any more"),
+            }
+        }
+        launch::launch(order, id, directory, verbose, template)
+    }
+
+    fn status(&self) -> Status {
+        let (memory, cpu) = self.admission.promised();
+        Status {
+            pid: std::process::id(),
+            up_seconds: self.begun.elapsed().as_secs(),
+            rooms: self.admission.rooms(),
+            starting: self.shelf.being_started(),
+            given: self.given.load(Ordering::Relaxed),
+            from_shelf: self.from_shelf.load(Ordering::Relaxed),
+            refused: self.refused.load(Ordering::Relaxed),
+            ready: self.shelf.ready(),
+            memory_promised: memory.promised,
+            memory_limit: memory.limit,
+            cpu_promised_millis: cpu.promised,
+            cpu_limit_millis: cpu.limit,
+        }
+    }
+}
+
+/// Makes sure that a home has one resident owner.
+fn claim(root: &Path) -> Result<File, ResidentError> {
+    let path = root.join(LOCK);
+    let failed = |source| ResidentError::Io { doing: "opened", path: path.clone(), source };
+    let lock = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(failed)?;
+    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(lock),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(ResidentError::Taken),
+        Err(error) => Err(ResidentError::Io { doing: "locked", path, source: error.into() }),
+    }
+}
+
+/// Whether a service manager started this process, and it alone, with a socket.
+fn activated() -> bool {
+    let number = |name| std::env::var(name).ok().and_then(|text| text.parse::<u32>().ok());
+    number("LISTEN_PID") == Some(std::process::id()) && number("LISTEN_FDS") == Some(1)
+}
+
+/// Each room takes some twenty descriptors; the limit that programs begin with is for those that use select(2).
+fn raise_descriptors() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: limit.maximum, ..limit };
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "the limit of descriptors can't be raised");
+    }
+}
+
+/// Offers a room to the home's resident owner, if there is one: the session, as an owner's creator has it.
+///
+/// # Errors
+///
+/// There is one that doesn't say whether it takes the room: two owners of a room would be worse than none.
+pub(crate) fn offer(
+    root: &Path,
+    room: &RoomId,
+    supplies: &[OwnedFd],
+    patience: Patience,
+) -> Result<Option<Session>, SessionError> {
+    // Whatever is wrong with a socket at which nobody accepts: nobody has the room.
+    let Ok(connection) = session::connected(root, SOCKET, patience) else { return Ok(None) };
+    let own = ToResident::from(Own { version: VERSION.into(), room: room.clone() });
+    let sent = connection.send_blocking(&own, &[]).and_then(|()| owner::supply(&connection, supplies));
+    if sent.is_err() {
+        return Ok(None);
+    }
+    let limit = |time| {
+        let set = rustix::net::sockopt::set_socket_timeout(&connection, Timeout::Recv, time);
+        set.map_err(|e| SessionError::Streams(e.into()))
+    };
+    limit(Some(patience.owner()))?;
+    match connection.receive::<FromResident>() {
+        Ok(_) => {
+            limit(None)?;
+            Ok(Some(Session::new(connection, patience)))
+        }
+        Err(error) if error.is_full() => Err(SessionError::Silent),
+        // It closed the connection, and nothing was taken.
+        Err(_) => Ok(None),
+    }
+}
+
+/// What the home's resident owner has.
+///
+/// # Errors
+///
+/// There is none, or it doesn't answer.
+pub fn status(home: &Home) -> Result<Status, ResidentError> {
+    let connection =
+        session::connected(home.root(), SOCKET, home.patience()).map_err(ResidentError::Absent)?;
+    let limit = |time| rustix::net::sockopt::set_socket_timeout(&connection, Timeout::Recv, time);
+    limit(Some(home.patience().answer())).map_err(io::Error::from)?;
+    let look = ToResident::from(Look { version: VERSION.into() });
+    connection.send_blocking(&look, &[]).map_err(ResidentError::Answer)?;
+    match connection.receive::<FromResident>().map_err(ResidentError::Answer)?.message {
+        FromResident::Looked(Looked { status }) => Ok(status),
+        FromResident::Mine(_) => Err(ResidentError::Answer(PacketError::Closed)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

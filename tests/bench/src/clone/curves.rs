@@ -1,0 +1,69 @@
+//! What a prepared VMM's start depends on, or should not: the template's size, and the rooms that are there already.
+
+use anyhow::Result;
+
+use super::rooms::{Room, Side};
+use super::{Clones, MEMORY_MIB, Template};
+use crate::isolation::stage::available_mib;
+use crate::{Metric, Series};
+
+/// Sizes of templates, MiB; the first is what the others are compared with.
+const SIZES: [(&str, u32); 5] =
+    [("64 MiB", 64), ("128 MiB", 128), ("256 MiB", 256), ("512 MiB", 512), ("1024 MiB", 1024)];
+/// Rooms that are there.
+const LEVELS: [u32; 3] = [10, 50, 100];
+/// Host memory that is left alone, MiB.
+const RESERVE_MIB: u64 = 512;
+
+/// Request to first tick against the template's size, all sizes in turn.
+pub(super) fn sizes(clones: &Clones<'_>) -> Result<Vec<Metric>> {
+    let mut series = Vec::new();
+    for (name, size) in SIZES {
+        let template = clones.template(&clones.linux(size)?, false)?;
+        series.push(Series::new(name, template));
+    }
+    clones.rounds(&mut series, |template| clones.one(Side::Prepared, template))?;
+    let Some((first, others)) = series.split_first() else { return Ok(Vec::new()) };
+    let peer = format!("carrel, a template of {}", first.name);
+    let rows = others.iter().flat_map(|series| {
+        let metric = format!("request to first tick, Linux, prepared, a template of {}", series.name);
+        clones.compare(&metric, "ms", &peer, &series.samples, &first.samples)
+    });
+    Ok(rows.collect())
+}
+
+/// Request to first tick against the rooms that are there, level by level.
+pub(super) fn rooms(clones: &Clones<'_>) -> Result<Vec<Metric>> {
+    let template = clones.template(&clones.linux(MEMORY_MIB)?, false)?;
+    let none = level(clones, &template)?;
+    let mut there: Vec<Room> = Vec::new();
+    let mut metrics = Vec::new();
+    let most = clones.options.clone.clones;
+    for rooms in LEVELS.into_iter().filter(|level| *level <= most) {
+        while there.len() < usize::try_from(rooms)? {
+            if available_mib()? < RESERVE_MIB + u64::from(MEMORY_MIB) {
+                eprintln!("rooms: there is memory for {} of {rooms}", there.len());
+                return Ok(metrics);
+            }
+            there.push(clones.bed.ready(Side::Prepared, &template, &[])?.start(&template)?.room);
+        }
+        std::thread::sleep(super::weight::REST);
+        let measured = level(clones, &template)?;
+        let metric = format!("request to first tick, Linux, prepared, beside {rooms} rooms");
+        metrics.extend(clones.compare(
+            &metric,
+            "ms",
+            "carrel, no room there",
+            &measured.samples,
+            &none.samples,
+        ));
+    }
+    Ok(metrics)
+}
+
+fn level(clones: &Clones<'_>, template: &Template) -> Result<Series<Side>> {
+    let mut series = [Series::new(Side::Prepared.name(), Side::Prepared)];
+    clones.rounds(&mut series, |&side| clones.one(side, template))?;
+    let [series] = series;
+    Ok(series)
+}

@@ -1,0 +1,191 @@
+//! The resident owner: rooms that it owns behave as others do, start in VMMs that it has ready, and end with it.
+
+// A test fails by panicking, and so do the functions that tests share.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::fs;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+use carrel_tests::{Carrel, Done, Running, fixtures, wait_for};
+use rustix::process::Signal;
+use serde_json::Value;
+
+/// Small, so that saving one takes seconds under emulation.
+const MEMORY: &str = "128m";
+
+fn status(carrel: &Carrel) -> Value {
+    carrel.json(&["pool", "status", "--json"])
+}
+
+fn count(status: &Value, name: &str) -> u64 {
+    status[name].as_u64().unwrap_or_else(|| panic!("no {name} in {status}"))
+}
+
+/// VMMs of rooms with this test's memory that are ready.
+fn ready(status: &Value) -> u64 {
+    let kinds = status["ready"].as_array().unwrap();
+    kinds.iter().filter(|kind| kind["memory_mib"] == 128).map(|kind| count(kind, "count")).sum()
+}
+
+/// A resident owner that listens.
+fn pool(carrel: &Carrel, options: &[&str]) -> Running {
+    let line: Vec<&str> = ["pool"].into_iter().chain(options.iter().copied()).collect();
+    let pool = carrel.start(&line);
+    wait_for("the resident owner", || (carrel.run(&["pool", "status"]).status == 0).then_some(()));
+    pool
+}
+
+fn run(carrel: &Carrel, script: &str) -> Done {
+    carrel.run(&["run", "-m", MEMORY, "--timeline", &fixtures::busybox(), "sh", "-c", script])
+}
+
+fn ends(carrel: &Carrel, pool: Running) {
+    pool.signal(Signal::TERM);
+    let done = pool.done().succeeds();
+    assert_eq!(done.errors(), "", "it had nothing to complain about");
+    carrel.run(&["pool", "status"]).complains(1, &["no resident owner"]);
+    carrel.expect_nothing_left();
+}
+
+#[test]
+fn rooms_go_on_in_vmms_that_are_ready_and_are_as_any_others() {
+    let carrel = Carrel::new();
+    let pool = pool(&carrel, &["--ready", "2"]);
+    // The first makes the template; a VMM of its kind is prepared from then on.
+    run(&carrel, "true").succeeds();
+    for n in 0..3 {
+        wait_for("a VMM that is ready", || (ready(&status(&carrel)) == 2).then_some(()));
+        let done = run(&carrel, "echo out; echo err >&2; hostname; exit 7").ends_with(7);
+        assert!(done.text().starts_with("out\n") && done.errors().contains("err\n"), "{done:?}");
+        for step in ["request read", "workload started", "first output"] {
+            assert!(done.errors().contains(step), "{step}: {done:?}");
+        }
+        assert!(!done.errors().contains("owner started"), "it has no owner of its own: {done:?}");
+        assert_eq!(count(&status(&carrel), "from_shelf"), n + 1);
+    }
+    // What is found by its directory is found as ever.
+    let sleeping =
+        carrel.start(&["run", "-m", MEMORY, "--name", "desk", &fixtures::busybox(), "sleep", "1000"]);
+    wait_for("the room", || (carrel.run(&["exec", "desk", "true"]).status == 0).then_some(()));
+    let promised = status(&carrel);
+    assert_eq!((count(&promised, "rooms"), count(&promised, "starting")), (1, 0), "{promised}");
+    assert!(count(&promised, "memory_promised") >= 128 << 20, "{promised}");
+    let used = carrel.json(&["stats", "--no-stream", "--json", "desk"]);
+    assert!(used.to_string().contains("pss"), "{used}");
+    carrel.run(&["stop", "desk"]).succeeds();
+    sleeping.done().ends_with(143);
+    wait_for("its promise", || (count(&status(&carrel), "memory_promised") == 0).then_some(()));
+    ends(&carrel, pool);
+}
+
+#[test]
+fn a_room_that_outlives_its_command_has_an_owner_of_its_own_and_so_has_every_room_where_it_is_asked_for() {
+    let carrel = Carrel::new();
+    let pool = pool(&carrel, &["--ready", "0"]);
+    let room = carrel.detach(&["-m", MEMORY, &fixtures::busybox(), "sleep", "1000"]);
+    pool.signal(Signal::KILL);
+    pool.done().ends_with(137);
+    carrel.run(&["exec", &room, "true"]).succeeds();
+    carrel.run(&["rm", "--force", &room]).succeeds();
+    let pool = self::pool(&carrel, &[]);
+    let mut alone = carrel.command(&["run", "-m", MEMORY, "--timeline", &fixtures::busybox(), "true"]);
+    let done = Running::spawn(alone.env("CARREL_POOL", "off")).done().succeeds();
+    assert!(done.errors().contains("owner started"), "{done:?}");
+    assert_eq!(count(&status(&carrel), "given"), 0);
+    ends(&carrel, pool);
+}
+
+#[test]
+fn a_killed_one_takes_its_rooms_with_it_and_leaves_nothing_that_the_next_command_does_not_sweep_up() {
+    let carrel = Carrel::new();
+    let pool = pool(&carrel, &["--ready", "2"]);
+    let rooms: Vec<Running> = (0..2)
+        .map(|n| {
+            let name = format!("desk-{n}");
+            let line = ["run", "-m", MEMORY, "--name", &name, &fixtures::busybox(), "sleep", "1000"];
+            let room = carrel.start(&line);
+            wait_for("the room", || (carrel.run(&["exec", &name, "true"]).status == 0).then_some(()));
+            room
+        })
+        .collect();
+    pool.signal(Signal::KILL);
+    pool.done().ends_with(137);
+    for room in rooms {
+        room.done().complains(125, &["owner"]);
+    }
+    carrel.run(&["ps"]).succeeds();
+    carrel.expect_nothing_left();
+    // Without it all goes on as before, and another one finds its socket in nobody's way.
+    run(&carrel, "true").succeeds();
+    ends(&carrel, self::pool(&carrel, &[]));
+}
+
+#[test]
+fn told_to_end_it_waits_for_its_rooms_and_takes_no_others() {
+    let carrel = Carrel::new();
+    run(&carrel, "true").succeeds();
+    let mut pool = pool(&carrel, &[]);
+    let mut command = carrel.command(&["run", "-i", "-m", MEMORY, &fixtures::busybox(), "cat"]);
+    let mut room = Running::spawn(command.stdin(std::process::Stdio::piped()));
+    let stdin = room.stdin();
+    wait_for("the room", || (count(&status(&carrel), "rooms") == 1).then_some(()));
+    pool.signal(Signal::TERM);
+    wait_for("the end of its socket", || (!carrel.home().join("pool.sock").exists()).then_some(()));
+    let done = run(&carrel, "true").succeeds();
+    assert!(done.errors().contains("owner started"), "{done:?}");
+    assert!(!pool.has_ended(), "a room is there still");
+    drop(stdin);
+    room.done().succeeds();
+    pool.done().succeeds();
+}
+
+#[test]
+fn what_the_host_has_not_is_not_promised() {
+    let carrel = Carrel::new();
+    run(&carrel, "true").succeeds();
+    let pool = pool(&carrel, &["--memory-overcommit", "0.1"]);
+    let limit = count(&status(&carrel), "memory_limit") >> 20;
+    let more = format!("{}m", limit + 64);
+    carrel
+        .run(&["run", "-m", &more, &fixtures::busybox(), "true"])
+        .complains(125, &["was not begun", "promised", "--memory-overcommit"]);
+    assert_eq!(count(&status(&carrel), "refused"), 1);
+    ends(&carrel, pool);
+}
+
+#[test]
+fn a_service_manager_holds_its_socket_and_starts_it_when_somebody_comes() {
+    let carrel = Carrel::new();
+    run(&carrel, "true").succeeds();
+    let path = carrel.home().join("pool.sock");
+    let address = rustix::net::SocketAddrUnix::new(&path).unwrap();
+    let flags = rustix::net::SocketFlags::empty();
+    let (family, kind) = (rustix::net::AddressFamily::UNIX, rustix::net::SocketType::SEQPACKET);
+    let socket = rustix::net::socket_with(family, kind, flags, None).unwrap();
+    rustix::net::bind(&socket, &address).unwrap();
+    rustix::net::listen(&socket, 16).unwrap();
+    // A command comes first, as it would to systemd; the resident owner then finds it waiting. Without `exec` in between the number of the process is not known.
+    let waiting = carrel.start(&["run", "-m", MEMORY, "--timeline", &fixtures::busybox(), "true"]);
+    let line = format!(
+        "exec 3<&{}; export LISTEN_FDS=1 LISTEN_PID=$$; exec \"${{CARREL_BIN:-carrel}}\" pool --idle 2s --ready 1",
+        socket.as_raw_fd()
+    );
+    let mut by_manager = std::process::Command::new("bash");
+    by_manager.args(["-c", &line]);
+    let surroundings = carrel.command(&[]);
+    by_manager.envs(surroundings.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let begun = Instant::now();
+    let pool = by_manager.spawn().unwrap();
+    let done = waiting.done().succeeds();
+    assert!(done.errors().contains("request read"), "{done:?}");
+    // Idle, it ends by itself, and the socket stays its manager's.
+    let mut pool = Running::from(pool);
+    wait_for("its end", || pool.has_ended().then_some(()));
+    pool.done().succeeds();
+    assert!(begun.elapsed() >= Duration::from_secs(2));
+    assert!(path.exists());
+    drop(socket);
+    fs::remove_file(&path).unwrap();
+    run(&carrel, "true").succeeds();
+}
