@@ -5,11 +5,19 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use carrel_protocol::agent::{HOST_CID, Stream};
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
+
+/// How long the host may take to answer a dial. Linux gives up after two seconds, less than a busy host may need to let the VMM run; how long a step of a
+/// start may take is for the owner to say.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The socket option of that, with a `timeval` of 64-bit parts (linux/vm_sockets.h).
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 6;
 
 /// How the host is reached.
 #[derive(Clone, Debug)]
@@ -71,8 +79,30 @@ impl Dialler {
         };
         let flags = if nonblocking { SocketFlags::NONBLOCK } else { SocketFlags::empty() };
         let flags = flags | SocketFlags::CLOEXEC;
-        Ok(rustix::net::socket_with(family, SocketType::STREAM, flags, None)?)
+        let fd = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+        if let Self::Vsock = self {
+            be_patient(&fd)?;
+        }
+        Ok(fd)
     }
+}
+
+/// Sets SO_VM_SOCKETS_CONNECT_TIMEOUT (linux/vm_sockets.h).
+fn be_patient(fd: &OwnedFd) -> io::Result<()> {
+    let time =
+        libc::timeval { tv_sec: i64::try_from(PATIENCE.as_secs()).map_err(io::Error::other)?, tv_usec: 0 };
+    let length = u32::try_from(size_of_val(&time)).map_err(io::Error::other)?;
+    // SAFETY: the value is valid for `length` bytes and the descriptor is open.
+    let done = unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::AF_VSOCK,
+            SO_VM_SOCKETS_CONNECT_TIMEOUT,
+            (&raw const time).cast(),
+            length,
+        )
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 fn connect(dialler: &Dialler, fd: &OwnedFd, port: u32) -> io::Result<()> {

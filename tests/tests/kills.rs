@@ -8,6 +8,7 @@ use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use carrel_tests::chance::Chance;
 use carrel_tests::{Carrel, Running, fixtures};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -94,6 +95,27 @@ fn a_vmm_killed_at_any_moment() {
         running.done().complains(125, &[]);
         expect_swept(&carrel, "the VMM", moment);
     }
+}
+
+/// As a host that is too busy does it: longer than the two seconds after which Linux gives a vsock connection up.
+#[test]
+fn a_vmm_stopped_for_a_while_at_any_moment_goes_on() {
+    const WHILE: Duration = Duration::from_millis(2500);
+    let carrel = Carrel::cold();
+    let mut chance = Chance::new();
+    for nth in 0..carrel_tests::times(5, 100) {
+        let running = carrel.start(&["run", "-m", "128m", &fixtures::busybox(), "echo", "there"]);
+        let vmm = appears(&[], Some(owner(&carrel)));
+        // Most dials come late in a start.
+        let moment = if nth == 0 { 0 } else { 500 + chance.below(3000) };
+        sleep(Duration::from_millis(moment.try_into().unwrap()));
+        println!("stopped {moment} ms after its birth");
+        let _ = kill_process(vmm, Signal::STOP);
+        sleep(WHILE);
+        let _ = kill_process(vmm, Signal::CONT);
+        assert_eq!(running.done().succeeds().text(), "there\n");
+    }
+    carrel.expect_nothing_left();
 }
 
 #[test]
