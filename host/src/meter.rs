@@ -25,6 +25,11 @@ impl Meter {
         &self.usage
     }
 
+    /// What the VMM says that its guest gave back.
+    pub(crate) fn given_back(&mut self, bytes: u64) {
+        self.usage.given_back_bytes = Some(bytes);
+    }
+
     /// Reads the counters.
     pub(crate) fn sample(&mut self) {
         match &self.cgroup {

@@ -134,6 +134,8 @@ pub struct Status {
     pub memory_promised: u64,
     /// The most that it promises.
     pub memory_limit: u64,
+    /// Memory that its rooms take now, bytes: what their guests wrote and did not give back, and the kernel's for them.
+    pub memory_taken: u64,
     /// CPUs that its rooms may use, in thousandths.
     pub cpu_promised_millis: u64,
     /// The most that it promises.
@@ -384,9 +386,11 @@ impl Shared {
         let admitted = self.admission.admit(&order.spec.machine);
         let assignment = Assignment { directory: &directory, order, supplies, creator, timeline, starting };
         let owned = match admitted {
-            Ok(_admitted) => {
-                assignment.own(|order, id, template| self.launch(order, id, &directory, template))
-            }
+            Ok(admitted) => assignment.own(|order, id, template| {
+                let launched = self.launch(order, id, &directory, template)?;
+                launched.cgroup.iter().for_each(|cgroup| admitted.meter(cgroup));
+                Ok(launched)
+            }),
             Err(refusal) => {
                 self.refused.fetch_add(1, Ordering::Relaxed);
                 assignment.refuse(Outcome::NoCapacity { message: refusal.to_string() })
@@ -433,6 +437,7 @@ impl Shared {
             ready: self.shelf.ready(),
             memory_promised: memory.promised,
             memory_limit: memory.limit,
+            memory_taken: self.admission.taken(),
             cpu_promised_millis: cpu.promised,
             cpu_limit_millis: cpu.limit,
         }

@@ -41,6 +41,8 @@ pub struct HostUsage {
     pub memory_peak_bytes: Option<u64>,
     /// Kernel memory, KVM's page tables among it (`kernel` in `memory.stat`).
     pub kernel_memory_bytes: Option<u64>,
+    /// Guest memory that the guest gave back since the start (balloon and free page reporting, virtio §5.5), again and again counted; at the last sample.
+    pub given_back_bytes: Option<u64>,
     /// From storage.
     pub read_bytes: Option<u64>,
     /// To storage.

@@ -71,6 +71,8 @@ fn rooms_go_on_in_vmms_that_are_ready_and_are_as_any_others() {
     let promised = status(&carrel);
     assert_eq!((count(&promised, "rooms"), count(&promised, "starting")), (1, 0), "{promised}");
     assert!(count(&promised, "memory_promised") >= 128 << 20, "{promised}");
+    let taken = count(&promised, "memory_taken");
+    assert!((1 << 20..128 << 20).contains(&taken), "{promised}");
     let used = carrel.json(&["stats", "--no-stream", "--json", "desk"]);
     assert!(used.to_string().contains("pss"), "{used}");
     carrel.run(&["stop", "desk"]).succeeds();

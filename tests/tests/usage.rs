@@ -132,6 +132,8 @@ fn memory_that_a_guest_frees_goes_back_to_the_host() {
         freed = pss();
         (full - freed > f64::from(48 << 20)).then_some(())
     });
+    let report = carrel.json(&["stats", "--no-stream", "--json", "room"]);
+    assert!(number(&report[0], "/host/given_back_bytes") > f64::from(48 << 20), "{report}");
     println!("PSS {:.1} MiB, then {:.1} MiB", full / f64::from(1 << 20), freed / f64::from(1 << 20));
     // It is the guest's all the same: it can have it again.
     let again = "dd if=/dev/zero of=/fill/y bs=1M count=64 && echo again";

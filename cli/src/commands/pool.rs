@@ -65,7 +65,7 @@ fn in_words(status: &Status) -> String {
         "process      {pid}, for {up} s\n\
          rooms        {rooms} now ({starting} starting), {given} so far: {from_shelf} in a VMM that was ready, {refused} refused\n\
          ready        {ready}\n\
-         memory       {memory} promised of {most_memory}\n\
+         memory       {memory} promised of {most_memory}, {taken} taken\n\
          CPUs         {cpu} promised of {most_cpu}\n",
         pid = status.pid,
         up = status.up_seconds,
@@ -77,6 +77,7 @@ fn in_words(status: &Status) -> String {
         ready = if ready.is_empty() { "none".to_owned() } else { ready.join(", ") },
         memory = size::human(status.memory_promised),
         most_memory = size::human(status.memory_limit),
+        taken = size::human(status.memory_taken),
         cpu = cpus(status.cpu_promised_millis),
         most_cpu = cpus(status.cpu_limit_millis),
     )
@@ -104,6 +105,7 @@ mod tests {
             ],
             memory_promised: 1 << 30,
             memory_limit: 16 << 30,
+            memory_taken: 38 << 20,
             cpu_promised_millis: 1500,
             cpu_limit_millis: 200_000,
         };
@@ -111,6 +113,7 @@ mod tests {
         for part in [
             "2 now (1 starting)",
             "4 with 1 vCPU and 512 MiB, 0 with 2 vCPUs and 64",
+            "of 16 GiB, 38 MiB taken",
             "1.5 promised of 200.0",
         ] {
             assert!(words.contains(part), "{part}: {words}");

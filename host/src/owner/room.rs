@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use carrel_protocol::Message;
 use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal, TerminalSize};
 use carrel_protocol::usage::GuestUsage;
-use carrel_protocol::vmm::{DeviceStopReason, Ended, FromVmm, Mark};
+use carrel_protocol::vmm::{DeviceStopReason, Ended, FromOwner, FromVmm, Mark, ReadMetrics};
 
 use super::api::{self, StreamKind};
 use super::blobs;
@@ -373,7 +373,7 @@ impl Room {
             FromVmm::Done(_) => self.paused(),
             FromVmm::Snapshotted(snapshotted) => self.saved(&snapshotted),
             FromVmm::Refused(refused) => self.not_saved(&refused.reason),
-            FromVmm::Metrics(_) => {}
+            FromVmm::Metrics(metrics) => self.meter.given_back(metrics.reclaimed_bytes),
         }
     }
 
@@ -548,7 +548,15 @@ impl Room {
         if due(&mut self.deadlines.sample) {
             self.meter.sample();
             self.meter.sample_living();
+            self.ask_vmm();
             self.deadlines.sample = Some(now + SAMPLE);
+        }
+    }
+
+    /// The VMM's own counters; they come when they come.
+    fn ask_vmm(&mut self) {
+        if let Err(error) = self.vmm.send(&FromOwner::from(ReadMetrics {}), &[]) {
+            tracing::debug!(error = %chain(&error), "the VMM is not asked for its counters");
         }
     }
 

@@ -3,6 +3,7 @@
 //! Two bounds hold at once. What all rooms *may* take, by their limits, is at most so many times what the host has: most rooms never take what they
 //! may, and clones share what they don't write. And the host must have some memory left *now*, whatever was promised.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::str::FromStr;
@@ -11,6 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
+use crate::cgroup::Cgroup;
 use crate::launch;
 use crate::spec::Machine;
 
@@ -121,7 +123,9 @@ struct Accounts {
     memory: Account,
     /// Thousandths of a CPU.
     cpu: Account,
-    rooms: u64,
+    /// Each room that was admitted, by a number, with its meter once it has one.
+    rooms: BTreeMap<u64, Option<Cgroup>>,
+    next: u64,
 }
 
 /// What rooms are promised.
@@ -132,6 +136,7 @@ pub(crate) struct Admission(Arc<Mutex<Accounts>>);
 #[derive(Debug)]
 pub(crate) struct Admitted {
     accounts: Arc<Mutex<Accounts>>,
+    room: u64,
     memory: u64,
     cpu: u64,
 }
@@ -146,7 +151,12 @@ impl Admission {
 
     fn with(memory: u64, cpu: u64) -> Self {
         let account = |limit| Account { promised: 0, limit };
-        Self(Arc::new(Mutex::new(Accounts { memory: account(memory), cpu: account(cpu), rooms: 0 })))
+        Self(Arc::new(Mutex::new(Accounts {
+            memory: account(memory),
+            cpu: account(cpu),
+            rooms: BTreeMap::new(),
+            next: 0,
+        })))
     }
 
     /// Promises a room what it may take.
@@ -161,7 +171,7 @@ impl Admission {
 
     fn promise(&self, memory: u64, cpu: u64) -> Result<Admitted, Refusal> {
         let mut accounts = lock(&self.0);
-        let Accounts { memory: of_memory, cpu: of_cpu, rooms } = &mut *accounts;
+        let Accounts { memory: of_memory, cpu: of_cpu, rooms, next } = &mut *accounts;
         if !of_memory.has(memory) {
             let Account { promised, limit } = *of_memory;
             return Err(Refusal::Memory {
@@ -176,13 +186,25 @@ impl Admission {
         }
         of_memory.promised += memory;
         of_cpu.promised += cpu;
-        *rooms += 1;
-        Ok(Admitted { accounts: Arc::clone(&self.0), memory, cpu })
+        let room = *next;
+        *next += 1;
+        rooms.insert(room, None);
+        Ok(Admitted { accounts: Arc::clone(&self.0), room, memory, cpu })
     }
 
     /// Rooms that were admitted and are not over.
     pub(crate) fn rooms(&self) -> u64 {
-        lock(&self.0).rooms
+        u64::try_from(lock(&self.0).rooms.len()).unwrap_or(u64::MAX)
+    }
+
+    /// What rooms take now that nobody else could have instead, bytes: what they wrote of their memory, and the kernel's for them. A template's pages are the page
+    /// cache's, and whatever a guest gave back is not in it any more (cgroups(7), `memory.stat`).
+    pub(crate) fn taken(&self) -> u64 {
+        let meters: Vec<Cgroup> = lock(&self.0).rooms.values().flatten().cloned().collect();
+        let of = |cgroup: &Cgroup| -> u64 {
+            ["anon", "shmem", "kernel"].iter().filter_map(|key| cgroup.keyed("memory.stat", key)).sum()
+        };
+        meters.iter().map(of).sum()
     }
 
     /// Memory, bytes, and CPUs, thousandths.
@@ -192,12 +214,21 @@ impl Admission {
     }
 }
 
+impl Admitted {
+    /// By which what the room takes is known.
+    pub(crate) fn meter(&self, cgroup: &Cgroup) {
+        if let Some(meter) = lock(&self.accounts).rooms.get_mut(&self.room) {
+            *meter = Some(cgroup.clone());
+        }
+    }
+}
+
 impl Drop for Admitted {
     fn drop(&mut self) {
         let mut accounts = lock(&self.accounts);
         accounts.memory.promised = accounts.memory.promised.saturating_sub(self.memory);
         accounts.cpu.promised = accounts.cpu.promised.saturating_sub(self.cpu);
-        accounts.rooms = accounts.rooms.saturating_sub(1);
+        accounts.rooms.remove(&self.room);
     }
 }
 

@@ -41,6 +41,7 @@ fn full() -> UsageReport {
             write_bytes: Some(25),
             read_operations: Some(26),
             write_operations: Some(27),
+            given_back_bytes: Some(28),
         },
     }
 }
@@ -85,7 +86,7 @@ fn a_mistyped_or_missing_field_is_refused_whichever_it_is() {
     let report = serde_json::to_value(full()).unwrap();
     let (mut objects, mut leaves) = (Vec::new(), Vec::new());
     places(&report, "", &mut objects, &mut leaves);
-    assert_eq!(leaves.len(), 32, "{leaves:?}");
+    assert_eq!(leaves.len(), 33, "{leaves:?}");
     for at in leaves {
         for mistyped in [json!(-1), json!(1.5), json!("x y"), json!([]), json!(true)] {
             let mut changed = report.clone();

@@ -59,6 +59,8 @@ impl Room {
                 if self.record.phase == Phase::Running {
                     let time = self.own.patience.usage();
                     self.deadlines.usage.get_or_insert(Instant::now() + time);
+                    // The VMM first: it answers before the guest does.
+                    self.ask_vmm();
                     self.ask_usage();
                 } else {
                     self.answer_usage();

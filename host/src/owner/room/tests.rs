@@ -159,6 +159,16 @@ impl Guest {
         });
     }
 
+    /// What the VMM is told next. Its counters it is asked for at any time.
+    fn order(&self) -> Result<Packet<FromOwner>, crate::packet::PacketError> {
+        loop {
+            match self.vmm.receive::<FromOwner>()? {
+                Packet { message: FromOwner::ReadMetrics(_), .. } => {}
+                packet => return Ok(packet),
+            }
+        }
+    }
+
     /// Everything up to the workload's start; returns its streams.
     fn boot(&mut self) -> [UnixStream; 3] {
         let start = self.boot_to_start();
@@ -285,7 +295,7 @@ fn what_the_agent_refuses_has_its_status() {
         guest.boot_to_start();
         let message = "no \x1b[1msuch\nthing".to_owned();
         guest.say(Failed { request: Request::Process(WORKLOAD), failure, message });
-        let FromOwner::Stop(_) = guest.vmm.receive::<FromOwner>().unwrap().message else { panic!("no stop") };
+        let FromOwner::Stop(_) = guest.order().unwrap().message else { panic!("no stop") };
         guest.end(End::Stopped);
         let ended = place.session.wait().unwrap();
         assert_eq!(ended.outcome.exit_status(), status);
@@ -359,7 +369,7 @@ fn a_signal_before_the_workload_ends_the_room() {
     let (place, mut guest) = begin(spec(false));
     guest.boot_to_start();
     place.session.remote().signal(2).unwrap();
-    let FromOwner::Stop(_) = guest.vmm.receive::<FromOwner>().unwrap().message else { panic!("no stop") };
+    let FromOwner::Stop(_) = guest.order().unwrap().message else { panic!("no stop") };
     guest.end(End::Stopped);
     assert_eq!(place.session.wait().unwrap().outcome, Outcome::Stopped { signal: 2 });
 }
@@ -380,7 +390,7 @@ fn an_agent_that_speaks_out_of_turn_ends_its_room() {
     guest.hello();
     guest.hello();
     // The guest's end must not come before its second word.
-    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+    assert!(matches!(guest.order().unwrap().message, FromOwner::Stop(_)));
     guest.end(End::Stopped);
     assert!(matches!(place.session.wait().unwrap().outcome, Outcome::AgentFailed { .. }));
 }
@@ -426,7 +436,7 @@ fn a_guest_that_lost_what_it_wrote_is_no_template() {
     guest.vmm.send_blocking(&FromVmm::from(stopped), &[]).unwrap();
     // Its agent saw nothing of it: what it wrote is in the guest's memory still.
     guest.say(Prepared { container: prepare.container, bytes: 5, entries: 1, took_us: 1 });
-    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)), "it was to be paused");
+    assert!(matches!(guest.order().unwrap().message, FromOwner::Stop(_)), "it was to be paused");
     guest.end(End::Stopped);
     let Outcome::OwnerFailed { message } = place.session.wait().unwrap().outcome else { panic!("saved") };
     assert!(message.contains("no space"), "{message}");

@@ -54,7 +54,7 @@ fn an_end_without_a_beginning_ends_the_room() {
     let (place, mut guest) = begin(spec(false));
     guest.boot_to_start();
     guest.exit(ExitStatus::Code(0));
-    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+    assert!(matches!(guest.order().unwrap().message, FromOwner::Stop(_)));
     guest.end(End::Stopped);
     assert!(matches!(place.session.wait().unwrap().outcome, Outcome::AgentFailed { .. }));
 }
@@ -148,7 +148,7 @@ fn an_agent_that_never_reads_loses_its_room() {
     let remote = place.session.remote();
     // More than its socket holds. USR1 is no end by itself.
     let asking = std::thread::spawn(move || (0..20_000).take_while(|_| remote.signal(10).is_ok()).count());
-    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+    assert!(matches!(guest.order().unwrap().message, FromOwner::Stop(_)));
     guest.end(End::Stopped);
     assert!(matches!(place.session.wait().unwrap().outcome, Outcome::AgentFailed { .. }));
     asking.join().unwrap();
@@ -161,7 +161,7 @@ fn an_agent_that_hangs_up_loses_its_room_and_its_last_word_is_clean() {
     let message = "\x1b]0;title\x07\u{9b}2J over".to_owned();
     guest.say(Ending { reason: EndingReason::Broken { message } });
     guest.control.shutdown(std::net::Shutdown::Both).unwrap();
-    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+    assert!(matches!(guest.order().unwrap().message, FromOwner::Stop(_)));
     guest.end(End::Stopped);
     let outcome = place.session.wait().unwrap().outcome;
     assert_eq!(outcome, Outcome::AgentFailed { message: "]0;title2J over".into() });
@@ -220,7 +220,7 @@ fn a_killed_workload_whose_agent_does_not_bury_it_is_ended_with_its_room() {
     let FromHost::Signal(signal) = guest.hear() else { panic!("no signal") };
     assert_eq!(signal.signal, SIGKILL);
     // It says nothing; it is not asked for anything more, but the VMM to stop.
-    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+    assert!(matches!(guest.order().unwrap().message, FromOwner::Stop(_)));
     guest.control.set_nonblocking(true).unwrap();
     assert!(FromHost::read_from(&mut guest.control).is_err());
     guest.end(End::Stopped);

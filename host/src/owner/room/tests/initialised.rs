@@ -51,14 +51,14 @@ impl Guest {
         assert!(matches!(self.hear(), FromHost::Freeze(_)));
         drop(streams);
         self.say(Frozen {});
-        assert!(matches!(self.vmm.receive().unwrap().message, FromOwner::Pause(_)));
+        assert!(matches!(self.order().unwrap().message, FromOwner::Pause(_)));
         self.vmm.send_blocking(&FromVmm::from(Done {}), &[]).unwrap();
-        let packet = self.vmm.receive::<FromOwner>().unwrap();
+        let packet = self.order().unwrap();
         assert!(matches!(packet.message, FromOwner::Snapshot(_)));
         assert_eq!(packet.descriptors.len(), 3, "KVM, state, memory");
         let snapshotted = Snapshotted { state_bytes: 1, memory_bytes: 2, took_us: 3 };
         self.vmm.send_blocking(&FromVmm::from(snapshotted), &[]).unwrap();
-        assert!(matches!(self.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+        assert!(matches!(self.order().unwrap().message, FromOwner::Stop(_)));
         self.end(End::Stopped);
     }
 
@@ -139,7 +139,7 @@ fn a_workload_that_ends_while_it_is_frozen_is_no_template_either() {
     assert!(matches!(guest.hear(), FromHost::Freeze(_)));
     drop(streams);
     guest.exit(ExitStatus::Signal(11));
-    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+    assert!(matches!(guest.order().unwrap().message, FromOwner::Stop(_)));
     guest.end(End::Stopped);
     let outcome = command.join().unwrap();
     assert_eq!(outcome, Outcome::Exited { status: ExitStatus::Signal(11), out_of_memory: false });
@@ -158,7 +158,7 @@ fn a_function_has_its_init_to_be_ready_in() {
     let (command, _, _open) = accompany(place);
     let _streams = guest.start_for_cloning();
     guest.say(Started { process: WORKLOAD });
-    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+    assert!(matches!(guest.order().unwrap().message, FromOwner::Stop(_)));
     guest.end(End::Stopped);
     let outcome = command.join().unwrap();
     assert!(matches!(outcome, Outcome::Overdue { step: Step::Initialise, .. }), "{outcome:?}");
@@ -173,7 +173,7 @@ fn a_refusal_to_freeze_is_the_outcome() {
     guest.ready();
     assert!(matches!(guest.hear(), FromHost::Freeze(_)));
     guest.say(Failed { request: Request::Freeze, failure: Failure::System, message: "stuck".into() });
-    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+    assert!(matches!(guest.order().unwrap().message, FromOwner::Stop(_)));
     guest.end(End::Stopped);
     let refused = Outcome::Refused { failure: Failure::System, message: "stuck".into() };
     assert_eq!(command.join().unwrap(), refused);
@@ -211,7 +211,7 @@ fn a_workload_that_can_not_be_attached_ends_its_room() {
     guest.hello_of_a_clone();
     let message = "process 0 doesn't run".to_owned();
     guest.say(Failed { request: Request::Attach(WORKLOAD), failure: Failure::BadRequest, message });
-    assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+    assert!(matches!(guest.order().unwrap().message, FromOwner::Stop(_)));
     guest.end(End::Stopped);
     assert!(matches!(place.session.wait().unwrap().outcome, Outcome::Refused { .. }));
 }
@@ -222,7 +222,7 @@ fn who_was_not_asked_to_be_cloned_may_not_say_so() {
         let (place, mut guest) = begin(spec(false));
         guest.boot_to_start();
         guest.say(word);
-        assert!(matches!(guest.vmm.receive().unwrap().message, FromOwner::Stop(_)));
+        assert!(matches!(guest.order().unwrap().message, FromOwner::Stop(_)));
         guest.end(End::Stopped);
         assert!(matches!(place.session.wait().unwrap().outcome, Outcome::AgentFailed { .. }));
     }

@@ -43,7 +43,7 @@ fn run(place: Place) -> JoinHandle<crate::session::Ended> {
 fn asked(guest: &Guest, within: Duration) -> Option<Packet<FromOwner>> {
     let timeout = rustix::net::sockopt::Timeout::Recv;
     rustix::net::sockopt::set_socket_timeout(&guest.vmm, timeout, Some(within)).unwrap();
-    guest.vmm.receive::<FromOwner>().ok()
+    guest.order().ok()
 }
 
 fn assert_asked(guest: &Guest) {
