@@ -240,7 +240,9 @@ impl Options {
                 continue;
             }
             let named = match subject {
-                Subject::Carrel | Subject::CarrelClone | Subject::CarrelPool => carrel.as_ref(),
+                Subject::Carrel | Subject::CarrelClone | Subject::CarrelPool | Subject::CarrelWarm => {
+                    carrel.as_ref()
+                }
                 Subject::Firecracker | Subject::FirecrackerSnapshot | Subject::FirecrackerResident => {
                     self.firecracker.as_ref()
                 }

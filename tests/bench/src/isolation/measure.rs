@@ -73,9 +73,12 @@ impl<'a> Bench<'a> {
         groups.dedup();
         for group in groups {
             match group {
-                Group::Instruction | Group::True | Group::Python | Group::Inside | Group::Vsock => {
-                    self.rounds(group);
-                }
+                Group::Instruction
+                | Group::True
+                | Group::Python
+                | Group::Imports
+                | Group::Inside
+                | Group::Vsock => self.rounds(group),
                 Group::Burst => burst::climb(self),
                 Group::Density => density::climb(self),
                 Group::Surface => surface::count(self),
@@ -185,6 +188,10 @@ impl<'a> Bench<'a> {
             Group::Python => {
                 let started = self.start(subject, Work::Python, 1)?;
                 Ok(vec![("start-python", ms(&started))])
+            }
+            Group::Imports => {
+                let started = self.start(subject, Work::Imports, 1)?;
+                Ok(vec![("start-imports", ms(&started))])
             }
             Group::Inside => inside(&self.start(subject, Work::Inside, 1)?.said),
             Group::Vsock => {

@@ -13,6 +13,8 @@ pub(crate) enum Group {
     True,
     /// A start to the first output of `python3 -c 'print(1)'`.
     Python,
+    /// The same with modules imported before, where that can be done ahead.
+    Imports,
     /// As many starts of `true` at once as the level says.
     Burst,
     /// As many idle rooms beside each other as the level says.
@@ -57,11 +59,34 @@ pub(crate) struct Metric {
 }
 
 use Better::{Higher, Lower};
-use Group::{Burst, Density, Inside, Instruction, Python, Surface, True, Vsock};
+use Group::{Burst, Density, Imports, Inside, Instruction, Python, Surface, True, Vsock};
 use Subject::{Carrel, Firecracker, QemuMicrovm};
 
 /// Everyone.
 const ALL: &[Subject] = Subject::ALL;
+/// Who has a room of its own for each start.
+const STARTED: &[Subject] = &[
+    Subject::Plain,
+    Subject::Bubblewrap,
+    Subject::Runc,
+    Subject::Crun,
+    QemuMicrovm,
+    Firecracker,
+    Subject::FirecrackerSnapshot,
+    Subject::FirecrackerResident,
+    Carrel,
+    Subject::CarrelClone,
+    Subject::CarrelPool,
+];
+/// Who runs a program as it is (a process, a container), and who goes on where one was ready.
+const IMPORTED: &[Subject] = &[
+    Subject::Plain,
+    Subject::Bubblewrap,
+    Subject::Runc,
+    Subject::Crun,
+    Subject::CarrelClone,
+    Subject::CarrelPool,
+];
 /// Whose idle rooms can be weighed each by itself. (A pool owns no detached room; its attached ones are clones like the others.)
 const WEIGHED: &[Subject] = &[
     Subject::Plain,
@@ -92,9 +117,11 @@ pub(crate) const METRICS: &[Metric] = &[
         "from just before fork, or for a resident snapshot from just before the request, to one byte written by a static program in the room"),
     row("start-python", "start to first output of python3", "ms", Lower, Python, ALL,
         "the same with `python3 -c 'print(1)'`, from the one root file system that all share; carrel unpacks it from an OCI image at each cold start, and once for a template"),
-    row("burst", "start in a burst, to first output of true", "ms", Lower, Burst, ALL,
+    row("start-imports", "start to first output of python3 that has imports", "ms", Lower, Imports, IMPORTED,
+        "the same with asyncio, decimal, json, logging and socket imported before the output; carrel goes on from a template made where they were (`run --initialised`)"),
+    row("burst", "start in a burst, to first output of true", "ms", Lower, Burst, STARTED,
         "starts from as many threads at once as the level says, each measured by itself; samples of all waves together"),
-    row("starts-per-second", "starts per second in bursts", "1/s", Higher, Burst, ALL,
+    row("starts-per-second", "starts per second in bursts", "1/s", Higher, Burst, STARTED,
         "a wave's starts over the time from its beginning to its last first output; a sample is a wave"),
     row("density-pss", "PSS per idle room", "KiB", Lower, Density, WEIGHED,
         "proportional set size of all of a room's processes on the host, guest memory included, while as many idle rooms as the level says are there; a sample is a room"),

@@ -15,6 +15,20 @@ use super::stage::{GUEST_MIB, Stage};
 use super::subjects::Subject;
 use crate::engine::{Disk, Engine, Machine};
 
+const PYTHON: &str = "/usr/bin/python3";
+/// Says that it is ready where it is going to be cloned (docs/agent.md, *The call*), and elsewhere goes on.
+const IMPORTS: &str = "
+import asyncio, decimal, json, logging, os, socket
+if os.path.exists('/run/carrel/clone.sock'):
+    agent = socket.socket(socket.AF_UNIX)
+    agent.connect('/run/carrel/clone.sock')
+    agent.sendall(b'ready\\n')
+    agent.makefile().readline()
+print(1)
+";
+/// What keeps an image's room there while nothing is to be done.
+const WAIT: &str = "import time; time.sleep(1e9)";
+
 /// What a room is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Work {
@@ -22,6 +36,8 @@ pub(crate) enum Work {
     True,
     /// Python's `print(1)`.
     Python,
+    /// The same after imports.
+    Imports,
     /// Say that it is there, and stay.
     Idle,
     /// Measure from inside.
@@ -36,6 +52,7 @@ impl Work {
         match self {
             Self::True => "true",
             Self::Python => "python",
+            Self::Imports => "imports",
             Self::Idle => "idle",
             Self::Inside => "inside",
             Self::Serve => "serve",
@@ -45,7 +62,7 @@ impl Work {
     /// What says that it is done.
     pub(crate) fn expect(self) -> Expect {
         match self {
-            Self::Python => Expect::One,
+            Self::Python | Self::Imports => Expect::One,
             Self::True | Self::Idle | Self::Inside | Self::Serve => Expect::Ready,
         }
     }
@@ -53,14 +70,15 @@ impl Work {
     /// The words of its command line in a container.
     fn words(self) -> Vec<&'static str> {
         match self {
-            Self::Python => vec!["/usr/bin/python3", "-c", "print(1)"],
+            Self::Python => vec![PYTHON, "-c", "print(1)"],
+            Self::Imports => vec![PYTHON, "-c", IMPORTS],
             Self::True | Self::Idle | Self::Inside | Self::Serve => vec![WORK, self.name()],
         }
     }
 
     fn ends(self) -> bool {
         match self {
-            Self::True | Self::Python | Self::Inside => true,
+            Self::True | Self::Python | Self::Imports | Self::Inside => true,
             Self::Idle | Self::Serve => false,
         }
     }
@@ -121,6 +139,12 @@ pub(crate) fn plan(stage: &Stage, subject: Subject, work: Work) -> Result<Plan> 
             plan.command = carrel(stage, subject, work)?;
             plan.leave = if work == Work::Idle { Leave::Alone } else { plan.leave };
         }
+        Subject::CarrelWarm => {
+            let room = stage.warm_room(work)?;
+            let (program, arguments) = split(work);
+            plan.command = command_of(stage, subject)?;
+            plan.command.args(["exec", room, program]).args(arguments);
+        }
     }
     Ok(plan)
 }
@@ -164,7 +188,8 @@ pub(crate) fn tiny(stage: &Stage, subject: Subject) -> Result<Plan> {
         | Subject::FirecrackerSnapshot
         | Subject::FirecrackerResident
         | Subject::CarrelClone
-        | Subject::CarrelPool => bail!("{} starts no guest of its own", subject.name()),
+        | Subject::CarrelPool
+        | Subject::CarrelWarm => bail!("{} starts no guest of its own", subject.name()),
     };
     Ok(plan)
 }
@@ -286,30 +311,67 @@ fn qemu(stage: &Stage, kernel: &Path, work: Option<Work>, folder: &Path) -> Resu
     Ok(command)
 }
 
-fn carrel(stage: &Stage, subject: Subject, work: Work) -> Result<Command> {
-    let [ours, python] = &stage.layouts;
+/// `carrel`, for one of its subjects.
+fn command_of(stage: &Stage, subject: Subject) -> Result<Command> {
     let mut command = Command::new(stage.program(subject)?);
-    command.arg("--home").arg(&stage.home).arg("run").env("CARREL_ASSETS", &stage.assets);
-    if subject == Subject::CarrelPool {
-        stage.start_pool()?;
-    } else {
+    command.arg("--home").arg(&stage.home).env("CARREL_ASSETS", &stage.assets);
+    if subject != Subject::CarrelPool {
         // The pool of another subject may be there.
         command.env("CARREL_POOL", "off");
     }
+    Ok(command)
+}
+
+fn carrel(stage: &Stage, subject: Subject, work: Work) -> Result<Command> {
+    if subject == Subject::CarrelPool {
+        stage.start_pool()?;
+    }
+    let mut command = run_of(stage, subject)?;
     if subject == Subject::Carrel {
         command.arg("--cold");
+    } else if work == Work::Imports {
+        command.arg("--initialised");
     }
-    command.args(["--memory", &format!("{GUEST_MIB}m"), "--cpus", "1"]);
-    let of = |layout: &Path| {
-        let mut name = OsString::from("oci:");
-        name.push(layout);
-        name
-    };
-    let (program, arguments) = split(work);
     if work == Work::Idle {
         command.arg("--detach");
     }
-    command.args(["--entrypoint", program]);
-    command.arg(of(if work == Work::Python { python } else { ours })).args(arguments);
+    let (program, arguments) = split(work);
+    command.args(["--entrypoint", program]).arg(image_of(stage, work)).args(arguments);
     Ok(command)
+}
+
+/// A detached room of the image that a work wants, for `exec`.
+pub(crate) fn waiting(stage: &Stage, work: Work, name: &str) -> Result<Plan> {
+    let (program, arguments) = match work {
+        Work::Python | Work::Imports => (PYTHON, vec!["-c", WAIT]),
+        Work::True | Work::Idle | Work::Inside | Work::Serve => split(Work::Idle),
+    };
+    let mut command = run_of(stage, Subject::CarrelWarm)?;
+    command.args(["--detach", "--name", name, "--entrypoint", program]);
+    command.arg(image_of(stage, work)).args(arguments);
+    Ok(Plan {
+        command,
+        root: None,
+        restore: None,
+        leave: Leave::Alone,
+        folder: stage.room_folder()?,
+        cgroup: stage.tree.room()?,
+    })
+}
+
+/// `carrel run` of the machine that all guests are.
+fn run_of(stage: &Stage, subject: Subject) -> Result<Command> {
+    let mut command = command_of(stage, subject)?;
+    command.args(["run", "--memory", &format!("{GUEST_MIB}m"), "--cpus", "1"]);
+    Ok(command)
+}
+
+fn image_of(stage: &Stage, work: Work) -> OsString {
+    let [ours, python] = &stage.layouts;
+    let mut name = OsString::from("oci:");
+    name.push(match work {
+        Work::Python | Work::Imports => python,
+        Work::True | Work::Idle | Work::Inside | Work::Serve => ours,
+    });
+    name
 }

@@ -108,7 +108,9 @@ impl Restore {
             Work::Serve => return Ok(Vec::new()),
             Work::True | Work::Idle => 0_u64,
             Work::Python => 1,
-            Work::Inside => bail!("a restored guest measures nothing from inside"),
+            Work::Inside | Work::Imports => {
+                bail!("a restored guest of the bench does no {}", self.work.name())
+            }
         };
         if self.resident {
             *began = Instant::now();

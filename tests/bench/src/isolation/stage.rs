@@ -18,6 +18,8 @@ use nix::sched::{CloneFlags, unshare};
 
 use super::cgroups::{RoomCgroup, Tree};
 use super::image;
+use super::plans::{self, Work};
+use super::room::{Expect, Patience, Room};
 use super::snapshot::Snapshot;
 use super::subjects::{Present, Subject};
 use crate::engine::Engine;
@@ -29,6 +31,8 @@ pub(crate) const GUEST_MIB: u32 = 128;
 const POOL_READY: &str = "8";
 /// How long it may take to listen.
 const POOL_BEGINS: Duration = Duration::from_secs(30);
+/// How long a room for `exec` may take to be there, its template made.
+const WARM_BEGINS: Duration = Duration::from_secs(120);
 const PREFIX: &str = "carrel-bench-";
 
 /// Where the parts come from.
@@ -84,6 +88,7 @@ pub(crate) struct Stage {
     pub(crate) interrupted: Arc<AtomicBool>,
     snapshot: OnceLock<Snapshot>,
     pool: Mutex<Option<PoolProcess>>,
+    warm: Mutex<BTreeMap<&'static str, Room>>,
     folder: PathBuf,
     /// Tells a bench that comes later that this folder is in use.
     _lock: Flock<File>,
@@ -161,6 +166,7 @@ impl Stage {
             interrupted: Arc::clone(interrupted),
             snapshot: OnceLock::new(),
             pool: Mutex::new(None),
+            warm: Mutex::default(),
             folder,
             _lock: lock,
         })
@@ -203,6 +209,22 @@ impl Stage {
         Ok(())
     }
 
+    /// The name of a room in which a work can be executed; started when the first asks for it.
+    pub(crate) fn warm_room(&self, work: Work) -> Result<&'static str> {
+        let name = match work {
+            Work::Python | Work::Imports => "warm-python",
+            Work::True | Work::Idle | Work::Inside | Work::Serve => "warm",
+        };
+        let mut warm = self.warm.lock().unwrap_or_else(PoisonError::into_inner);
+        if !warm.contains_key(name) {
+            // Its command has ended when the room is there.
+            let started = plans::waiting(self, work, name)?
+                .start(Expect::End, &Patience::new(WARM_BEGINS, &self.interrupted))?;
+            warm.insert(name, started.room);
+        }
+        Ok(name)
+    }
+
     /// Firecracker's snapshot, made when the first of its subjects asks for it.
     pub(crate) fn snapshot(&self, subject: Subject) -> Result<&Snapshot> {
         if self.snapshot.get().is_none() {
@@ -217,6 +239,9 @@ impl Stage {
 
 impl Drop for Stage {
     fn drop(&mut self) {
+        if let Ok(warm) = self.warm.get_mut() {
+            warm.clear();
+        }
         // Its rooms end with it.
         drop(self.pool.get_mut().map(Option::take));
         let carrel = self.present.values().find(|one| one.subject.is_carrel());

@@ -32,6 +32,8 @@ pub(crate) enum Subject {
     CarrelClone,
     /// The same through `carrel pool`
     CarrelPool,
+    /// `carrel exec` in a room that waits
+    CarrelWarm,
 }
 
 impl Subject {
@@ -48,6 +50,7 @@ impl Subject {
         Self::Carrel,
         Self::CarrelClone,
         Self::CarrelPool,
+        Self::CarrelWarm,
     ];
 
     /// Its name in options, tables and results.
@@ -64,12 +67,13 @@ impl Subject {
             Self::Carrel => "carrel",
             Self::CarrelClone => "carrel-clone",
             Self::CarrelPool => "carrel-pool",
+            Self::CarrelWarm => "carrel-warm",
         }
     }
 
     /// Whether it is a way to use the `carrel` command.
     pub(crate) fn is_carrel(self) -> bool {
-        matches!(self, Self::Carrel | Self::CarrelClone | Self::CarrelPool)
+        matches!(self, Self::Carrel | Self::CarrelClone | Self::CarrelPool | Self::CarrelWarm)
     }
 
     /// How it is set up here, in a sentence.
@@ -103,6 +107,9 @@ impl Subject {
             Self::CarrelPool => {
                 "the same command with carrel pool there: its owner is that process, its VMM one that was prepared ahead (8 ready, replaced when no room is starting); the command's own process start is in its time"
             }
+            Self::CarrelWarm => {
+                "carrel exec in a room of carrel run --detach that is there and idle: one more process in a guest that others were in before"
+            }
         }
     }
 
@@ -115,7 +122,7 @@ impl Subject {
             Self::Crun => Some("crun"),
             Self::QemuMicrovm => Some("qemu-system-x86_64"),
             Self::Firecracker | Self::FirecrackerSnapshot | Self::FirecrackerResident => Some("firecracker"),
-            Self::Carrel | Self::CarrelClone | Self::CarrelPool => Some("carrel"),
+            Self::Carrel | Self::CarrelClone | Self::CarrelPool | Self::CarrelWarm => Some("carrel"),
         }
     }
 
@@ -129,7 +136,8 @@ impl Subject {
             | Self::FirecrackerResident
             | Self::Carrel
             | Self::CarrelClone
-            | Self::CarrelPool => true,
+            | Self::CarrelPool
+            | Self::CarrelWarm => true,
         }
     }
 
