@@ -155,18 +155,14 @@ pub(crate) fn read_order(directory: &Path) -> Result<Order, OwnerError> {
 
 /// What the creator hands over: the lock, a template's files where there is one, then the blobs.
 pub(crate) fn supplies(creator: &Connection, patience: Patience) -> Result<Vec<OwnedFd>, PacketError> {
-    let limit = |time| {
-        rustix::net::sockopt::set_socket_timeout(creator, rustix::net::sockopt::Timeout::Recv, time)
-            .map_err(io::Error::from)
-    };
-    limit(Some(patience.owner()))?;
+    creator.limit(Some(patience.owner()))?;
     let mut all = Vec::new();
     loop {
         let packet = creator.receive::<FromClient>()?;
         let FromClient::Supply(supply) = packet.message else { return Err(PacketError::Truncated) };
         all.extend(packet.descriptors);
         if supply.last {
-            limit(None)?;
+            creator.limit(None)?;
             return Ok(all);
         }
     }

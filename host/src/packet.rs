@@ -5,9 +5,11 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use carrel_protocol::vmm::{MAX_DESCRIPTORS, MAX_PACKET_BYTES};
 use carrel_protocol::{FrameError, Message};
+use rustix::net::sockopt::Timeout;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
@@ -74,6 +76,11 @@ impl Connection {
     /// The socket itself.
     pub(crate) fn into_inner(self) -> OwnedFd {
         self.0
+    }
+
+    /// How long [`Connection::receive`] waits, `None` for ever: then it fails with `WouldBlock`.
+    pub(crate) fn limit(&self, time: Option<Duration>) -> io::Result<()> {
+        Ok(rustix::net::sockopt::set_socket_timeout(&self.0, Timeout::Recv, time)?)
     }
 
     /// Waits for a packet.

@@ -24,7 +24,6 @@ use carrel_protocol::units::{MemoryMib, VcpuCount};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::FlockOperation;
 use rustix::net::SocketFlags;
-use rustix::net::sockopt::Timeout;
 use rustix::process::Resource;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -353,8 +352,7 @@ impl Shared {
     /// One connection: a question, or a room to its end.
     fn serve(&self, connection: Connection) {
         let patience = self.home.patience();
-        let limit = |time| rustix::net::sockopt::set_socket_timeout(&connection, Timeout::Recv, time);
-        if limit(Some(patience.owner())).is_err() {
+        if connection.limit(Some(patience.owner())).is_err() {
             return;
         }
         let asked = match connection.receive::<ToResident>() {
@@ -495,14 +493,10 @@ pub(crate) fn offer(
     if sent.is_err() {
         return Ok(None);
     }
-    let limit = |time| {
-        let set = rustix::net::sockopt::set_socket_timeout(&connection, Timeout::Recv, time);
-        set.map_err(|e| SessionError::Streams(e.into()))
-    };
-    limit(Some(patience.owner()))?;
+    connection.limit(Some(patience.owner())).map_err(SessionError::Streams)?;
     match connection.receive::<FromResident>() {
         Ok(_) => {
-            limit(None)?;
+            connection.limit(None).map_err(SessionError::Streams)?;
             Ok(Some(Session::new(connection, patience)))
         }
         Err(error) if error.is_full() => Err(SessionError::Silent),
@@ -519,8 +513,7 @@ pub(crate) fn offer(
 pub fn status(home: &Home) -> Result<Status, ResidentError> {
     let connection =
         session::connected(home.root(), SOCKET, home.patience()).map_err(ResidentError::Absent)?;
-    let limit = |time| rustix::net::sockopt::set_socket_timeout(&connection, Timeout::Recv, time);
-    limit(Some(home.patience().answer())).map_err(io::Error::from)?;
+    connection.limit(Some(home.patience().answer()))?;
     let look = ToResident::from(Look { version: VERSION.into() });
     connection.send_blocking(&look, &[]).map_err(ResidentError::Answer)?;
     match connection.receive::<FromResident>().map_err(ResidentError::Answer)?.message {

@@ -330,8 +330,7 @@ impl Session {
     }
 
     pub(crate) fn limit(&self, timeout: Option<Duration>) -> Result<(), SessionError> {
-        let set = rustix::net::sockopt::set_socket_timeout(self.connection.as_fd(), Timeout::Recv, timeout);
-        set.map_err(|e| SessionError::Streams(e.into()))
+        self.connection.limit(timeout).map_err(SessionError::Streams)
     }
 
     pub(crate) fn receive_in_time(&self) -> Result<Packet<ToClient>, SessionError> {

@@ -139,7 +139,7 @@ fn who_speaks_another_version_or_nonsense_is_left_to_start_an_owner_by_itself() 
     let (id, directory, _supplies) = place.room("00000000000d");
     let ask = |message: &ToResident| {
         let connection = session::connected(place.root.path(), SOCKET, Patience::default()).unwrap();
-        rustix::net::sockopt::set_socket_timeout(&connection, Timeout::Recv, Some(TIME)).unwrap();
+        connection.limit(Some(TIME)).unwrap();
         connection.send_blocking(message, &[]).unwrap();
         connection.receive::<FromResident>()
     };
