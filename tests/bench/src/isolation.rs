@@ -10,6 +10,7 @@
 mod burst;
 mod cgroups;
 mod density;
+mod earlier;
 mod filter;
 mod image;
 mod measure;
@@ -37,6 +38,7 @@ use clap::Parser;
 use serde_json::json;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use earlier::{Earlier, Run};
 use measure::{Amount, Bench, wanted};
 use metrics::{METRICS, Metric};
 use place::Place;
@@ -55,6 +57,7 @@ Examples:
   carrel bench --quick --out quick                a few runs of everything
   carrel bench --out results                      20 runs; hours in an emulated host
   carrel bench --only start-true,burst --subjects plain,runc,carrel --runs 40
+  carrel bench --only density-pss --out results --add    what a run before left out
 
 It wants root, cgroup v2, and for guests a /dev/kvm that runs kernels; in a source tree
 scripts/bench isolation brings all that it needs, an emulated host too. What is missing
@@ -71,6 +74,9 @@ struct Options {
     /// Write results.json, results.md and plots into this directory
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Add to the report in --out: metrics that are measured now replace those of their name, the others stay
+    #[arg(long, requires = "out")]
+    add: bool,
     /// These metrics alone
     #[arg(long, value_name = "METRIC", value_delimiter = ',')]
     only: Vec<String>,
@@ -154,6 +160,11 @@ pub(crate) fn run(words: impl Iterator<Item = OsString>) -> Result<()> {
         signal_hook::flag::register(signal, Arc::clone(&interrupted))?;
     }
     let place = Place::here();
+    let earlier = match &options.out {
+        Some(out) if options.add => Earlier::read(out, &place, &chosen)?,
+        _ => Earlier::default(),
+    };
+    earlier.check_versions(present.values())?;
     let carrel_vmm = options.carrel_vmm.clone().unwrap_or_else(|| assets.join("carrel-vmm"));
     let sources = Sources {
         work: &options.work,
@@ -167,19 +178,36 @@ pub(crate) fn run(words: impl Iterator<Item = OsString>) -> Result<()> {
     let folders = SourceFolders { peers: options.sources.clone(), carrel: options.carrel_source.clone() };
     let mut bench = Bench::new(&stage, &amount, &chosen, &folders, results);
     bench.run();
-    bench.results.sort();
     let was_interrupted = interrupted.load(Ordering::Relaxed);
-    let report = Report {
+    let measured = bench.results.series.iter().any(|series| !series.samples.is_empty());
+    let run = Run {
         command: options.repeat.clone().unwrap_or_else(command_line),
-        place: &place,
-        amount: json!({
+        began: place.began,
+        load: place.load.clone(),
+        options: json!({
             "runs": amount.runs, "warm_ups": amount.warm_ups, "bursts": amount.bursts,
             "densities": amount.densities, "deadline_seconds": amount.deadline.as_secs(),
         }),
-        subjects: stage.present.values().collect(),
-        metrics: &chosen,
-        results: &bench.results,
         interrupted: was_interrupted,
+        metrics: chosen.iter().map(|metric| metric.name.to_owned()).collect(),
+    };
+    let Earlier { results, present, runs } = earlier;
+    bench.results.join(results);
+    bench.results.sort();
+    let in_report = |metric: &&Metric| {
+        let mut there = chosen.iter().chain(bench.results.series.iter().map(|series| &series.metric));
+        there.any(|one| one.name == metric.name)
+    };
+    let subjects: BTreeMap<Subject, &Present> =
+        present.iter().chain(stage.present.values()).map(|one| (one.subject, one)).collect();
+    let report = Report {
+        command: run.command.clone(),
+        place: &place,
+        amount: run.options.clone(),
+        subjects: subjects.into_values().collect(),
+        metrics: &METRICS.iter().filter(in_report).collect::<Vec<_>>(),
+        results: &bench.results,
+        runs: &[runs, vec![run]].concat(),
     };
     match &options.out {
         Some(out) => {
@@ -188,7 +216,6 @@ pub(crate) fn run(words: impl Iterator<Item = OsString>) -> Result<()> {
         }
         None => print!("{}", report.markdown(&[])),
     }
-    let measured = bench.results.series.iter().any(|series| !series.samples.is_empty());
     drop(stage);
     if was_interrupted {
         std::process::exit(130);

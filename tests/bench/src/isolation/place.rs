@@ -2,10 +2,10 @@
 
 use std::fs;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A host, as far as it matters for the figures.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Place {
     /// The processor's own name.
     pub(crate) cpu: String,
@@ -53,6 +53,12 @@ impl Place {
             load: read("/proc/loadavg").split(' ').next().unwrap_or_default().to_owned(),
             began: now.map_or(0, |since| since.as_secs()),
         }
+    }
+
+    /// Whether figures of both can be compared. How busy it was may differ, and when.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let timeless = |place: &Self| Self { load: String::new(), began: 0, ..place.clone() };
+        timeless(self) == timeless(other)
     }
 
     /// In a sentence.

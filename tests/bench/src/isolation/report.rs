@@ -1,20 +1,26 @@
 //! The results as files: `results.json` for programs, `results.md` for people, plots.
 //!
-//! JSON: `{"schema": 1, "command", "host", "options", "subjects": [], "metrics": [], "series": [], "skipped": []}`; a series has its samples and
-//! their spread. Fields are added, not renamed.
+//! JSON: `{"schema": 1, "command", "host", "options", "subjects": [], "metrics": [], "series": [], "skipped": [], "runs": []}`; a series has its samples
+//! and their spread. `command`, `options` and the host's load are those of the last run. Fields are added, not renamed.
 
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
+use carrel_host::timestamp::rfc3339_of;
 use serde_json::{Value, json};
 
+use super::earlier::Run;
 use super::metrics::{Better, Metric};
 use super::place::Place;
 use super::plots;
 use super::results::{Results, Series};
 use super::subjects::Present;
+
+/// The JSON's form.
+pub(crate) const SCHEMA: u32 = 1;
 
 /// Everything that a report says.
 pub(crate) struct Report<'a> {
@@ -30,8 +36,8 @@ pub(crate) struct Report<'a> {
     pub(crate) metrics: &'a [&'static Metric],
     /// What came out.
     pub(crate) results: &'a Results,
-    /// Whether it was interrupted.
-    pub(crate) interrupted: bool,
+    /// When it was measured, the last run last.
+    pub(crate) runs: &'a [Run],
 }
 
 impl Report<'_> {
@@ -44,6 +50,10 @@ impl Report<'_> {
         Ok(())
     }
 
+    fn interrupted(&self) -> bool {
+        self.runs.iter().any(|run| run.interrupted)
+    }
+
     fn json(&self) -> Result<Value> {
         let series = self.results.series.iter().filter(|series| !is_noise(series)).map(|series| {
             let mut value = serde_json::to_value(series)?;
@@ -51,25 +61,38 @@ impl Report<'_> {
             Ok(value)
         });
         Ok(json!({
-            "schema": 1,
+            "schema": SCHEMA,
             "command": self.command,
-            "interrupted": self.interrupted,
+            "interrupted": self.interrupted(),
             "host": self.place,
             "options": self.amount,
             "subjects": self.subjects,
             "metrics": self.metrics,
             "series": series.collect::<Result<Vec<Value>>>()?,
             "skipped": self.results.skipped,
+            "runs": self.runs,
         }))
     }
 
     /// Tables first; how each figure came about below them.
     pub(crate) fn markdown(&self, plots: &[String]) -> String {
         let mut text = String::from("# Isolation benchmark\n\n");
-        if self.interrupted {
+        if self.interrupted() {
             text.push_str("**Interrupted: this is what there was up to then.**\n\n");
         }
         let _ = writeln!(text, "Host: {}.\n\nAgain: `{}`\n", self.place.sentence(), self.command);
+        if self.runs.len() > 1 {
+            let _ = writeln!(text, "Measured in {} runs there:\n", self.runs.len());
+            for Run { command, began, load, metrics, .. } in self.runs {
+                let _ = writeln!(
+                    text,
+                    "- {}, load {load}, `{command}`: {}",
+                    rfc3339_of(UNIX_EPOCH + Duration::from_secs(*began)),
+                    metrics.join(", ")
+                );
+            }
+            text.push('\n');
+        }
         text.push_str("Medians, with the quartiles in parentheses and the 95 % interval of the median (bootstrap) in brackets.\n");
         for metric in self.metrics {
             self.table(metric, &mut text);
@@ -183,6 +206,14 @@ mod tests {
             program: PathBuf::new(),
         };
         let metrics: Vec<&'static Metric> = METRICS.iter().collect();
+        let run = Run {
+            command: "carrel bench --only burst".into(),
+            began: 1_799_999_999,
+            load: "0.50".into(),
+            options: json!({}),
+            interrupted: false,
+            metrics: vec!["burst".into()],
+        };
         let report = Report {
             command: "carrel bench --quick".into(),
             place: &place,
@@ -190,7 +221,7 @@ mod tests {
             subjects: vec![&plain],
             metrics: &metrics,
             results: &results,
-            interrupted: false,
+            runs: &[run.clone(), Run { began: 1_800_000_000, ..run }],
         };
         let folder = tempfile::tempdir().unwrap();
         report.write(&folder.path().join("out")).unwrap();
@@ -200,6 +231,8 @@ mod tests {
         assert!(text.contains("| runc | 8 | 2 | 255 "), "{text}");
         assert!(text.contains("| crun | everything | there is no crun \\| on the PATH |"), "{text}");
         assert!(text.contains("`carrel bench --quick`"), "{text}");
+        assert!(text.contains("- 2027-01-15T07:59:59"), "{text}");
+        assert!(text.contains(", load 0.50, `carrel bench --only burst`: burst\n"), "{text}");
         let json: Value = serde_json::from_str(&read("results.json")).unwrap();
         assert_eq!(json["schema"], 1);
         assert_eq!(json["series"][0]["metric"], "start-true");

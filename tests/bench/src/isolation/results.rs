@@ -89,6 +89,16 @@ impl Results {
         }
     }
 
+    /// Joins what earlier runs found of other metrics.
+    pub(crate) fn join(&mut self, earlier: Self) {
+        self.series.extend(earlier.series);
+        for skip in earlier.skipped {
+            if !self.skipped.contains(&skip) {
+                self.skipped.push(skip);
+            }
+        }
+    }
+
     /// By level, then by subject, as tables and plots want them.
     pub(crate) fn sort(&mut self) {
         self.series.sort_by_key(|series| (series.level, series.subject));
