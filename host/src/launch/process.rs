@@ -121,9 +121,10 @@ struct Prepared {
     socket: RawFd,
     /// Read until its end: then the parent has mapped the user.
     mapped: RawFd,
-    mapped_writer: RawFd,
     /// Where a failure goes: the step's number, then errno.
     failure: RawFd,
+    /// These four, in order.
+    kept: [RawFd; 4],
     arguments: Vec<*const c_char>,
     environment: [*const c_char; 1],
     becomes_user: bool,
@@ -147,12 +148,15 @@ pub(crate) fn spawn(plan: &Plan<'_>) -> Result<Child, LaunchError> {
         .iter()
         .map(|word| CString::new(word.as_str()).map_err(io::Error::other))
         .collect::<Result<_, _>>()?;
+    let mut kept =
+        [program.as_raw_fd(), plan.socket.as_raw_fd(), mapped_read.as_raw_fd(), failure.as_raw_fd()];
+    kept.sort_unstable();
     let prepared = Prepared {
         program: program.as_raw_fd(),
         socket: plan.socket.as_raw_fd(),
         mapped: mapped_read.as_raw_fd(),
-        mapped_writer: mapped_write.as_raw_fd(),
         failure: failure.as_raw_fd(),
+        kept,
         arguments: words.iter().map(|word| word.as_ptr()).chain([ptr::null()]).collect(),
         environment: [ptr::null()],
         becomes_user: plan.user.is_some(),
@@ -238,6 +242,7 @@ unsafe fn become_vmm(prepared: &Prepared) -> ! {
             fail(prepared, number);
         }
     };
+    step(2, let_others_go(prepared));
     if prepared.becomes_user {
         step(0, become_user(prepared));
     }
@@ -247,12 +252,29 @@ unsafe fn become_vmm(prepared: &Prepared) -> ! {
     fail(prepared, 3)
 }
 
+/// Closes what is not this child's. Among it may be the ends of pipes of children that other threads are starting: two that waited for the ends of each
+/// other's would wait for ever.
+fn let_others_go(prepared: &Prepared) -> c_long {
+    let mut from = 0;
+    for fd in prepared.kept {
+        if fd > from {
+            // SAFETY: a bare system call; descriptors of this process's own table, which nobody owns in it any more.
+            let closed = unsafe { libc::syscall(libc::SYS_close_range, from, fd - 1, 0) };
+            if closed < 0 {
+                return closed;
+            }
+        }
+        from = fd + 1;
+    }
+    // SAFETY: as above.
+    unsafe { libc::syscall(libc::SYS_close_range, from, u32::MAX, 0) }
+}
+
 /// Waits to be mapped, and becomes user 0 of the namespace: until then it is its parent's user.
 fn become_user(prepared: &Prepared) -> c_long {
     let mut nothing = 0_u8;
     // SAFETY: bare system calls on descriptors that are this process's copies, and one byte on its stack.
     unsafe {
-        libc::syscall(libc::SYS_close, prepared.mapped_writer);
         libc::syscall(libc::SYS_read, prepared.mapped, &raw mut nothing, 1);
         // Fails where the map forbids it: then there are no groups to drop but one's own. An empty list needs no pointer.
         libc::syscall(libc::SYS_setgroups, 0, ptr::null::<libc::gid_t>());
@@ -279,7 +301,7 @@ fn die_with_owner(prepared: &Prepared) -> c_long {
 fn keep_only_the_socket(prepared: &Prepared) -> c_long {
     // SAFETY: bare system calls; descriptors of this process's own table, which nobody owns in it any more.
     unsafe {
-        // Everything is close-on-exec already; this makes sure, whatever else this process has open.
+        // All that is left is close-on-exec already; this makes sure.
         let marked = libc::syscall(libc::SYS_close_range, 0, u32::MAX, libc::CLOSE_RANGE_CLOEXEC);
         if marked < 0 {
             return marked;

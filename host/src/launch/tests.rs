@@ -59,6 +59,24 @@ fn the_child_is_user_0_of_namespaces_of_its_own() {
     assert_eq!((end, said), (ChildEnd::Status(0), format!("1\n0 {own} 1\n")));
 }
 
+/// Each child waits for its own pipe's end, and is born with a copy of whatever pipes other threads have open just then.
+#[test]
+fn children_of_many_threads_do_not_wait_for_each_other() {
+    let (tell, hear) = std::sync::mpsc::channel();
+    for _ in 0..8 {
+        let tell = tell.clone();
+        std::thread::spawn(move || {
+            for _ in 0..25 {
+                assert_eq!(shell("exit 7", true).0, ChildEnd::Status(7));
+            }
+            let _ = tell.send(());
+        });
+    }
+    for _ in 0..8 {
+        hear.recv_timeout(std::time::Duration::from_secs(60)).unwrap();
+    }
+}
+
 #[test]
 fn a_program_that_can_not_be_executed_is_an_error_that_names_it() {
     let nothing = tempfile::NamedTempFile::new().unwrap();
