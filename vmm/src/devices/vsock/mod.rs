@@ -305,7 +305,8 @@ impl Vsock {
             }
         }
         ring.notify()?;
-        Ok(ring.has_available() && !(self.resets.is_empty() && self.ready.is_empty()))
+        // Even where no buffer is left just now: it is the next turn that asks to be told of more.
+        Ok(!(self.resets.is_empty() && self.ready.is_empty()))
     }
 
     /// One connection's turn: a packet without data, or as much data as the guest and the socket agree on.

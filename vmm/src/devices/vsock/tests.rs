@@ -497,6 +497,18 @@ fn what_is_due_is_given_in_turns_and_nothing_is_left_waiting() {
 }
 
 #[test]
+fn buffers_that_end_with_a_turn_are_asked_for_all_the_same() {
+    let mut guest = Guest::new();
+    for port in 0..100 {
+        guest.send_as((port, 9), DATA, 0, &[]).unwrap();
+    }
+    guest.offer(TURNS);
+    assert!(guest.vsock.pump(&mut guest.rings).unwrap(), "nobody has asked for more buffers yet");
+    assert!(!guest.vsock.pump(&mut guest.rings).unwrap(), "now it has");
+    assert_eq!(guest.receive.used().len(), TURNS);
+}
+
+#[test]
 fn a_host_that_was_slow_to_say_its_port_takes_no_connection_beyond_the_cap() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("v.sock");
