@@ -32,6 +32,7 @@ pub mod session;
 pub mod signal;
 pub mod spec;
 pub mod template;
+mod threads;
 pub mod timestamp;
 pub mod usage;
 

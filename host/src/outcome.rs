@@ -55,7 +55,11 @@ pub enum Outcome {
         out_of_memory: bool,
     },
     /// The guest's kernel panicked.
-    GuestPanicked,
+    GuestPanicked {
+        /// Lines of its log around that, as the guest's memory has them: printable, a few KiB.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        last_words: Option<String>,
+    },
     /// The guest restarted, or fell over, before its workload ended.
     GuestEnded {
         /// How.
@@ -72,6 +76,9 @@ pub enum Outcome {
         /// What the VMM had used of the CPUs since its start, ms: tells a guest that stands still from one that is slow.
         #[serde(default)]
         cpu_ms: u64,
+        /// Where the VMM's threads stood: `NAME STATE in FUNCTION` each.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        threads: Vec<String>,
     },
     /// The agent broke the protocol, or is of another version.
     AgentFailed {
@@ -127,7 +134,7 @@ impl Outcome {
             Self::Refused { failure, .. } => failure_status(*failure),
             Self::VmmFailed { .. }
             | Self::VmmKilled { .. }
-            | Self::GuestPanicked
+            | Self::GuestPanicked { .. }
             | Self::GuestEnded { .. }
             | Self::Overdue { .. }
             | Self::AgentFailed { .. }
@@ -177,8 +184,17 @@ impl Outcome {
                 "The VMM was killed by its system-call filter (SIGSYS): report this, or see --unconfined.".into()
             }
             Self::VmmKilled { signal, .. } => format!("The VMM was killed by signal {signal}."),
-            Self::GuestPanicked => {
-                "The guest's kernel panicked; `carrel doctor` tells whether guests run well on this host.".into()
+            Self::GuestPanicked { last_words } => {
+                let mut text =
+                    "The guest's kernel panicked; `carrel doctor` tells whether guests run well on this host.".to_owned();
+                if let Some(words) = last_words {
+                    text.push_str(" Its last words:");
+                    for line in words.lines() {
+                        text.push_str("\n  ");
+                        text.push_str(line);
+                    }
+                }
+                text
             }
             Self::GuestEnded { end, message } => {
                 let how = match end {
@@ -193,7 +209,7 @@ impl Outcome {
                     None => format!("The guest {how} before its workload ended."),
                 }
             }
-            Self::Overdue { step, seconds: limit, cpu_ms } => {
+            Self::Overdue { step, seconds: limit, cpu_ms, threads } => {
                 let what = match step {
                     Step::Boot => "The guest did not come up",
                     Step::Prepare => "The payload was not unpacked",
@@ -206,8 +222,12 @@ impl Outcome {
                     Step::Return => "The room did not send its files",
                 };
                 let cpu = seconds(*cpu_ms);
+                let threads = match threads.as_slice() {
+                    [] => String::new(),
+                    threads => format!(" ({})", threads.join(", ")),
+                };
                 format!(
-                    "{what} within {limit} s, and its VMM had used {cpu} of CPU; on a slow host set CARREL_PATIENCE to a factor above 1."
+                    "{what} within {limit} s, and its VMM had used {cpu} of CPU{threads}; on a slow host set CARREL_PATIENCE to a factor above 1."
                 )
             }
             Self::AgentFailed { message } => format!("The guest's agent failed: {message}"),
@@ -261,13 +281,23 @@ pub fn clean(text: &str) -> String {
     one_line(text, 1000)
 }
 
+/// The same of text that has lines: so many, so long.
+pub fn clean_lines(text: &str) -> String {
+    let mut cleaned = String::new();
+    for line in text.lines().take(100) {
+        cleaned.push_str(&one_line(line, 200));
+        cleaned.push('\n');
+    }
+    cleaned
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn what_is_overdue_says_whether_it_stood_still() {
-        let overdue = Outcome::Overdue { step: Step::Boot, seconds: 60, cpu_ms: 59_100 };
+        let overdue = Outcome::Overdue { step: Step::Boot, seconds: 60, cpu_ms: 59_100, threads: Vec::new() };
         let sentence = overdue.sentence().unwrap();
         assert!(
             sentence
@@ -286,7 +316,7 @@ mod tests {
         assert_eq!(refused(Failure::CommandNotFound), 127);
         assert_eq!(refused(Failure::CommandNotExecutable), 126);
         assert_eq!(refused(Failure::UnknownUser), 125);
-        assert_eq!(Outcome::GuestPanicked.exit_status(), 125);
+        assert_eq!(Outcome::GuestPanicked { last_words: None }.exit_status(), 125);
     }
 
     #[test]

@@ -392,13 +392,14 @@ mod tests {
         // Such as a guest that can't be frozen.
         assert!(matches!(of(refused(Failure::System), false), PoolError::Outcome(_)));
         assert!(matches!(of(refused(Failure::CommandNotFound), true), PoolError::Refused(_)));
-        assert!(matches!(of(Outcome::GuestPanicked, true), PoolError::Outcome(_)));
+        assert!(matches!(of(Outcome::GuestPanicked { last_words: None }, true), PoolError::Outcome(_)));
     }
 
     #[test]
     fn a_workload_that_never_was_ready_is_told_with_its_end() {
         let ended = of(Outcome::Exited { status: ExitStatus::Code(3), out_of_memory: false }, true);
-        let late = of(Outcome::Overdue { step: Step::Initialise, seconds: 9, cpu_ms: 1 }, true);
+        let late =
+            of(Outcome::Overdue { step: Step::Initialise, seconds: 9, cpu_ms: 1, threads: Vec::new() }, true);
         for (error, word) in [(ended, "exit status 3"), (late, "within 9 s")] {
             assert!(matches!(&error, PoolError::Unready(why) if why.contains(word)), "{error}");
         }

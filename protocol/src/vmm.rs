@@ -66,7 +66,7 @@ crate::messages! {
         5 Refused 4 * KIB;
         6 Metrics 8 * KIB;
         7 DeviceStopped 4 * KIB;
-        8 Ended 4 * KIB;
+        8 Ended 8 * KIB;
         9 Snapshotted KIB;
         10 Prepared 8 * KIB;
     }
@@ -472,7 +472,7 @@ pub enum DeviceStopReason {
 pub struct Ended {
     /// How.
     pub end: End,
-    /// One sentence more, where there is more to say.
+    /// One sentence more, where there is more to say; of a kernel that panicked, the lines of its log around that, which are the guest's own.
     pub detail: Option<String>,
 }
 

@@ -296,12 +296,17 @@ impl Running {
     /// Waits for its end.
     pub fn done(mut self) -> Done {
         drop(self.child.stdin.take());
-        let deadline = Instant::now() + patience();
+        let begun = Instant::now();
+        let mut early = String::new();
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("it can be waited for") {
                 break status;
             }
-            if Instant::now() >= deadline {
+            if early.is_empty() && begun.elapsed() >= patience() / 2 {
+                // At the deadline carrel's own may have passed, and all that hung be gone.
+                early = evidence::gathered(self.home.as_deref());
+            }
+            if begun.elapsed() >= patience() {
                 // While all of it is as it hangs.
                 let evidence = evidence::gathered(self.home.as_deref());
                 let _ = self.child.kill();
@@ -309,7 +314,10 @@ impl Running {
                 let [stdout, stderr] = self.output();
                 let [stdout, stderr] =
                     [&stdout, &stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned());
-                panic!("{} did not end.\nstdout: {stdout}\nstderr: {stderr}\n{evidence}", self.line);
+                panic!(
+                    "{} did not end.\nstdout: {stdout}\nstderr: {stderr}\n{evidence}\nHalf way: {early}",
+                    self.line
+                );
             }
             std::thread::sleep(Duration::from_millis(10));
         };

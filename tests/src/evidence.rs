@@ -29,7 +29,7 @@ pub fn gathered(home: Option<&Path>) -> String {
     std::thread::sleep(BETWEEN);
     Threads::now().write(&threads, &mut text);
     Counters::now().write(&counters, &mut text);
-    for file in ["/proc/loadavg", "/proc/pressure/cpu", "/proc/pressure/memory"] {
+    for file in ["/proc/loadavg", "/proc/pressure/cpu", "/proc/pressure/io", "/proc/pressure/memory"] {
         let _ = writeln!(text, "{file}: {}", read(Path::new(file)).trim_end().replace('\n', "; "));
     }
     let memory = read(Path::new("/proc/meminfo"));

@@ -40,7 +40,9 @@ fn a_guest_that_panics() {
     // Our kernel, and an initramfs without an init: the kernel finds no root and panics.
     let assets = assets_with(&carrel, None);
     let mut command = carrel.command(&["run", "--cold", &fixtures::busybox(), "true"]);
-    Running::spawn(command.env("CARREL_ASSETS", &assets)).done().complains(125, &["panic"]);
+    Running::spawn(command.env("CARREL_ASSETS", &assets))
+        .done()
+        .complains(125, &["panicked", "last words", "Kernel panic - not syncing: VFS"]);
     neighbour.must_be_well();
 }
 

@@ -20,6 +20,7 @@ pub mod devices;
 pub mod event;
 pub mod gate;
 pub mod jail;
+pub mod last_words;
 pub mod machine;
 pub mod memory;
 pub mod owner;

@@ -340,10 +340,14 @@ fn serve(
                     return Ok(Some(end));
                 }
                 FromVmm::Ended(Ended { end, detail }) => {
-                    if let (End::BadSnapshot | End::Kvm | End::Host | End::Internal, Some(detail)) =
-                        (end, detail)
-                    {
-                        eprintln!("carrel-vmm: {detail}");
+                    match (end, detail) {
+                        (End::BadSnapshot | End::Kvm | End::Host | End::Internal, Some(detail)) => {
+                            eprintln!("carrel-vmm: {detail}");
+                        }
+                        (End::Panic, Some(words)) => {
+                            eprint!("carrel-vmm: the guest's kernel panicked; its last words:\n{words}");
+                        }
+                        _ => {}
                     }
                     return Ok(Some(end));
                 }

@@ -30,6 +30,7 @@ use crate::arch::current::state::{self, StateError, VcpuState, Wanted};
 use crate::arch::current::{ShutdownCause, shutdown_cause};
 use crate::devices::Bus;
 use crate::gate::{Gate, Pass};
+use crate::last_words::last_words;
 use crate::ports::Ports;
 
 /// Counters of all vCPUs together.
@@ -268,7 +269,7 @@ fn step(vcpu: &mut VcpuFd, shared: &Shared) -> Step {
         }
         Ok(VcpuExit::Shutdown) => match shutdown_cause(&shared.memory) {
             ShutdownCause::Restart => Step::Over(End::Reset, None),
-            ShutdownCause::Panic => Step::Over(End::Panic, None),
+            ShutdownCause::Panic => Step::Over(End::Panic, last_words(&shared.memory)),
             ShutdownCause::Accident => Step::Over(End::TripleFault, None),
         },
         Ok(VcpuExit::Intr | VcpuExit::Hlt | VcpuExit::IrqWindowOpen) => Step::Again,

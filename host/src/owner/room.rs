@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use carrel_protocol::Message;
 use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal, TerminalSize};
 use carrel_protocol::usage::GuestUsage;
-use carrel_protocol::vmm::{DeviceStopReason, Ended, FromOwner, FromVmm, Mark, ReadMetrics};
+use carrel_protocol::vmm::{DeviceStopReason, End, Ended, FromOwner, FromVmm, Mark, ReadMetrics};
 
 use super::api::{self, StreamKind};
 use super::blobs;
@@ -24,12 +24,13 @@ use crate::home::Task;
 use crate::launch::{self, ChildEnd, Launched, Saved};
 use crate::log::LogWriter;
 use crate::meter::Meter;
-use crate::outcome::{Outcome, Step, clean};
+use crate::outcome::{Outcome, Step, clean, clean_lines};
 use crate::packet::{Connection, Packet};
 use crate::patience::Patience;
 use crate::record::{Phase, ProcessMark, Record, Remains};
 use crate::resident::Starting;
 use crate::spec::{RoomId, RoomSpec, WORKLOAD};
+use crate::threads;
 use crate::timestamp::{mark, now_ms};
 use crate::usage::UsageReport;
 use carrel_protocol::{chain, one_line};
@@ -346,7 +347,8 @@ impl Room {
                 self.vmm_said = Some(Ended { end: broken.end, detail: Some(clean(&broken.message)) });
             }
             FromVmm::Ended(ended) => {
-                let detail = ended.detail.as_deref().map(clean);
+                let cleaned = if ended.end == End::Panic { clean_lines } else { clean };
+                let detail = ended.detail.as_deref().map(cleaned);
                 self.vmm_said = Some(Ended { detail, ..ended });
             }
             FromVmm::DeviceStopped(stopped) => {
@@ -520,7 +522,8 @@ impl Room {
             self.meter.sample();
             let used = self.meter.usage();
             let cpu_ms = (used.cpu_user_us + used.cpu_system_us) / 1000;
-            self.give_up(Outcome::Overdue { step, seconds: time.as_secs(), cpu_ms });
+            let threads = threads::of(self.child.pid());
+            self.give_up(Outcome::Overdue { step, seconds: time.as_secs(), cpu_ms, threads });
         }
         if due(&mut self.deadlines.timeout)
             && let Some(after_ms) = self.own.spec.timeout_ms

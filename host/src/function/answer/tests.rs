@@ -158,5 +158,5 @@ fn a_program_that_is_missing_is_an_invalid_entrypoint_and_nothing_else_is() {
         assert!(lines.ends_with("\tStatus: error\tError Type: Runtime.InvalidEntrypoint\t\n"), "{lines}");
     }
     assert_eq!(refused(Failure::BadPayload), None);
-    assert_eq!(unstartable(ID, &outcome::Outcome::GuestPanicked), None);
+    assert_eq!(unstartable(ID, &outcome::Outcome::GuestPanicked { last_words: None }), None);
 }

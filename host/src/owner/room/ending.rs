@@ -171,7 +171,7 @@ fn by_the_vmms_end(
         (None, None) => (End::Internal, Some(format!("it ended with the unknown status {code}"))),
     };
     match end {
-        End::Panic => Outcome::GuestPanicked,
+        End::Panic => Outcome::GuestPanicked { last_words: detail },
         End::Shutdown | End::Reset | End::TripleFault => Outcome::GuestEnded { end, message: agent_said },
         End::Stopped => Outcome::Stopped { signal: SIGTERM },
         End::BadConfiguration | End::BadSnapshot | End::Kvm | End::Host | End::Internal => {
@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn a_silent_end_is_read_from_its_status() {
         let end = |code| by_the_vmms_end(ChildEnd::Status(code), None, None, false);
-        assert_eq!(end(End::Panic.status()), Outcome::GuestPanicked);
+        assert_eq!(end(End::Panic.status()), Outcome::GuestPanicked { last_words: None });
         assert_eq!(
             end(End::TripleFault.status()),
             Outcome::GuestEnded { end: End::TripleFault, message: None }

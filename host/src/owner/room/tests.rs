@@ -408,7 +408,7 @@ fn a_second_dial_to_the_control_port_is_dropped() {
     assert_eq!(forger.read(&mut [0]).unwrap_or(0), 0);
     assert_eq!(place.record().unwrap().phase, Phase::Running);
     guest.end(End::Panic);
-    assert_eq!(place.session.wait().unwrap().outcome, Outcome::GuestPanicked);
+    assert_eq!(place.session.wait().unwrap().outcome, Outcome::GuestPanicked { last_words: None });
 }
 
 #[test]

@@ -138,7 +138,7 @@ fn five_hundred_dials_at_once_leave_no_descriptor_and_the_room_well() {
     must_be_well(&place, &mut guest);
     drop(silent);
     guest.end(End::Panic);
-    assert_eq!(place.session.wait().unwrap().outcome, Outcome::GuestPanicked);
+    assert_eq!(place.session.wait().unwrap().outcome, Outcome::GuestPanicked { last_words: None });
 }
 
 #[test]

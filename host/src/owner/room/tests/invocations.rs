@@ -203,7 +203,7 @@ fn a_room_that_ends_before_the_answer_says_how() {
     guest.event();
     guest.end(End::Panic);
     let called = command.join().unwrap().unwrap();
-    assert_eq!((called.invoked, called.room.outcome), (None, Outcome::GuestPanicked));
+    assert_eq!((called.invoked, called.room.outcome), (None, Outcome::GuestPanicked { last_words: None }));
 }
 
 #[test]
