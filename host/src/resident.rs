@@ -200,9 +200,10 @@ impl Resident {
         let (listener, socket) = match activated {
             true => (launch::owner_socket().map_err(ResidentError::Activation)?, None),
             false => {
-                match fs::remove_file(&path) {
-                    Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(failed("removed")(e)),
-                    _ => {}
+                if let Err(error) = fs::remove_file(&path)
+                    && error.kind() != io::ErrorKind::NotFound
+                {
+                    return Err(failed("removed")(error));
                 }
                 let listener = owner::listen(home.root(), SOCKET, BACKLOG).map_err(failed("bound"))?;
                 (listener, Some(path.clone()))
@@ -313,9 +314,7 @@ fn accept(shared: &Arc<Shared>, listener: &OwnedFd) {
             return thread::sleep(AGAIN);
         }
     };
-    let peer = rustix::net::sockopt::socket_peercred(&socket);
-    let own = rustix::process::geteuid();
-    if !peer.is_ok_and(|peer| peer.uid.is_root() || peer.uid == own) {
+    if !owner::may_command(&socket) {
         return;
     }
     let served = Served::new(shared);

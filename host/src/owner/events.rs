@@ -135,7 +135,6 @@ impl Teller {
     /// Accepts commands: those of root and of the owner's own user.
     pub(crate) fn accept_clients(&self, listener: OwnedFd) -> io::Result<()> {
         self.spawn("accept", move |teller| {
-            let own = rustix::process::geteuid();
             loop {
                 let socket = match rustix::net::accept_with(&listener, SocketFlags::CLOEXEC) {
                     Ok(socket) => socket,
@@ -156,8 +155,7 @@ impl Teller {
                         return;
                     }
                 };
-                let peer = rustix::net::sockopt::socket_peercred(&socket);
-                if !peer.is_ok_and(|peer| peer.uid.is_root() || peer.uid == own) {
+                if !may_command(&socket) {
                     continue;
                 }
                 if !teller.tell(Event::NewClient(socket.into())) {
@@ -166,4 +164,10 @@ impl Teller {
             }
         })
     }
+}
+
+/// Whether who connected may say what becomes of rooms: root, and this process's own user (unix(7), SO_PEERCRED).
+pub(crate) fn may_command(socket: &OwnedFd) -> bool {
+    let peer = rustix::net::sockopt::socket_peercred(socket);
+    peer.is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid())
 }

@@ -201,13 +201,12 @@ pub(crate) fn run(words: impl Iterator<Item = OsString>) -> Result<()> {
     let subjects: BTreeMap<Subject, &Present> =
         present.iter().chain(stage.present.values()).map(|one| (one.subject, one)).collect();
     let report = Report {
-        command: run.command.clone(),
         place: &place,
-        amount: run.options.clone(),
         subjects: subjects.into_values().collect(),
         metrics: &METRICS.iter().filter(in_report).collect::<Vec<_>>(),
         results: &bench.results,
-        runs: &[runs, vec![run]].concat(),
+        run: &run,
+        earlier: &runs,
     };
     match &options.out {
         Some(out) => {

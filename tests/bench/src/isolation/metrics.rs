@@ -64,20 +64,11 @@ use Subject::{Carrel, Firecracker, QemuMicrovm};
 
 /// Everyone.
 const ALL: &[Subject] = Subject::ALL;
-/// Who has a room of its own for each start.
-const STARTED: &[Subject] = &[
-    Subject::Plain,
-    Subject::Bubblewrap,
-    Subject::Runc,
-    Subject::Crun,
-    QemuMicrovm,
-    Firecracker,
-    Subject::FirecrackerSnapshot,
-    Subject::FirecrackerResident,
-    Carrel,
-    Subject::CarrelClone,
-    Subject::CarrelPool,
-];
+/// Who has a room of its own for each start: all but the warm room.
+const STARTED: &[Subject] = match ALL {
+    [rest @ .., Subject::CarrelWarm] => rest,
+    _ => &[],
+};
 /// Who runs a program as it is (a process, a container), and who goes on where one was ready.
 const IMPORTED: &[Subject] = &[
     Subject::Plain,
@@ -88,18 +79,10 @@ const IMPORTED: &[Subject] = &[
     Subject::CarrelPool,
 ];
 /// Whose idle rooms can be weighed each by itself. (A pool owns no detached room; its attached ones are clones like the others.)
-const WEIGHED: &[Subject] = &[
-    Subject::Plain,
-    Subject::Bubblewrap,
-    Subject::Runc,
-    Subject::Crun,
-    QemuMicrovm,
-    Firecracker,
-    Subject::FirecrackerSnapshot,
-    Subject::FirecrackerResident,
-    Carrel,
-    Subject::CarrelClone,
-];
+const WEIGHED: &[Subject] = match STARTED {
+    [rest @ .., Subject::CarrelPool] => rest,
+    _ => &[],
+};
 /// Whom a room's inside can differ for: a restored guest runs as a booted one of the same VMM does.
 const DISTINCT: &[Subject] =
     &[Subject::Plain, Subject::Bubblewrap, Subject::Runc, Subject::Crun, QemuMicrovm, Firecracker, Carrel];

@@ -76,6 +76,11 @@ impl Work {
         }
     }
 
+    /// Whether it is the Python image's, and not that of our own program.
+    pub(crate) fn is_python(self) -> bool {
+        matches!(self, Self::Python | Self::Imports)
+    }
+
     fn ends(self) -> bool {
         match self {
             Self::True | Self::Python | Self::Imports | Self::Inside => true,
@@ -342,10 +347,7 @@ fn carrel(stage: &Stage, subject: Subject, work: Work) -> Result<Command> {
 
 /// A detached room of the image that a work wants, for `exec`.
 pub(crate) fn waiting(stage: &Stage, work: Work, name: &str) -> Result<Plan> {
-    let (program, arguments) = match work {
-        Work::Python | Work::Imports => (PYTHON, vec!["-c", WAIT]),
-        Work::True | Work::Idle | Work::Inside | Work::Serve => split(Work::Idle),
-    };
+    let (program, arguments) = if work.is_python() { (PYTHON, vec!["-c", WAIT]) } else { split(Work::Idle) };
     let mut command = run_of(stage, Subject::CarrelWarm)?;
     command.args(["--detach", "--name", name, "--entrypoint", program]);
     command.arg(image_of(stage, work)).args(arguments);
@@ -369,9 +371,6 @@ fn run_of(stage: &Stage, subject: Subject) -> Result<Command> {
 fn image_of(stage: &Stage, work: Work) -> OsString {
     let [ours, python] = &stage.layouts;
     let mut name = OsString::from("oci:");
-    name.push(match work {
-        Work::Python | Work::Imports => python,
-        Work::True | Work::Idle | Work::Inside | Work::Serve => ours,
-    });
+    name.push(if work.is_python() { python } else { ours });
     name
 }

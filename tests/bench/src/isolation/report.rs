@@ -24,20 +24,18 @@ pub(crate) const SCHEMA: u32 = 1;
 
 /// Everything that a report says.
 pub(crate) struct Report<'a> {
-    /// What to type to have it again.
-    pub(crate) command: String,
     /// Where.
     pub(crate) place: &'a Place,
-    /// How much was done.
-    pub(crate) amount: Value,
     /// Who.
     pub(crate) subjects: Vec<&'a Present>,
     /// What.
     pub(crate) metrics: &'a [&'static Metric],
     /// What came out.
     pub(crate) results: &'a Results,
-    /// When it was measured, the last run last.
-    pub(crate) runs: &'a [Run],
+    /// The run that it is of.
+    pub(crate) run: &'a Run,
+    /// Those before, of which it holds the rest.
+    pub(crate) earlier: &'a [Run],
 }
 
 impl Report<'_> {
@@ -50,8 +48,13 @@ impl Report<'_> {
         Ok(())
     }
 
+    /// All runs, the last one last.
+    fn runs(&self) -> impl Iterator<Item = &Run> {
+        self.earlier.iter().chain([self.run])
+    }
+
     fn interrupted(&self) -> bool {
-        self.runs.iter().any(|run| run.interrupted)
+        self.runs().any(|run| run.interrupted)
     }
 
     fn json(&self) -> Result<Value> {
@@ -62,15 +65,15 @@ impl Report<'_> {
         });
         Ok(json!({
             "schema": SCHEMA,
-            "command": self.command,
+            "command": self.run.command,
             "interrupted": self.interrupted(),
             "host": self.place,
-            "options": self.amount,
+            "options": self.run.options,
             "subjects": self.subjects,
             "metrics": self.metrics,
             "series": series.collect::<Result<Vec<Value>>>()?,
             "skipped": self.results.skipped,
-            "runs": self.runs,
+            "runs": self.runs().collect::<Vec<_>>(),
         }))
     }
 
@@ -80,10 +83,10 @@ impl Report<'_> {
         if self.interrupted() {
             text.push_str("**Interrupted: this is what there was up to then.**\n\n");
         }
-        let _ = writeln!(text, "Host: {}.\n\nAgain: `{}`\n", self.place.sentence(), self.command);
-        if self.runs.len() > 1 {
-            let _ = writeln!(text, "Measured in {} runs there:\n", self.runs.len());
-            for Run { command, began, load, metrics, .. } in self.runs {
+        let _ = writeln!(text, "Host: {}.\n\nAgain: `{}`\n", self.place.sentence(), self.run.command);
+        if !self.earlier.is_empty() {
+            let _ = writeln!(text, "Measured in {} runs there:\n", self.runs().count());
+            for Run { command, began, load, metrics, .. } in self.runs() {
                 let _ = writeln!(
                     text,
                     "- {}, load {load}, `{command}`: {}",
@@ -215,13 +218,16 @@ mod tests {
             metrics: vec!["burst".into()],
         };
         let report = Report {
-            command: "carrel bench --quick".into(),
             place: &place,
-            amount: json!({ "runs": 3 }),
             subjects: vec![&plain],
             metrics: &metrics,
             results: &results,
-            runs: &[run.clone(), Run { began: 1_800_000_000, ..run }],
+            run: &Run {
+                command: "carrel bench --quick".into(),
+                options: json!({ "runs": 3 }),
+                ..run.clone()
+            },
+            earlier: &[run],
         };
         let folder = tempfile::tempdir().unwrap();
         report.write(&folder.path().join("out")).unwrap();

@@ -211,10 +211,7 @@ impl Stage {
 
     /// The name of a room in which a work can be executed; started when the first asks for it.
     pub(crate) fn warm_room(&self, work: Work) -> Result<&'static str> {
-        let name = match work {
-            Work::Python | Work::Imports => "warm-python",
-            Work::True | Work::Idle | Work::Inside | Work::Serve => "warm",
-        };
+        let name = if work.is_python() { "warm-python" } else { "warm" };
         let mut warm = self.warm.lock().unwrap_or_else(PoisonError::into_inner);
         if !warm.contains_key(name) {
             // Its command has ended when the room is there.
