@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 use carrel_protocol::agent::GUEST_CID;
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::{
-    self, BalloonConfig, BlockConfig, Configure, Descriptor, EntropyConfig, FromOwner, Kernel, Restore,
-    RestoreConfig, RestoredBlock, SerialConfig, VmConfig, VsockConfig,
+    self, BalloonConfig, BlockConfig, Cache, Configure, Descriptor, EntropyConfig, FromOwner, Kernel,
+    Restore, RestoreConfig, RestoredBlock, SerialConfig, VmConfig, VsockConfig,
 };
 use rustix::fs::{Mode, OFlags};
 use thiserror::Error;
@@ -181,6 +181,8 @@ fn boot(
             base: Some(parts.add(open(&order.assets.scratch, false)?)),
             overlay: Some(parts.add(disk)),
             size_bytes: disk_bytes(machine),
+            // It ends with its room, and a room does not outlive its host.
+            cache: Cache::Unsafe,
             limit: None,
         }],
         entropy: Some(EntropyConfig {}),

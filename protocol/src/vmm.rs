@@ -272,8 +272,22 @@ pub struct BlockConfig<R> {
     pub overlay: Option<R>,
     /// The disk's size in bytes, a multiple of 4,096.
     pub size_bytes: u64,
+    /// What a flush is worth.
+    #[serde(default)]
+    pub cache: Cache,
     /// Reads and writes together.
     pub limit: Option<IoLimit>,
+}
+
+/// Whether what a guest has written outlives the host's crash.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Cache {
+    /// The guest may flush (VIRTIO_BLK_F_FLUSH): what was written is then on the host's disk. The machine's other devices wait meanwhile.
+    #[default]
+    Writeback,
+    /// There is nothing to flush: for disks that end with their machine.
+    Unsafe,
 }
 
 /// A token bucket for a device.

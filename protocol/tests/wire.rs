@@ -276,6 +276,7 @@ fn vm() -> VmConfig<Descriptor> {
             base: Some(Descriptor(4)),
             overlay: Some(Descriptor(5)),
             size_bytes: 1 << 30,
+            cache: Cache::Unsafe,
             limit: Some(IoLimit { bytes_per_second: Some(1), operations_per_second: None }),
         }],
         entropy: Some(EntropyConfig {}),

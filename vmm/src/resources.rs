@@ -222,9 +222,9 @@ fn convert<A, B>(vm: VmConfig<A>, each: Each<'_, A, B>) -> Result<VmConfig<B>, R
     count_blocks(vm.blocks.len())?;
     let mut maybe = |what, resource: Option<A>| resource.map(|r| each(what, r)).transpose();
     let mut blocks = Vec::new();
-    for BlockConfig { id, base, overlay, size_bytes, limit } in vm.blocks {
+    for BlockConfig { id, base, overlay, size_bytes, cache, limit } in vm.blocks {
         let (base, overlay) = (maybe("disk base", base)?, maybe(OVERLAY, overlay)?);
-        blocks.push(BlockConfig { id, base, overlay, size_bytes, limit });
+        blocks.push(BlockConfig { id, base, overlay, size_bytes, cache, limit });
     }
     let vsock = match vm.vsock {
         Some(VsockConfig { guest_cid, socket, connections }) => {

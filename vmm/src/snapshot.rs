@@ -17,6 +17,7 @@ use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
 use carrel_protocol::units::{MemoryMib, VcpuCount};
+use carrel_protocol::vmm::Cache;
 use crc::{CRC_64_XZ, Crc};
 use kvm_bindings::kvm_clock_data;
 use serde::{Deserialize, Serialize};
@@ -28,7 +29,7 @@ use crate::devices::serial::SerialState;
 use crate::devices::state::TransportState;
 
 /// Changes with every change of what is saved, in form or meaning.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Bytes of a state file at most; 16 vCPUs with every device take less than 200 KiB.
 pub const MAX_BYTES: u64 = 1 << 20;
 const MAGIC: [u8; 8] = *b"carrelSN";
@@ -128,6 +129,8 @@ pub struct BlockShape {
     pub id: String,
     /// Its size, bytes.
     pub size_bytes: u64,
+    /// Whether its driver was offered flushes.
+    pub cache: Cache,
     /// It has no overlay.
     pub read_only: bool,
 }

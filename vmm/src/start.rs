@@ -312,6 +312,7 @@ fn shape_of(config: &VmConfig<OwnedFd>) -> Shape {
     let block = |block: &BlockConfig<OwnedFd>| BlockShape {
         id: block.id.clone(),
         size_bytes: block.size_bytes,
+        cache: block.cache,
         read_only: block.overlay.is_none(),
     };
     Shape {

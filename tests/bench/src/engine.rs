@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use carrel_protocol::units::{MemoryMib, VcpuCount};
-use carrel_protocol::vmm::{BlockConfig, Kernel, SerialConfig, VmFile, VsockConfig};
+use carrel_protocol::vmm::{BlockConfig, Cache, Kernel, SerialConfig, VmFile, VsockConfig};
 use serde_json::json;
 
 use crate::guest_images::READY;
@@ -76,7 +76,7 @@ impl Disk {
         let size_bytes = fs::metadata(&self.path)?.len();
         let path = Some(self.path.clone());
         let (base, overlay) = if self.read_only { (path, None) } else { (None, path) };
-        Ok(BlockConfig { id: "bench".into(), base, overlay, size_bytes, limit: None })
+        Ok(BlockConfig { id: "bench".into(), base, overlay, size_bytes, cache: Cache::Unsafe, limit: None })
     }
 
     /// As Firecracker's API has it; the guest is told of its root by the command line alone.
@@ -86,6 +86,7 @@ impl Disk {
             "path_on_host": self.path,
             "is_root_device": false,
             "is_read_only": self.read_only,
+            "cache_type": "Unsafe",
         })
     }
 }

@@ -19,7 +19,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::time::Instant;
 
-use carrel_protocol::vmm::{BlockConfig, DeviceStopReason};
+use carrel_protocol::vmm::{BlockConfig, Cache, DeviceStopReason};
 use thiserror::Error;
 use virtio_bindings::bindings::virtio_blk as wire;
 
@@ -113,6 +113,7 @@ pub struct Block {
     bytes: u64,
     base: Option<(File, u64)>,
     overlay: Option<File>,
+    cache: Cache,
     /// One bit a block, where there are both a base and an overlay.
     present: Vec<u64>,
     bucket: Option<Bucket>,
@@ -128,7 +129,7 @@ pub struct Block {
 impl Block {
     /// Makes a disk of open files.
     pub fn new(config: BlockConfig<OwnedFd>) -> Result<Self, BlockError> {
-        let BlockConfig { id, base, overlay, size_bytes: bytes, limit } = config;
+        let BlockConfig { id, base, overlay, size_bytes: bytes, cache, limit } = config;
         if id.is_empty() || id.len() > ID_BYTES || !id.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(BlockError::Id { id });
         }
@@ -154,6 +155,7 @@ impl Block {
             bytes,
             base,
             overlay: overlay.map(File::from),
+            cache,
             present: vec![0; words],
             bucket: limit.map(|limit| Bucket::new(limit, Instant::now())),
             turn_bytes: 0,
@@ -172,13 +174,16 @@ impl Block {
     pub fn features(&self) -> u64 {
         let always = 1 << wire::VIRTIO_BLK_F_SIZE_MAX
             | 1 << wire::VIRTIO_BLK_F_SEG_MAX
-            | 1 << wire::VIRTIO_BLK_F_BLK_SIZE
-            | 1 << wire::VIRTIO_BLK_F_FLUSH;
+            | 1 << wire::VIRTIO_BLK_F_BLK_SIZE;
+        let cache = match self.cache {
+            Cache::Writeback => 1 << wire::VIRTIO_BLK_F_FLUSH,
+            Cache::Unsafe => 0,
+        };
         let kind = match self.overlay {
             Some(_) => 1 << wire::VIRTIO_BLK_F_DISCARD | 1 << wire::VIRTIO_BLK_F_WRITE_ZEROES,
             None => 1 << wire::VIRTIO_BLK_F_RO,
         };
-        always | kind
+        always | cache | kind
     }
 
     /// Sizes of its queues.
@@ -429,9 +434,10 @@ impl Block {
         // Costs the host as much as a write.
         self.spend(0);
         self.end_turn();
-        match &self.overlay {
-            Some(overlay) => overlay.sync_data().map_err(Refusal::Host),
-            None => Ok(()),
+        match (&self.overlay, self.cache) {
+            (Some(overlay), Cache::Writeback) => overlay.sync_data().map_err(Refusal::Host),
+            (None, Cache::Writeback) => Ok(()),
+            (_, Cache::Unsafe) => Err(Refusal::Unsupported),
         }
     }
 

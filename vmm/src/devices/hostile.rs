@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use carrel_protocol::vmm::{BlockConfig, VsockConfig};
+use carrel_protocol::vmm::{BlockConfig, Cache, VsockConfig};
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -53,7 +53,14 @@ fn subject(kind: usize) -> Subject {
             base.write_all_at(&[7; 4096], 0).unwrap();
             files = Some((base.try_clone().unwrap(), overlay.try_clone().unwrap()));
             let (base, overlay) = (Some(base.into()), Some(overlay.into()));
-            let config = BlockConfig { id: "x".into(), base, overlay, size_bytes: DISK, limit: None };
+            let config = BlockConfig {
+                id: "x".into(),
+                base,
+                overlay,
+                size_bytes: DISK,
+                cache: Cache::Writeback,
+                limit: None,
+            };
             Device::Block(Block::new(config).unwrap())
         }
     };

@@ -41,7 +41,12 @@ fn state() -> MachineState {
             vcpus: VcpuCount::MIN,
             memory_mib: MemoryMib::MIN,
             vsock: Some((3, 256)),
-            blocks: vec![BlockShape { id: "room".into(), size_bytes: 1 << 30, read_only: false }],
+            blocks: vec![BlockShape {
+                id: "room".into(),
+                size_bytes: 1 << 30,
+                cache: Cache::Unsafe,
+                read_only: false,
+            }],
             entropy: true,
             balloon: Some(true),
             serial: true,

@@ -302,7 +302,7 @@ fn fit_blocks(
                 given: format!("{} {id:?}", kind(overlay.is_none())),
             });
         }
-        Ok(BlockConfig { id, base, overlay, size_bytes: saved.size_bytes, limit })
+        Ok(BlockConfig { id, base, overlay, size_bytes: saved.size_bytes, cache: saved.cache, limit })
     };
     given.into_iter().zip(&shape.blocks).map(fit).collect()
 }

@@ -22,6 +22,7 @@ fn config(base: Option<File>, overlay: Option<File>) -> BlockConfig<OwnedFd> {
         base: base.map(Into::into),
         overlay: overlay.map(Into::into),
         size_bytes,
+        cache: Cache::Writeback,
         limit: None,
     }
 }
@@ -123,6 +124,18 @@ fn id_flush_and_unknown_requests_are_answered() {
     assert_eq!((status, &id[..8]), (OK, &b"scratch\0"[..]));
     assert_eq!(request(&mut disk, wire::VIRTIO_BLK_T_FLUSH, 0, &[], 0).0, OK);
     assert_eq!(request(&mut disk, 99, 0, &[], 0).0, UNSUPP);
+}
+
+#[test]
+fn a_disk_that_ends_with_its_machine_offers_no_flush() {
+    let offers = |cache| {
+        let disk = Block::new(BlockConfig { cache, ..config(None, Some(file(&[0; DISK]))) }).unwrap();
+        disk.features() & 1 << wire::VIRTIO_BLK_F_FLUSH != 0
+    };
+    assert!(offers(Cache::Writeback) && !offers(Cache::Unsafe));
+    let mut disk =
+        Block::new(BlockConfig { cache: Cache::Unsafe, ..config(None, Some(file(&[0; DISK]))) }).unwrap();
+    assert_eq!(request(&mut disk, wire::VIRTIO_BLK_T_FLUSH, 0, &[], 0).0, UNSUPP);
 }
 
 #[test]

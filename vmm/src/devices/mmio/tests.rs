@@ -171,6 +171,7 @@ fn odd_widths_and_places_are_harmless() {
         base: None,
         overlay: Some(overlay.into()),
         size_bytes: 8192,
+        cache: carrel_protocol::vmm::Cache::Writeback,
         limit: None,
     });
     let transport = Transport::new(Device::Block(block.unwrap()), memory(), Written::default()).unwrap();
