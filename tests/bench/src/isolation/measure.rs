@@ -52,6 +52,8 @@ pub(crate) struct Bench<'a> {
     pub(crate) results: Results,
     /// Failures in a row, for each group and subject.
     failures: BTreeMap<(Group, Subject), u32>,
+    /// What is started now isn't counted.
+    warming_up: bool,
 }
 
 impl<'a> Bench<'a> {
@@ -63,7 +65,7 @@ impl<'a> Bench<'a> {
         sources: &'a SourceFolders,
         results: Results,
     ) -> Self {
-        Self { stage, amount, chosen, sources, results, failures: BTreeMap::new() }
+        Self { stage, amount, chosen, sources, results, failures: BTreeMap::new(), warming_up: false }
     }
 
     /// Everything that was chosen, group by group. Returns early when interrupted, with what there is.
@@ -108,6 +110,10 @@ impl<'a> Bench<'a> {
 
     /// The deadline, from now on, of so many things at once.
     pub(crate) fn patience(&self, at_once: u32) -> Patience {
+        if self.warming_up {
+            // The first may make a template: a boot, an unpacking, the workload's own way to where it is ready, and the saving.
+            return Patience::new(self.amount.deadline * 10, &self.stage.interrupted);
+        }
         // They take turns on the host's CPUs.
         let share = self.amount.deadline / 8 * at_once.saturating_sub(1);
         Patience::new(self.amount.deadline + share, &self.stage.interrupted)
@@ -156,10 +162,11 @@ impl<'a> Bench<'a> {
                 }
                 progress(group, &format!("round {} of {rounds}, {}", round + 1, subject.name()));
                 crate::scrub();
+                self.warming_up = round < self.amount.warm_ups;
                 match self.sample(group, subject) {
                     Ok(values) => {
                         self.note_success(group, subject);
-                        let counted = if round < self.amount.warm_ups { &[][..] } else { &values };
+                        let counted = if self.warming_up { &[][..] } else { &values };
                         for &(name, value) in counted {
                             if let Some(metric) = self.chosen.iter().find(|metric| metric.name == name) {
                                 self.results.add(metric, None, subject, &[value]);
@@ -170,6 +177,7 @@ impl<'a> Bench<'a> {
                 }
             }
         }
+        self.warming_up = false;
         progress_end();
     }
 
