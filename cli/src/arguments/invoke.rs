@@ -34,10 +34,10 @@ pub(crate) enum Isolation {
     Event,
 }
 
-/// `carrel invoke`.
+/// What a function is.
 #[derive(Debug, Args)]
-#[command(after_help = EXAMPLES, group = ArgGroup::new("code").required(true).args(["zip", "image"]))]
-pub(crate) struct InvokeArgs {
+#[command(group = ArgGroup::new("code").required(true).args(["zip", "image"]))]
+pub(crate) struct FunctionArgs {
     /// The function's code as a zip
     #[arg(long, value_name = "FILE")]
     pub(crate) zip: Option<PathBuf>,
@@ -53,15 +53,6 @@ pub(crate) struct InvokeArgs {
     /// What the runtime calls, such as module.function
     #[arg(long, value_name = "HANDLER")]
     pub(crate) handler: Option<String>,
-    /// The event, as JSON; @FILE reads it from a file, - from standard input; several are handled one after another
-    #[arg(long, value_name = "JSON|@FILE|-", default_value = "{}", allow_hyphen_values = true)]
-    pub(crate) event: Vec<String>,
-    /// Every line of a file, or of standard input (-), is an event; empty ones are passed over
-    #[arg(long, value_name = "FILE|-", conflicts_with = "event")]
-    pub(crate) events: Option<PathBuf>,
-    /// What several events share: a room and the runtime in it, as on Lambda; or nothing, each having a room of its own
-    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Isolation::Room)]
-    pub(crate) isolation: Isolation,
     /// The function's memory, from 128m to 10240m; its CPU share follows it
     #[arg(short, long, value_name = "SIZE", default_value = "128m", value_parser = size::function_memory)]
     pub(crate) memory: FunctionMemory,
@@ -77,8 +68,6 @@ pub(crate) struct InvokeArgs {
     /// The function's name, as it sees it
     #[arg(long, value_name = "NAME", default_value = "function")]
     pub(crate) name: String,
-    #[command(flatten)]
-    pub(crate) begin: BeginArgs,
     /// Boot this kernel in place of the one that carrel came with
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
@@ -86,6 +75,25 @@ pub(crate) struct InvokeArgs {
     /// host can't give
     #[arg(long, value_name = "PARTS", num_args = 0..=1, require_equals = true, default_missing_value = "all")]
     pub(crate) unconfined: Option<Without>,
+}
+
+/// `carrel invoke`.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub(crate) struct InvokeArgs {
+    #[command(flatten)]
+    pub(crate) function: FunctionArgs,
+    /// The event, as JSON; @FILE reads it from a file, - from standard input; several are handled one after another
+    #[arg(long, value_name = "JSON|@FILE|-", default_value = "{}", allow_hyphen_values = true)]
+    pub(crate) event: Vec<String>,
+    /// Every line of a file, or of standard input (-), is an event; empty ones are passed over
+    #[arg(long, value_name = "FILE|-", conflicts_with = "event")]
+    pub(crate) events: Option<PathBuf>,
+    /// What several events share: a room and the runtime in it, as on Lambda; or nothing, each having a room of its own
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = Isolation::Room)]
+    pub(crate) isolation: Isolation,
+    #[command(flatten)]
+    pub(crate) begin: BeginArgs,
     #[command(flatten)]
     pub(crate) usage: UsageArgs,
 }

@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 
+use super::invoke::FunctionArgs;
 use super::run::{MachineArgs, ProcessArgs, SourceArgs};
 use crate::values::{size, span};
 
 const TEMPLATE_EXAMPLES: &str = "\
 Examples:
   carrel template create debian:12
+  carrel template create-function --initialised --zip f.zip --handler app.handler
   carrel template ls
   carrel template pin 3f2a91c07b1e
   carrel template prune --max-size 20g --older-than 7d --dry-run
@@ -33,6 +35,8 @@ pub(crate) struct TemplateArgs {
 pub(crate) enum TemplateCommand {
     /// Make the template of an image, or of a workload that is ready, unless it is there
     Create(Box<CreateArgs>),
+    /// Make the template of a function, or of one that waits for its first event, unless it is there
+    CreateFunction(Box<CreateFunctionArgs>),
     /// List templates, the last used first
     Ls(LsArgs),
     /// Show all that is known of templates
@@ -78,15 +82,8 @@ pub(crate) struct CreateArgs {
     /// Its clones have a terminal
     #[arg(short, long, requires = "initialised")]
     pub(crate) tty: bool,
-    /// Who may share it [default: this user]
-    #[arg(long, value_name = "NAME", env = "CARREL_DOMAIN")]
-    pub(crate) domain: Option<String>,
-    /// Make it stay: see `carrel template pin`
-    #[arg(long)]
-    pub(crate) pin: bool,
-    /// Print JSON
-    #[arg(long)]
-    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) made: MadeArgs,
     #[command(flatten)]
     pub(crate) source: SourceArgs,
     /// The image, and with --initialised the command in place of its own
@@ -97,6 +94,46 @@ pub(crate) struct CreateArgs {
     pub(crate) process: ProcessArgs,
     #[command(flatten)]
     pub(crate) machine: MachineArgs,
+}
+
+/// What becomes of a template that is made ahead of need.
+#[derive(Debug, Args)]
+pub(crate) struct MadeArgs {
+    /// Who may share it [default: this user]
+    #[arg(long, value_name = "NAME", env = "CARREL_DOMAIN")]
+    pub(crate) domain: Option<String>,
+    /// Make it stay: see `carrel template pin`
+    #[arg(long)]
+    pub(crate) pin: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+const CREATE_FUNCTION_EXAMPLES: &str = "\
+Examples:
+  carrel template create-function --zip f.zip --handler app.handler
+  carrel template create-function --initialised --pin -m 256m -e STAGE=live --zip f.zip --handler app.handler
+  carrel template create-function --initialised --image docker://localhost:5000/fn:1
+
+An event finds the template if `carrel invoke` is given the same code, runtime,
+memory, kernel and domain; with --initialised also the same handler, variables, name
+and timeout. With it the function's INIT runs here, and its log goes to standard
+error; what INIT made, connections and credentials too, is then as old as the template.
+
+Exit status: 0 if it is there, made now or before; 1 if it can't be made.";
+
+/// `carrel template create-function`.
+#[derive(Debug, Args)]
+#[command(after_help = CREATE_FUNCTION_EXAMPLES)]
+pub(crate) struct CreateFunctionArgs {
+    /// Of the function itself, once it waits for its first event
+    #[arg(long, visible_alias = "initialized")]
+    pub(crate) initialised: bool,
+    #[command(flatten)]
+    pub(crate) made: MadeArgs,
+    #[command(flatten)]
+    pub(crate) function: FunctionArgs,
 }
 
 impl CreateArgs {

@@ -115,7 +115,7 @@ fn detached_rooms_may_have_input_and_a_terminal_and_report_no_usage_at_the_end()
 fn every_command_that_may_pull_can_do_so_over_plain_http() {
     assert!(run(&["--insecure", "registry.example/img"]).source.insecure);
     match parse(&["invoke", "--insecure", "--image", "registry.example/fn"]) {
-        Ok(Command::Invoke(args)) => assert!(args.insecure),
+        Ok(Command::Invoke(args)) => assert!(args.function.insecure),
         other => panic!("{other:?}"),
     }
 }
@@ -245,5 +245,25 @@ fn the_options_of_bench_are_its_programs_own() {
             Ok(Some(Command::Bench(args))) => assert_eq!(args.options, words),
             other => panic!("{words:?}: {other:?}"),
         }
+    }
+}
+
+#[test]
+fn a_function_is_said_alike_to_whoever_begins_it() {
+    let function = ["--zip", "f.zip", "--handler", "app.handler", "-m", "256m", "-e", "A=1"];
+    let invoked = match parse(&[&["invoke"], &function[..], &["--event", "{}"]].concat()) {
+        Ok(Command::Invoke(args)) => args.function,
+        other => panic!("{other:?}"),
+    };
+    let created = match parse(&[&["template", "create-function", "--pin"], &function[..]].concat()) {
+        Ok(Command::Template(super::template::TemplateArgs {
+            command: super::template::TemplateCommand::CreateFunction(args),
+        })) => args.function,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(format!("{invoked:?}"), format!("{created:?}"));
+    for line in [&["invoke"][..], &["template", "create-function"]] {
+        let error = refused(&[line, &["--handler", "app.handler"]].concat());
+        assert_eq!(error.kind(), ErrorKind::MissingRequiredArgument, "neither a zip nor an image");
     }
 }

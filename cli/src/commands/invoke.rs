@@ -9,15 +9,17 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, IsTerminal, Read, Write};
-use std::os::fd::AsFd;
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use carrel_host::RoomSpec;
 use carrel_host::function::answer::{self, Answer, Class, ErrorPayload};
 use carrel_host::function::invocation::{Audience, Call, Called};
 use carrel_host::function::{self, Circumstances, EVENT_BYTES, Engine, Function, FunctionTimeout, Parts};
 use carrel_host::pool::Started;
 use carrel_host::session::{Ended, Streams};
+use carrel_host::spec::Part;
 use carrel_host::timestamp::{mark, now_ns};
 use carrel_protocol::agent::Invoked;
 use carrel_store::{Digest, Store};
@@ -26,7 +28,7 @@ use serde::de::IgnoredAny;
 use super::begin::{self, Begun};
 use super::run::without;
 use super::{payload, place, report};
-use crate::arguments::invoke::{InvokeArgs, Isolation};
+use crate::arguments::invoke::{FunctionArgs, InvokeArgs, Isolation};
 use crate::arguments::run::Pull;
 use crate::configuration::Configuration;
 use crate::failure::{self, WithStatus};
@@ -42,38 +44,14 @@ const NO_RANDOM: &str = "The kernel gives no random bytes.";
 pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result<u8> {
     let begun = mark("command begun");
     // What is wrong with the request is said before anything is fetched.
-    let function = function(args)?;
+    let function = function(&args.function)?;
     report::check_file(&args.usage)?;
     let events = events(args)?;
-    let image = image(args, configuration)?;
     let home = place::home(configuration)?;
     home.assets().check()?;
     let store = place::store(configuration)?;
-    let wanted = payload::Wanted {
-        image: &image,
-        pull: Pull::Missing,
-        platform: None,
-        insecure: args.insecure,
-        without: without(args.unconfined.as_ref()),
-        patience: configuration.patience,
-    };
-    let (mut acquired, lease) = payload::Acquired::find(&store, &wanted)?;
-    let (layers, mut blobs) = payload::layers(&store, &acquired.image)?;
-    let mut parts = Parts {
-        defaults: payload::defaults(&acquired.image),
-        layers,
-        zip: None,
-        image: function.name.clone(),
-    };
-    if let Some(path) = &args.zip {
-        let (digest, size, file) = add_zip(&store, path)?;
-        parts.zip = Some((digest.to_string(), size));
-        acquired.zip = Some(digest);
-        blobs.push(file.into());
-    }
-    let kernel = args.kernel.as_ref().map(std::path::absolute).transpose()?;
-    // The rooms have its blobs open: nobody can take them away any more.
-    drop(lease);
+    let composed = Composed::of(function, &args.function, &store, configuration)?;
+    let function = &composed.function;
     let mut verdict = Verdict::default();
     let mut rest = &events[..];
     while let Some(first) = rest.first() {
@@ -81,30 +59,25 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
             Isolation::Room => rest,
             Isolation::Event => std::slice::from_ref(first),
         };
-        let around = match args.begin.initialised {
-            true => Circumstances::initialised(configuration.patience),
-            false => Circumstances::now(configuration.patience).context(NO_RANDOM)?,
-        };
-        let mut spec = function.room(parts.clone(), &around)?;
-        function::adjust(&mut spec, without(args.unconfined.as_ref()), kernel.clone());
+        let spec = composed.room(args.begin.initialised, configuration)?;
         let mut handled = 0;
         let serve = |started: Started| -> Result<(Called, Option<Ended>)> {
-            let (called, count) = instance(&function, shared, started, &mut verdict)?;
+            let (called, count) = instance(function, shared, started, &mut verdict)?;
             handled = count;
             let ended = called.room.clone();
             Ok((called, Some(ended)))
         };
-        let room = (&spec, &blobs[..]);
+        let room = (&spec, &composed.blobs[..]);
         let called =
             match begin::serve(&home, &store, &args.begin, std::slice::from_ref(&begun), room, serve)? {
                 Begun::Served(called, _) => called,
                 Begun::Refused(room) => {
                     handled = 1;
-                    Called { call: call(&function, first)?, invoked: None, room }
+                    Called { call: call(function, first)?, invoked: None, room }
                 }
             };
-        acquired.settle(&store, &called.room.outcome);
-        let ended = conclude(&function, &called, events.len() > 1);
+        composed.acquired.settle(&store, &called.room.outcome);
+        let ended = conclude(function, &called, events.len() > 1);
         report::usage(&args.usage, called.room.usage.as_ref())?;
         verdict.hear(ended);
         if called.invoked.is_none() {
@@ -114,6 +87,61 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
         rest = rest.get(handled..).unwrap_or_default();
     }
     verdict.ended()
+}
+
+/// A function and all that its rooms begin with.
+pub(crate) struct Composed {
+    function: Function,
+    parts: Parts,
+    /// Open, so that nobody can take them away.
+    pub(crate) blobs: Vec<OwnedFd>,
+    pub(crate) acquired: payload::Acquired,
+    kernel: Option<PathBuf>,
+    without: Vec<Part>,
+}
+
+impl Composed {
+    /// Brings the function's code and its runtime into the store.
+    pub(crate) fn of(
+        function: Function,
+        args: &FunctionArgs,
+        store: &Store,
+        configuration: &Configuration,
+    ) -> Result<Self> {
+        let image = image(args, configuration)?;
+        let without = without(args.unconfined.as_ref());
+        let wanted = payload::Wanted {
+            image: &image,
+            pull: Pull::Missing,
+            platform: None,
+            insecure: args.insecure,
+            without: without.clone(),
+            patience: configuration.patience,
+        };
+        let (mut acquired, _lease) = payload::Acquired::find(store, &wanted)?;
+        let (layers, mut blobs) = payload::layers(store, &acquired.image)?;
+        let defaults = payload::defaults(&acquired.image);
+        let mut parts = Parts { defaults, layers, zip: None, image: function.name.clone() };
+        if let Some(path) = &args.zip {
+            let (digest, size, file) = add_zip(store, path)?;
+            parts.zip = Some((digest.to_string(), size));
+            acquired.zip = Some(digest);
+            blobs.push(file.into());
+        }
+        let kernel = args.kernel.as_ref().map(std::path::absolute).transpose()?;
+        Ok(Self { function, parts, blobs, acquired, kernel, without })
+    }
+
+    /// Its next room.
+    pub(crate) fn room(&self, initialised: bool, configuration: &Configuration) -> Result<RoomSpec> {
+        let around = match initialised {
+            true => Circumstances::initialised(configuration.patience),
+            false => Circumstances::now(configuration.patience).context(NO_RANDOM)?,
+        };
+        let mut spec = self.function.room(self.parts.clone(), &around)?;
+        function::adjust(&mut spec, self.without.clone(), self.kernel.clone());
+        Ok(spec)
+    }
 }
 
 /// The first event that was not answered decides.
@@ -166,7 +194,8 @@ fn instance(
     Ok((called, begun.max(1)))
 }
 
-fn function(args: &InvokeArgs) -> Result<Function> {
+/// What was asked for, without a look at its code.
+pub(crate) fn function(args: &FunctionArgs) -> Result<Function> {
     let own = |name: &str| std::env::var(name).ok();
     Ok(Function {
         name: args.name.clone(),
@@ -254,7 +283,7 @@ fn length(bytes: &[u8]) -> u64 {
 }
 
 /// The function's own image, or the managed runtime's.
-fn image(args: &InvokeArgs, configuration: &Configuration) -> Result<String> {
+fn image(args: &FunctionArgs, configuration: &Configuration) -> Result<String> {
     if let Some(image) = &args.image {
         return Ok(image.clone());
     }

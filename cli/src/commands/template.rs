@@ -1,11 +1,12 @@
 //! Commands on templates.
 
+use std::os::fd::OwnedFd;
 use std::time::SystemTime;
 
 use anyhow::{Result, ensure};
-use carrel_host::RoomSpec;
 use carrel_host::pool::PoolError;
 use carrel_host::timestamp::rfc3339_of;
+use carrel_host::{Home, RoomSpec};
 use carrel_protocol::{chain, one_line};
 use carrel_store::printable::Printable;
 use carrel_store::templates::{
@@ -14,10 +15,12 @@ use carrel_store::templates::{
 use carrel_store::{Store, TemplateKey, Templates};
 use serde_json::{Map, Value, json};
 
+use super::payload::Acquired;
 use super::run::Asked;
-use super::{begin, place};
+use super::{begin, invoke, place};
 use crate::arguments::template::{
-    CreateArgs, InspectArgs, LsArgs, PruneArgs, TemplateArgs, TemplateCommand, VerifyArgs,
+    CreateArgs, CreateFunctionArgs, InspectArgs, LsArgs, MadeArgs, PruneArgs, TemplateArgs, TemplateCommand,
+    VerifyArgs,
 };
 use crate::configuration::Configuration;
 use crate::failure::{self, WithStatus};
@@ -34,6 +37,7 @@ pub(crate) fn template(args: &TemplateArgs, configuration: &Configuration) -> Re
     let templates = store.templates();
     match &args.command {
         TemplateCommand::Create(args) => create(args, &store, configuration),
+        TemplateCommand::CreateFunction(args) => create_function(args, &store, configuration),
         TemplateCommand::Ls(args) => ls(args, templates),
         TemplateCommand::Inspect(args) => inspect(args, templates),
         TemplateCommand::Pin(args) => each(templates, &args.templates, "pinned", Templates::pin),
@@ -70,10 +74,31 @@ fn create(args: &CreateArgs, store: &Store, configuration: &Configuration) -> Re
     let home = place::home(configuration)?;
     let composed = asked.compose(None, &home, store, configuration)?;
     let spec = RoomSpec { initialised: args.initialised, ..composed.spec };
-    let pool = begin::pool(&home, store, args.domain.as_deref())?;
-    let created = match pool.create_template(&spec, &composed.blobs) {
+    make(&spec, (&composed.blobs, &composed.acquired), &args.made, (&home, store))
+}
+
+/// Makes the template that a function's rooms begin with, unless it is there.
+fn create_function(args: &CreateFunctionArgs, store: &Store, configuration: &Configuration) -> Result<u8> {
+    let function = invoke::function(&args.function)?;
+    let home = place::home(configuration)?;
+    home.assets().check()?;
+    let composed = invoke::Composed::of(function, &args.function, store, configuration)?;
+    let room = composed.room(args.initialised, configuration)?;
+    let spec = RoomSpec { initialised: args.initialised, ..room };
+    make(&spec, (&composed.blobs, &composed.acquired), &args.made, (&home, store))
+}
+
+/// Makes a room's template, and says whether it was there.
+fn make(
+    spec: &RoomSpec,
+    (blobs, acquired): (&[OwnedFd], &Acquired),
+    args: &MadeArgs,
+    (home, store): (&Home, &Store),
+) -> Result<u8> {
+    let pool = begin::pool(home, store, args.domain.as_deref())?;
+    let created = match pool.create_template(spec, blobs) {
         Err(PoolError::Refused(ended)) => {
-            composed.acquired.settle(store, &ended.outcome);
+            acquired.settle(store, &ended.outcome);
             return Err(WithStatus::new(failure::FAILED, ended.outcome.sentence().unwrap_or_default()).into());
         }
         created => created?,
