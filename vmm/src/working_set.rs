@@ -195,14 +195,7 @@ impl WorkingSet {
             body.extend(run.first.to_le_bytes());
             body.extend(run.pages.to_le_bytes());
         }
-        let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
-        bytes.extend(MAGIC);
-        bytes.extend(VERSION.to_le_bytes());
-        // At most as many runs as pages, which is far below 4 GiB of them.
-        bytes.extend(u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
-        bytes.extend(checksum(&body).to_le_bytes());
-        bytes.extend(body);
-        bytes
+        sealed(&body)
     }
 
     /// Writes an empty file.
@@ -224,6 +217,18 @@ impl WorkingSet {
             fits && end <= self.memory_pages
         })
     }
+}
+
+/// A body behind its header.
+pub fn sealed(body: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
+    bytes.extend(MAGIC);
+    bytes.extend(VERSION.to_le_bytes());
+    // At most as many runs as pages, which is far below 4 GiB of them; one that is too long is too long for any reader.
+    bytes.extend(u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
+    bytes.extend(checksum(body).to_le_bytes());
+    bytes.extend(body);
+    bytes
 }
 
 fn checksum(body: &[u8]) -> u64 {
