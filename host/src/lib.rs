@@ -31,6 +31,7 @@ pub mod resident;
 pub mod session;
 pub mod signal;
 pub mod spec;
+mod stat;
 pub mod template;
 mod threads;
 pub mod timestamp;

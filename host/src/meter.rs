@@ -3,6 +3,7 @@
 use std::fs;
 
 use crate::cgroup::Cgroup;
+use crate::stat::Stat;
 use crate::usage::{HostUsage, MeterSource};
 
 /// What was metered so far. Sampled now and then, and once more between the VMM's end and its burial: a zombie still has its times,
@@ -91,9 +92,8 @@ fn io_of_process(pid: u32, usage: &mut HostUsage) {
 
 /// `utime` and `stime`, fields 14 and 15 of `/proc/pid/stat` (proc(5)), which count the guest's time too.
 fn cpu_ticks(stat: &str) -> Option<(u64, u64)> {
-    let (_, fields) = stat.rsplit_once(')')?;
-    let mut fields = fields.split_ascii_whitespace().skip(11);
-    Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
+    let stat = Stat::parse(stat)?;
+    Some((stat.field(14)?.parse().ok()?, stat.field(15)?.parse().ok()?))
 }
 
 /// A line such as `Pss:   1234 kB`, in bytes.

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::outcome::Outcome;
+use crate::stat::Stat;
 use crate::usage::UsageReport;
 
 /// Where a room is in its life. See [`crate::owner`] for the transitions.
@@ -93,9 +94,7 @@ impl ProcessMark {
     /// The mark of a process that exists.
     pub fn of(pid: u32) -> io::Result<Self> {
         let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-        // The command's name, field 2, may hold anything; fields are counted from behind its parenthesis.
-        let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields);
-        let started = fields.split_ascii_whitespace().nth(19).and_then(|field| field.parse().ok());
+        let started = Stat::parse(&stat).and_then(|stat| stat.field(22)?.parse().ok());
         started
             .map(|started| Self { pid, started })
             .ok_or_else(|| io::Error::other("unknown form of /proc/pid/stat"))

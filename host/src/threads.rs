@@ -5,6 +5,8 @@ use std::path::Path;
 
 use carrel_protocol::one_line;
 
+use crate::stat::Stat;
+
 /// Threads that are told at most.
 const MOST: usize = 16;
 /// Of a thread's name (TASK_COMM_LEN) and of a kernel function's.
@@ -20,11 +22,8 @@ pub(crate) fn of(pid: u32) -> Vec<String> {
 
 fn thread(task: &Path) -> Option<String> {
     let stat = fs::read_to_string(task.join("stat")).ok()?;
-    // A name may hold spaces and brackets, so it ends at the last one.
-    let (before, after) = stat.rsplit_once(") ")?;
-    let (_, name) = before.split_once('(')?;
-    let state = after.chars().next()?;
-    let mut text = format!("{} {state}", one_line(name, NAME_CHARACTERS));
+    let stat = Stat::parse(&stat)?;
+    let mut text = format!("{} {}", one_line(stat.name, NAME_CHARACTERS), stat.field(3)?);
     match fs::read_to_string(task.join("wchan")) {
         // "0": it runs, or waits to run.
         Ok(place) if !place.is_empty() && place != "0" => {

@@ -347,7 +347,15 @@ fn serve(
                         (End::Panic, Some(words)) => {
                             eprint!("carrel-vmm: the guest's kernel panicked; its last words:\n{words}");
                         }
-                        _ => {}
+                        (
+                            End::Shutdown
+                            | End::Reset
+                            | End::TripleFault
+                            | End::Stopped
+                            | End::BadConfiguration,
+                            _,
+                        )
+                        | (_, None) => {}
                     }
                     return Ok(Some(end));
                 }
