@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use carrel_protocol::Message;
 use carrel_protocol::agent::{CONTROL_PORT, ExitStatus, FromHost, ProcessId, Signal, TerminalSize};
 use carrel_protocol::usage::GuestUsage;
-use carrel_protocol::vmm::{DeviceStopReason, End, Ended, FromOwner, FromVmm, Mark, ReadMetrics};
+use carrel_protocol::vmm::{DeviceStopReason, Ended, FromOwner, FromVmm, Mark, ReadMetrics};
 
+use self::deadlines::{Deadlines, stood_still};
 use super::api::{self, StreamKind};
 use super::blobs;
 use super::events::{ClientId, Event, Teller, channel};
@@ -24,7 +25,7 @@ use crate::home::Task;
 use crate::launch::{self, ChildEnd, Launched, Saved};
 use crate::log::LogWriter;
 use crate::meter::Meter;
-use crate::outcome::{Outcome, Step, clean, clean_lines};
+use crate::outcome::{Outcome, Step, clean};
 use crate::packet::{Connection, Packet};
 use crate::patience::Patience;
 use crate::record::{Phase, ProcessMark, Record, Remains};
@@ -37,6 +38,7 @@ use carrel_protocol::{chain, one_line};
 
 mod agent;
 mod clients;
+mod deadlines;
 mod ending;
 mod recording;
 mod template;
@@ -116,25 +118,6 @@ enum Pressure {
     Stopped,
     /// It was killed.
     Killed,
-}
-
-/// Moments at which something is due.
-#[derive(Debug, Default)]
-struct Deadlines {
-    /// The current step is overdue.
-    step: Option<(Instant, Step, Duration)>,
-    /// The room's timeout.
-    timeout: Option<Instant>,
-    /// The stop signal was not enough.
-    kill: Option<Instant>,
-    /// The end needs more pressure.
-    pressure: Option<Instant>,
-    /// Usage was asked for and not reported.
-    usage: Option<Instant>,
-    /// The meter is to be read.
-    sample: Option<Instant>,
-    /// The working set is asked for, result or not.
-    record: Option<Instant>,
 }
 
 /// A room in its owner's hands.
@@ -260,7 +243,8 @@ impl Room {
     /// Owns the room to its end.
     pub(crate) fn serve(mut self) {
         while !(self.vmm_closed && self.vmm_end.is_some()) {
-            let event = match self.next_deadline() {
+            let due = self.next_deadline();
+            let event = match due {
                 None => self.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
                 Some(at) => self.events.recv_timeout(at.saturating_duration_since(Instant::now())),
             };
@@ -270,7 +254,11 @@ impl Room {
                 // Impossible while this holds a teller itself.
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            self.meet_deadlines(Instant::now());
+            let now = Instant::now();
+            if let Some(by) = stood_still(due, now) {
+                self.put_off(by);
+            }
+            self.meet_deadlines(now);
         }
         self.hear_last_words();
         self.finish();
@@ -344,13 +332,9 @@ impl Room {
                 }
             }
             FromVmm::Broken(broken) => {
-                self.vmm_said = Some(Ended { end: broken.end, detail: Some(clean(&broken.message)) });
+                self.vmm_said = Some(Ended { end: broken.end, detail: Some(broken.message) });
             }
-            FromVmm::Ended(ended) => {
-                let cleaned = if ended.end == End::Panic { clean_lines } else { clean };
-                let detail = ended.detail.as_deref().map(cleaned);
-                self.vmm_said = Some(Ended { detail, ..ended });
-            }
+            FromVmm::Ended(ended) => self.vmm_said = Some(ended),
             FromVmm::DeviceStopped(stopped) => {
                 self.spoil(&stopped);
                 let message = match stopped.reason {
@@ -507,13 +491,17 @@ impl Room {
     }
 
     fn next_deadline(&self) -> Option<Instant> {
-        let due = &self.deadlines;
-        let step = due.step.map(|(at, ..)| at);
-        [step, due.timeout, due.kill, due.pressure, due.usage, due.sample, due.record]
-            .into_iter()
-            .chain(self.processes.values().map(|process| process.flush))
-            .flatten()
-            .min()
+        let flush = self.processes.values().filter_map(|process| process.flush);
+        self.deadlines.next().into_iter().chain(flush).min()
+    }
+
+    fn put_off(&mut self, by: Duration) {
+        tracing::warn!(
+            seconds = by.as_secs(),
+            "the owner was not let run: what was due meanwhile is put off"
+        );
+        self.deadlines.put_off(by);
+        self.processes.values_mut().filter_map(|process| process.flush.as_mut()).for_each(|at| *at += by);
     }
 
     fn meet_deadlines(&mut self, now: Instant) {

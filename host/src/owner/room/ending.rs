@@ -17,7 +17,7 @@ use super::super::api::{self, ToClient};
 use super::super::events::Event;
 use super::{Ownership, Pressure, Process, Room, SIGTERM, WORKLOAD};
 use crate::launch::ChildEnd;
-use crate::outcome::{Outcome, Step};
+use crate::outcome::{Outcome, Step, clean, clean_lines};
 use crate::packet::Connection;
 use crate::record::{Phase, Record, Remains};
 use crate::timestamp::{mark, now_ms};
@@ -171,12 +171,13 @@ fn by_the_vmms_end(
         (None, None) => (End::Internal, Some(format!("it ended with the unknown status {code}"))),
     };
     match end {
-        End::Panic => Outcome::GuestPanicked { last_words: detail },
+        End::Panic => Outcome::GuestPanicked { last_words: detail.as_deref().map(clean_lines) },
         End::Shutdown | End::Reset | End::TripleFault => Outcome::GuestEnded { end, message: agent_said },
         End::Stopped => Outcome::Stopped { signal: SIGTERM },
         End::BadConfiguration | End::BadSnapshot | End::Kvm | End::Host | End::Internal => {
-            let message =
-                detail.unwrap_or_else(|| "it gave no reason; see its owner.log with CARREL_LOG=debug".into());
+            let message = detail
+                .as_deref()
+                .map_or_else(|| "it gave no reason; see its owner.log with CARREL_LOG=debug".into(), clean);
             Outcome::VmmFailed { end, message }
         }
     }
