@@ -305,6 +305,7 @@ impl Running {
             if early.is_empty() && begun.elapsed() >= patience() / 2 {
                 // At the deadline carrel's own may have passed, and all that hung be gone.
                 early = evidence::gathered(self.home.as_deref());
+                continue;
             }
             if begun.elapsed() >= patience() {
                 // While all of it is as it hangs.
