@@ -18,9 +18,6 @@ const RESERVE_MIB: u64 = 512;
 /// What was just started comes to rest: its guest ticks slowly.
 pub(super) const REST: Duration = Duration::from_secs(8);
 
-/// How often one clone is tried.
-const ATTEMPTS: u32 = 3;
-
 /// A clone that stays, in a cgroup that is removed after it.
 struct Idle {
     room: Room,
@@ -82,27 +79,17 @@ fn beside_each_other(
     idle.iter().map(|idle| weight(&parents, idle)).collect()
 }
 
-/// One more idle clone. One that isn't heard is told, ended and tried again: a row of a hundred is not to be lost by it.
+/// One more idle clone.
 fn one(clones: &Clones<'_>, side: Side, template: &Template, n: u32) -> Result<Idle> {
-    let mut attempt = 1;
-    loop {
-        // A prepared VMM has one by its launcher.
-        let cgroup = match side {
-            Side::Firecracker | Side::FirecrackerApi => {
-                meter::Cgroup::new(&format!("carrel-bench-{n}-{attempt}"))
-            }
-            Side::Carrel | Side::Prepared => None,
-        };
-        let wrapper = cgroup.as_ref().map(meter::Cgroup::wrapper).unwrap_or_default();
-        match clones.bed.ready(side, template, &wrapper).and_then(|ready| ready.start(template)) {
-            Ok(started) => return Ok(Idle { room: started.room, _cgroup: cgroup }),
-            Err(error) if attempt < ATTEMPTS => {
-                eprintln!("\n{}: clone {} is tried again: {error:#}", side.name(), n + 1);
-                attempt += 1;
-            }
-            Err(error) => return Err(error),
-        }
-    }
+    // A prepared VMM has one by its launcher.
+    let cgroup = match side {
+        Side::Firecracker | Side::FirecrackerApi => meter::Cgroup::new(&format!("carrel-bench-{n}")),
+        Side::Carrel | Side::Prepared => None,
+    };
+    let wrapper = cgroup.as_ref().map(meter::Cgroup::wrapper).unwrap_or_default();
+    let ready = clones.bed.ready(side, template, &wrapper)?;
+    let started = ready.start(template).with_context(|| format!("{}: clone {}", side.name(), n + 1))?;
+    Ok(Idle { room: started.room, _cgroup: cgroup })
 }
 
 fn weight(parents: &[(u32, u32)], idle: &Idle) -> Result<Weight> {
