@@ -5,8 +5,8 @@
 //!                                 └─ failed: once more ─ failed again: missing, counted by side
 //! ```
 //!
-//! Both sides boot the same kernel, initramfs, command line and machine, and say that they are ready by the same byte on
-//! the same serial port. Firecracker runs as it comes: without its jailer and, in builds for gnu targets, without a seccomp filter. carrel runs as
+//! Both sides boot the same kernel, initramfs, command line and machine (`shipped`: each the kernel and command line that its own project recommends), and say that they
+//! are ready by the same byte on the same serial port. Firecracker runs as it comes: without its jailer and, in builds for gnu targets, without a seccomp filter. carrel runs as
 //! it comes: confined. A second carrel, `--unconfined`, shows what that costs.
 
 mod clone;
@@ -40,6 +40,11 @@ const COUNTED_STARTS: u32 = 3;
 
 /// Command line that both sides get: a serial console that only init writes to.
 const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=t panic=-1";
+/// The one that rooms have (docs/host.md), with the serial console that tells when init is there.
+const SHIPPED_COMMAND_LINE: &str =
+    "console=ttyS0 quiet reboot=t,panic_warm panic=-1 swiotlb=noforce clocksource=kvm-clock";
+/// Firecracker's docs/getting-started.md, and what spares it the console's time: its kernel says nothing.
+const PEER_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=1 quiet loglevel=1";
 
 #[derive(Parser)]
 #[command(
@@ -66,6 +71,12 @@ struct Options {
     /// The guest kernel, an ELF vmlinux [not for tiny and memory]
     #[arg(long, value_name = "PATH")]
     kernel: Option<PathBuf>,
+    /// The kernel that Firecracker's project recommends, an ELF vmlinux [shipped only]
+    #[arg(long, value_name = "PATH")]
+    peer_kernel: Option<PathBuf>,
+    /// The command line for it [shipped only]
+    #[arg(long, value_name = "WORDS", default_value = PEER_COMMAND_LINE)]
+    peer_command_line: String,
     /// The vsock guest's /init (carrel-bench-guest, static) [vsock only]
     #[arg(long, value_name = "PATH")]
     guest: Option<PathBuf>,
@@ -83,6 +94,8 @@ enum Bench {
     Tiny,
     /// Process start to /init of a Linux guest, 128 MiB, 1 vCPU
     Boot,
+    /// The same as each ships: with the kernel configuration and the command line that its own project recommends
+    Shipped,
     /// The VMM's own memory with the three-instruction guest: PSS without guest memory, and kernel memory of its cgroup
     Memory,
     /// 256 MiB into the guest, out of it, and single bytes there and back
@@ -177,7 +190,7 @@ fn main() -> Result<()> {
         return clone::run(&options);
     }
     let folder = tempfile::tempdir()?;
-    let machine = machine(&options, folder.path())?;
+    let machines = machines(&options, folder.path())?;
     let binary = stage(&options.carrel_vmm, folder.path(), "carrel-vmm")?;
     let confined = Engine::Carrel { binary: binary.clone(), arguments: Vec::new() };
     let unconfined = Engine::Carrel { binary, arguments: vec!["--unconfined".into()] };
@@ -192,7 +205,7 @@ fn main() -> Result<()> {
         for series in &mut turns {
             series.take(round + 1, round >= options.warm_ups, |side| {
                 scrub();
-                sample(options.bench, side, &machine)
+                sample(options.bench, side, machines.of(side))
             });
         }
         // Another side begins: what one leaves to be done meets the next.
@@ -213,8 +226,8 @@ fn main() -> Result<()> {
     let peer_version = version(&options.firecracker)?;
     let mut metrics = compare(options.bench, &peer_version, confined, theirs, "");
     metrics.extend(compare(options.bench, &peer_version, unconfined, theirs, "unconfined"));
-    if matches!(options.bench, Bench::Tiny | Bench::Boot) {
-        metrics.extend(system_calls(options.bench, &series, &machine, &peer_version));
+    if matches!(options.bench, Bench::Tiny | Bench::Boot | Bench::Shipped) {
+        metrics.extend(system_calls(options.bench, &series, &machines, &peer_version));
     }
     ensure!(!metrics.is_empty(), "no round has a sample of both sides: see what failed above");
     print_table(&metrics);
@@ -254,7 +267,34 @@ fn stage(from: &Path, folder: &Path, name: &str) -> Result<PathBuf> {
     Ok(to)
 }
 
+/// What each side boots.
+struct Machines {
+    ours: Machine,
+    theirs: Machine,
+}
+
+impl Machines {
+    fn of(&self, side: &Engine) -> &Machine {
+        match side {
+            Engine::Carrel { .. } => &self.ours,
+            Engine::Firecracker { .. } => &self.theirs,
+        }
+    }
+}
+
 /// What the bench boots, its images written into `folder`.
+fn machines(options: &Options, folder: &Path) -> Result<Machines> {
+    let ours = machine(options, folder)?;
+    let mut theirs = ours.clone();
+    if options.bench == Bench::Shipped {
+        let kernel =
+            options.peer_kernel.as_ref().context("--peer-kernel says which one Firecracker boots")?;
+        theirs.kernel = stage(kernel, folder, "peer-vmlinux")?;
+        theirs.command_line.clone_from(&options.peer_command_line);
+    }
+    Ok(Machines { ours, theirs })
+}
+
 fn machine(options: &Options, folder: &Path) -> Result<Machine> {
     let write = |name: &str, bytes: &[u8]| -> Result<PathBuf> {
         let path = folder.join(name);
@@ -268,7 +308,7 @@ fn machine(options: &Options, folder: &Path) -> Result<Machine> {
     let (kernel, initramfs) = match options.bench {
         Bench::Clone => bail!("a clone's machines are its own"),
         Bench::Tiny | Bench::Memory => (write("tiny", &guest_images::tiny_kernel())?, None),
-        Bench::Boot => {
+        Bench::Boot | Bench::Shipped => {
             (linux()?, Some(write("initramfs", &guest_images::initramfs(&guest_images::ready_init()))?))
         }
         Bench::Vsock => {
@@ -279,7 +319,8 @@ fn machine(options: &Options, folder: &Path) -> Result<Machine> {
     Ok(Machine {
         kernel,
         initramfs,
-        command_line: COMMAND_LINE.into(),
+        command_line: if options.bench == Bench::Shipped { SHIPPED_COMMAND_LINE } else { COMMAND_LINE }
+            .into(),
         memory_mib: if options.bench == Bench::Vsock { 256 } else { 128 },
         vcpus: 1,
         vsock: options.bench == Bench::Vsock,
@@ -291,7 +332,7 @@ fn machine(options: &Options, folder: &Path) -> Result<Machine> {
 fn metrics_of(bench: Bench) -> &'static [(&'static str, &'static str)] {
     match bench {
         Bench::Tiny => &[("start to output", "ms"), ("page faults", ""), ("VM exits", "")],
-        Bench::Boot => &[("start to init", "ms"), ("page faults", ""), ("VM exits", "")],
+        Bench::Boot | Bench::Shipped => &[("start to init", "ms"), ("page faults", ""), ("VM exits", "")],
         Bench::Memory => &[("PSS", "KiB"), ("kernel memory", "KiB")],
         Bench::Clone => &[("request to first tick", "ms")],
         Bench::Vsock => &[("into the guest", "MiB/s"), ("out of the guest", "MiB/s"), ("round trip", "µs")],
@@ -302,7 +343,7 @@ fn metrics_of(bench: Bench) -> &'static [(&'static str, &'static str)] {
 fn sample(bench: Bench, side: &Engine, machine: &Machine) -> Result<Sample> {
     let number = |n: u64| u32::try_from(n).map_or(f64::NAN, f64::from);
     match bench {
-        Bench::Tiny | Bench::Boot => {
+        Bench::Tiny | Bench::Boot | Bench::Shipped => {
             let (took, running) = side.start(machine, &[])?;
             let family = meter::family(running.pid());
             let exits = meter::vm_exits(&family).map_or(f64::NAN, number);
@@ -334,7 +375,7 @@ fn vsock_sample(running: &Running) -> Result<Sample> {
 }
 
 /// Host system calls until ready, counted under strace: it would distort the clock, not the count.
-fn system_calls(bench: Bench, series: &[Series; 3], machine: &Machine, peer: &str) -> Vec<Metric> {
+fn system_calls(bench: Bench, series: &[Series; 3], machines: &Machines, peer: &str) -> Vec<Metric> {
     if Command::new("strace").arg("-V").output().is_err() {
         eprintln!("strace is not installed: system calls are not counted");
         return Vec::new();
@@ -342,7 +383,7 @@ fn system_calls(bench: Bench, series: &[Series; 3], machine: &Machine, peer: &st
     let count = |side: &Engine| -> Result<Sample> {
         let file = tempfile::NamedTempFile::new()?;
         let wrapper = ["strace", "-f", "-qq", "-o", &file.path().to_string_lossy()].map(String::from);
-        let (_, running) = side.start(machine, &wrapper)?;
+        let (_, running) = side.start(machines.of(side), &wrapper)?;
         // One line a call; what was unfinished and resumed has two.
         let trace = fs::read_to_string(file.path())?;
         let calls = trace.lines().filter(|line| !line.contains(" resumed>") && !line.contains("+++")).count();
