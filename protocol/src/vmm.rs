@@ -210,7 +210,8 @@ pub struct Snapshot {
 pub enum SnapshotKind {
     /// All that are not zeros.
     Full,
-    /// Those written since the machine began or was last snapshotted ([`VmConfig::track_dirty`]).
+    /// Those written since the machine began or was last snapshotted ([`VmConfig::track_dirty`]). Refused after a snapshot that failed, until there is a full one. One that
+    /// fails has changed the memory file, which then belongs to no state.
     Differential,
 }
 

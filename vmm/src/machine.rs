@@ -38,6 +38,10 @@ enum SaveError {
         "the machine does not track what it writes, so there is no differential snapshot; see track_dirty"
     )]
     NotTracked,
+    #[error(
+        "a snapshot before this one failed, and what was written until then is not known any more: make a full one"
+    )]
+    Incomplete,
     #[error("a disk's overlay can't be completed")]
     Disk(#[source] std::io::Error),
     #[error("the memory file can't be written")]
@@ -75,6 +79,8 @@ pub struct Machine {
     /// For snapshots.
     pub(crate) shape: Shape,
     pub(crate) written: Written,
+    /// Since a snapshot failed: what it had taken off `written` is nowhere.
+    pub(crate) forgotten: bool,
     pub(crate) host_kernel: String,
     /// Of a machine that goes on from a snapshot, where the host tells.
     pub(crate) pagemap: Option<Pagemap>,
@@ -216,6 +222,9 @@ impl Machine {
         if request.kind == SnapshotKind::Differential && !self.written.is_tracked() {
             return Err(SaveError::NotTracked);
         }
+        if request.kind == SnapshotKind::Differential && self.forgotten {
+            return Err(SaveError::Incomplete);
+        }
         // SAFETY: the descriptor is owned; asked for anything but KVM's requests it is refused by whatever it is.
         let device = unsafe { Kvm::from_raw_fd(device.into_raw_fd()) };
         let vm = self.shared.io_apic.vm();
@@ -234,8 +243,10 @@ impl Machine {
             devices: self.devices.state(),
             serial: self.shared.ports.serial_state(),
         };
+        self.forgotten = true;
         let memory_bytes = self.save_memory(&File::from(memory), request.kind)?;
         let state_bytes = saved.write(&File::from(state))?;
+        self.forgotten = false;
         Ok(Snapshotted { state_bytes, memory_bytes, took_us: now_us().saturating_sub(began_us) })
     }
 

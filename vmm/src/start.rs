@@ -191,6 +191,7 @@ fn run(
         signals,
         shape,
         written,
+        forgotten: false,
         host_kernel,
         pagemap,
         notice,

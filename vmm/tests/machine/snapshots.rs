@@ -80,8 +80,11 @@ impl Counting {
     }
 
     fn try_save(&self, to: &Saved, kind: SnapshotKind) -> FromVmm {
+        self.try_save_with(to, kind, File::create(to.state()).unwrap())
+    }
+
+    fn try_save_with(&self, to: &Saved, kind: SnapshotKind, state: File) -> FromVmm {
         let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap();
-        let state = File::create(to.state()).unwrap();
         let memory = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(to.memory());
         let memory = memory.unwrap();
         if kind == SnapshotKind::Full {
@@ -203,6 +206,36 @@ fn a_differential_snapshot_over_a_full_one_is_a_full_one() {
     let said = original.stop();
     let mut clone = Vmm::restore(&saved.clone_of());
     assert_counts(&clone.hear_bytes(20), u8::try_from(said.len() % 256).unwrap());
+}
+
+#[test]
+fn after_a_snapshot_that_failed_there_is_a_full_one_and_no_differential() {
+    if !has_kvm() {
+        return;
+    }
+    let mut original = counting(1, |vm| vm["track_dirty"] = true.into());
+    original.pause();
+    let (saved, whole) = (Saved::new(), Saved::new());
+    original.save(&saved, SnapshotKind::Full);
+    original.resume();
+    original.hear(10);
+    original.pause();
+    let refused = |answer: FromVmm, word: &str| {
+        let FromVmm::Refused(refused) = answer else { panic!("{answer:?}") };
+        assert!(refused.reason.contains(word), "{}", refused.reason);
+    };
+    // A disk that is full when memory is written already, and no page counts as written any more.
+    let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
+    refused(original.try_save_with(&saved, SnapshotKind::Differential, full), "written");
+    refused(original.try_save(&saved, SnapshotKind::Differential), "make a full one");
+    original.save(&saved, SnapshotKind::Full);
+    original.resume();
+    original.hear(10);
+    original.pause();
+    original.save(&saved, SnapshotKind::Differential);
+    original.save(&whole, SnapshotKind::Full);
+    assert!(fs::read(saved.memory()).unwrap() == fs::read(whole.memory()).unwrap());
+    assert_counts(&original.stop(), 0);
 }
 
 #[test]

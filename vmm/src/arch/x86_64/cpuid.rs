@@ -114,9 +114,10 @@ const LEAF_8008_EBX: u32 =
 const LEAF_8021_EAX: u32 = 1 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 8 | 1 << 20 | 0xf << 27;
 /// Leaf 0x8000_0021 ECX: TSA_SQ_NO, TSA_L1_NO.
 const LEAF_8021_ECX: u32 = 1 << 1 | 1 << 2;
-/// Leaf 0x4000_0001 EAX (KVM's own, *KVM-specific CPUID bits*): clocks, asynchronous faults, steal time, EOI, unhalt, TLB flush, IPIs, poll control, yield.
-/// Not extended destinations: the I/O APIC has none.
-const LEAF_KVM_EAX: u32 = 1 | 1 << 1 | 0x1f << 3 | 0x3f << 9 | 1 << 24;
+/// Leaf 0x4000_0001 EAX (KVM's own, *KVM-specific CPUID bits*): clocks, steal time, EOI, unhalt, TLB flush, IPIs, poll control, yield.
+/// Not extended destinations: the I/O APIC has none. Not asynchronous page faults (bits 4, 10, 14): a guest parks its task until KVM says that the page is there, and one
+/// that is saved in between never hears it; a clone, whose memory is a file, is where KVM would use them.
+const LEAF_KVM_EAX: u32 = 1 | 1 << 1 | 1 << 3 | 7 << 5 | 1 << 9 | 7 << 11 | 1 << 24;
 
 /// Builds the table of vCPU `index` of `vcpus`.
 pub fn for_vcpu(supported: &CpuId, kvm: &Kvm, index: u8, vcpus: u8) -> Result<CpuId, CpuidError> {

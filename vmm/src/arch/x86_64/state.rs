@@ -174,8 +174,9 @@ impl VcpuState {
             extended_state: vcpu.get_xsave().map_err(kvm("tell a vCPU's extended state"))?,
             extended_controls: vcpu.get_xcrs().map_err(kvm("tell a vCPU's XCRs"))?,
             debug_registers: vcpu.get_debug_regs().map_err(kvm("tell a vCPU's debug registers"))?,
-            local_apic: vcpu.get_lapic().map_err(kvm("tell a vCPU's local APIC"))?,
+            // Before the local APIC, with the deadline of its timer: one that comes in between is told twice, and not lost.
             msrs: read_msrs(vcpu, &wanted.msrs)?,
+            local_apic: vcpu.get_lapic().map_err(kvm("tell a vCPU's local APIC"))?,
             events: vcpu.get_vcpu_events().map_err(kvm("tell a vCPU's events"))?,
         })
     }
