@@ -10,9 +10,9 @@
 //!
 //! That is a room which runs its workload. One that becomes a template leaves this way before Starting, or after it: see `room/template.rs`.
 //!
-//! One thread owns the room and makes every transition; the others wait for one thing each (the VMM's packets, its death, the agent's
-//! messages, each command's messages, a stream's token) and tell it over a bounded channel. Bytes of standard streams go between guest
-//! and command without passing here.
+//! One thread owns the room: it waits for all that may happen to it (the VMM's packets, its death, the agent's messages, each command's) and makes every transition.
+//! Others are there for a while, to copy (a blob into the guest, a stream into the log) or to wait for a stream's token, and tell it over a bounded channel. Bytes of
+//! standard streams go between guest and command without passing here.
 
 use std::fs::{self, File};
 use std::io;

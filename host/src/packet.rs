@@ -36,8 +36,8 @@ pub enum PacketError {
 }
 
 impl PacketError {
-    /// The peer doesn't read as fast as it is told.
-    pub(crate) fn is_full(&self) -> bool {
+    /// The peer doesn't read as fast as it is told, or has said nothing in time.
+    pub(crate) fn would_block(&self) -> bool {
         matches!(self, Self::Io(e) if e.kind() == io::ErrorKind::WouldBlock)
     }
 }
@@ -85,13 +85,25 @@ impl Connection {
 
     /// Waits for a packet.
     pub(crate) fn receive<M: Message>(&self) -> Result<Packet<M>, PacketError> {
+        self.receive_with(RecvFlags::empty())
+    }
+
+    /// The packet that is there, if one is.
+    pub(crate) fn try_receive<M: Message>(&self) -> Result<Option<Packet<M>>, PacketError> {
+        match self.receive_with(RecvFlags::DONTWAIT) {
+            Err(error) if error.would_block() => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    fn receive_with<M: Message>(&self, flags: RecvFlags) -> Result<Packet<M>, PacketError> {
         let mut bytes = vec![0; MAX_PACKET_BYTES];
         let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let mut reset = false;
         let received = loop {
             let parts = &mut [IoSliceMut::new(&mut bytes)];
-            match rustix::net::recvmsg(&self.0, parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
+            match rustix::net::recvmsg(&self.0, parts, &mut control, flags | RecvFlags::CMSG_CLOEXEC) {
                 Err(rustix::io::Errno::INTR) => {}
                 // The peer closed with something of ours unread. The kernel says that first, and once; the peer's last words come after.
                 Err(rustix::io::Errno::CONNRESET) if !std::mem::replace(&mut reset, true) => {}
@@ -185,7 +197,7 @@ mod tests {
     fn a_peer_that_does_not_read_is_noticed_and_one_that_left_too() {
         let (a, b) = Connection::pair().unwrap();
         let full = (0..100_000).find_map(|_| a.send(&FromVmm::from(Done {}), &[]).err());
-        assert!(full.is_some_and(|e| e.is_full()));
+        assert!(full.is_some_and(|e| e.would_block()));
         drop(a);
         while let Ok(packet) = b.receive::<FromVmm>() {
             assert_eq!(packet.message, Done {}.into());

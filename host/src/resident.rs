@@ -498,7 +498,7 @@ pub(crate) fn offer(
             connection.limit(None).map_err(SessionError::Streams)?;
             Ok(Some(Session::new(connection, patience)))
         }
-        Err(error) if error.is_full() => Err(SessionError::Silent),
+        Err(error) if error.would_block() => Err(SessionError::Silent),
         // It closed the connection, and nothing was taken.
         Err(_) => Ok(None),
     }

@@ -336,7 +336,7 @@ impl Session {
     pub(crate) fn receive_in_time(&self) -> Result<Packet<ToClient>, SessionError> {
         self.connection
             .receive()
-            .map_err(|e| if e.is_full() { SessionError::Silent } else { SessionError::OwnerGone(e) })
+            .map_err(|e| if e.would_block() { SessionError::Silent } else { SessionError::OwnerGone(e) })
     }
 
     fn serve(

@@ -45,7 +45,7 @@ mod tests {
         let content: Vec<u8> = (0..3_000_000_u32).map(|n| n.to_le_bytes()[0]).collect();
         file.write_all(&content).unwrap();
         let (mut guest, ours) = UnixStream::pair().unwrap();
-        let (teller, _events) = super::super::events::channel();
+        let (teller, _events) = super::super::events::Events::new().unwrap();
         send(&teller, file, 2_999_999, ours).unwrap();
         let mut got = Vec::new();
         guest.read_to_end(&mut got).unwrap();

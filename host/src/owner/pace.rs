@@ -1,14 +1,13 @@
 //! What a guest may take of its owner's time: the owner runs outside of the room's cgroup, so nobody else holds this down.
 //!
 //! ```text
-//!   heard: so many messages in a while, then the reader sleeps; the guest's next ones wait in its own buffers
+//!   heard: so many messages in a while, then its socket is left alone; the guest's next ones wait in its own buffers
 //!   told:  a message is taken whole within a time, however slowly the guest reads
 //!   dialled: a stream's token is there whole within a time, however slowly the guest writes
 //! ```
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::thread;
 use std::time::{Duration, Instant};
 
 /// Messages of one connection in one [`WINDOW`].
@@ -23,18 +22,17 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// Waits until one more message may be heard.
-    pub(super) fn wait(&mut self) {
-        let now = Instant::now();
-        let end = self.window.map(|begun| begun + WINDOW).filter(|end| now < *end);
-        match end {
-            Some(_) if self.heard < AT_ONCE => self.heard += 1,
-            Some(end) => {
-                thread::sleep(end - now);
-                *self = Self { window: Some(end), heard: 1 };
+    /// So many messages more were heard: until when no others are to be, if these were too many.
+    pub(super) fn pause(&mut self, messages: u32, now: Instant) -> Option<Instant> {
+        let begun = match self.window {
+            Some(begun) if now < begun + WINDOW => begun,
+            _ => {
+                (self.window, self.heard) = (Some(now), 0);
+                now
             }
-            None => *self = Self { window: Some(now), heard: 1 },
-        }
+        };
+        self.heard = self.heard.saturating_add(messages);
+        (self.heard >= AT_ONCE).then(|| begun + WINDOW * (self.heard / AT_ONCE))
     }
 }
 
@@ -82,14 +80,20 @@ impl Write for InTime<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use super::*;
 
     #[test]
     fn a_few_messages_are_heard_at_once_and_many_take_their_time() {
         let begun = Instant::now();
         let mut pace = Pace::default();
-        (0..AT_ONCE * 3 + 1).for_each(|_| pace.wait());
-        assert!(begun.elapsed() >= WINDOW * 3, "{:?}", begun.elapsed());
+        assert!((1..AT_ONCE).all(|_| pace.pause(1, begun).is_none()));
+        assert_eq!(pace.pause(1, begun), Some(begun + WINDOW));
+        // Many that came in one piece are as many as one by one.
+        let later = begun + WINDOW;
+        assert_eq!(pace.pause(AT_ONCE * 7, later), Some(later + WINDOW * 7));
+        assert_eq!(pace.pause(1, later + WINDOW * 7), None);
     }
 
     #[test]

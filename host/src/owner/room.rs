@@ -7,7 +7,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use carrel_protocol::Message;
@@ -18,7 +17,7 @@ use carrel_protocol::vmm::{DeviceStopReason, Ended, FromOwner, FromVmm, Mark, Re
 use self::deadlines::{Deadlines, stood_still};
 use super::api::{self, StreamKind};
 use super::blobs;
-use super::events::{ClientId, Event, Teller, channel};
+use super::events::{ClientId, Event, Events, Teller};
 use super::pace::InTime;
 use super::streams::{Purpose, Streams};
 use crate::home::Task;
@@ -124,7 +123,7 @@ enum Pressure {
 pub(crate) struct Room {
     own: Ownership,
     record: Record,
-    events: Receiver<Event>,
+    events: Events,
     teller: Teller,
     vmm: Arc<Connection>,
     child: launch::Child,
@@ -172,17 +171,17 @@ impl Room {
     /// the room is ended and its creator told why: there is no room then.
     pub(crate) fn begin(own: Ownership, launched: Launched, creator: Connection) -> Option<Self> {
         let Launched { connection, child, cgroup, saved, record: working_set } = launched;
-        let (teller, events) = channel();
         let (vmm, creator) = (Arc::new(connection), Arc::new(creator));
-        let watched = || -> io::Result<Option<LogWriter>> {
+        let watched = || -> io::Result<_> {
             let log = own.spec.detached.then(|| LogWriter::open(&own.directory)).transpose()?;
-            teller.accept_clients(super::listen(&own.directory, "owner.sock", BACKLOG)?)?;
-            teller.watch_vmm(&vmm, &child)?;
-            teller.watch_client(ClientId(0), &creator)?;
-            Ok(log)
+            let (teller, mut events) = Events::new()?;
+            events.accept_clients(super::listen(&own.directory, "owner.sock", BACKLOG)?)?;
+            events.watch_vmm(&vmm, &child)?;
+            events.watch_client(ClientId(0), &creator);
+            Ok((log, teller, events))
         };
-        let log = match watched() {
-            Ok(log) => log,
+        let (log, teller, events) = match watched() {
+            Ok(watched) => watched,
             Err(error) => {
                 tracing::error!(%error, "the room can't be owned");
                 drop(child);
@@ -244,15 +243,8 @@ impl Room {
     pub(crate) fn serve(mut self) {
         while !(self.vmm_closed && self.vmm_end.is_some()) {
             let due = self.next_deadline();
-            let event = match due {
-                None => self.events.recv().map_err(|_| RecvTimeoutError::Disconnected),
-                Some(at) => self.events.recv_timeout(at.saturating_duration_since(Instant::now())),
-            };
-            match event {
-                Ok(event) => self.handle(event),
-                Err(RecvTimeoutError::Timeout) => {}
-                // Impossible while this holds a teller itself.
-                Err(RecvTimeoutError::Disconnected) => break,
+            if let Some(event) = self.events.next(due) {
+                self.handle(event);
             }
             let now = Instant::now();
             if let Some(by) = stood_still(due, now) {
@@ -373,10 +365,11 @@ impl Room {
         }
         self.note(mark("agent dialled"));
         let control = UnixStream::from(socket);
-        let taken =
-            control.set_nonblocking(false).and_then(|()| self.teller.watch_agent(control.try_clone()?));
-        match taken {
-            Ok(()) => self.control = Some(control),
+        match control.set_nonblocking(false).and_then(|()| control.try_clone()) {
+            Ok(heard) => {
+                self.events.watch_agent(heard);
+                self.control = Some(control);
+            }
             Err(error) => self.give_up(Outcome::OwnerFailed { message: chain(&error) }),
         }
     }

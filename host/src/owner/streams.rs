@@ -124,7 +124,7 @@ mod tests {
     use std::io::Write;
     use std::time::Instant;
 
-    use super::super::events::channel;
+    use super::super::events::Events;
     use super::*;
 
     fn dial(streams: &Streams, port: u32, teller: &Teller) -> UnixStream {
@@ -135,7 +135,7 @@ mod tests {
 
     #[test]
     fn a_wrong_token_is_dropped_and_the_right_one_still_taken() {
-        let (teller, events) = channel();
+        let (teller, mut events) = Events::new().unwrap();
         let mut streams = Streams::new(Patience::default());
         let agreed = streams.agree(Purpose::Blob(3)).unwrap();
         let mut wrong = dial(&streams, agreed.port, &teller);
@@ -143,7 +143,9 @@ mod tests {
         assert_eq!(wrong.read(&mut [0]).unwrap(), 0, "it was dropped");
         let mut right = dial(&streams, agreed.port, &teller);
         right.write_all(&agreed.token.0).unwrap();
-        let Event::Identified { port, .. } = events.recv_timeout(Duration::from_secs(10)).unwrap() else {
+        let Event::Identified { port, .. } =
+            events.next(Some(Instant::now() + Duration::from_secs(10))).unwrap()
+        else {
             panic!("another event");
         };
         assert_eq!(streams.take(port), Some(Purpose::Blob(3)));
@@ -152,7 +154,7 @@ mod tests {
 
     #[test]
     fn a_port_that_was_not_agreed_on_is_refused_at_once() {
-        let (teller, _events) = channel();
+        let (teller, _events) = Events::new().unwrap();
         let streams = Streams::new(Patience::default());
         let mut dialled = dial(&streams, 5000, &teller);
         assert_eq!(dialled.read(&mut [0]).unwrap(), 0);
@@ -175,7 +177,7 @@ mod tests {
 
     #[test]
     fn so_many_may_be_silent_at_once() {
-        let (teller, _events) = channel();
+        let (teller, _events) = Events::new().unwrap();
         let mut streams = Streams::new(Patience::default());
         let agreed = streams.agree(Purpose::Event).unwrap();
         let silent: Vec<_> = (0..MOST_UNIDENTIFIED).map(|_| dial(&streams, agreed.port, &teller)).collect();

@@ -32,7 +32,7 @@ impl Room {
         let id = ClientId(self.next_client);
         self.next_client += 1;
         let connection = Arc::new(connection);
-        self.teller.watch_client(id, &connection)?;
+        self.events.watch_client(id, &connection);
         self.clients.insert(id, Client::new(connection, None));
         Ok(id)
     }

@@ -111,12 +111,12 @@ impl Room {
     pub(super) fn hear_last_words(&mut self) {
         let until = Instant::now() + LAST_WORDS;
         while self.control.is_some() {
-            match self.events.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok(Event::Agent(message @ (FromAgent::Usage(_) | FromAgent::Ending(_)))) => {
+            match self.events.next(Some(until)) {
+                Some(Event::Agent(message @ (FromAgent::Usage(_) | FromAgent::Ending(_)))) => {
                     self.hear_agent(message);
                 }
-                Ok(Event::AgentClosed(_)) | Err(_) => return,
-                Ok(_) => {}
+                Some(Event::AgentClosed(_)) | None => return,
+                Some(_) => {}
             }
         }
     }
