@@ -32,7 +32,7 @@ impl Pace {
             }
         };
         self.heard = self.heard.saturating_add(messages);
-        (self.heard >= AT_ONCE).then(|| begun + WINDOW * (self.heard / AT_ONCE))
+        (self.heard >= AT_ONCE).then(|| begun + WINDOW * self.heard / AT_ONCE)
     }
 }
 
