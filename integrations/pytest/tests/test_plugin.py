@@ -1,11 +1,13 @@
 """The plugin against a runner that starts processes in place of rooms. What rooms do is tested with carrel itself."""
 
+import json
 import os
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
+from carrel_pytest.plugin import checked
 
 SOURCE = Path(__file__).parent.parent / "src"
 FAKE = Path(__file__).parent / "fake_runner.py"
@@ -129,15 +131,84 @@ def test_a_room_that_can_not_be_had_fails_its_tests(pytester, rooms):
     assert result.ret == pytest.ExitCode.USAGE_ERROR or "carrel can't be run" in result.stdout.str() + result.stderr.str()
 
 
-def test_reports_that_are_none_are_a_failure(pytester, rooms):
+SOUND = {
+    "$report_type": "TestReport",
+    "nodeid": "test_it.py::test_forges",
+    "location": ["test_it.py", 0, "test_forges"],
+    "keywords": {},
+    "outcome": "passed",
+    "longrepr": None,
+    "when": "teardown",
+    "sections": [],
+    "user_properties": [],
+    "duration": 0.1,
+}
+CRASH = {"path": "p", "lineno": 1, "message": "m"}
+
+
+def test_a_sound_report_is_taken():
+    assert checked(SOUND)["location"] == ("test_it.py", 0, "test_forges")
+    assert "other" not in checked({**SOUND, "other": 7})
+    assert checked({**SOUND, "longrepr": {"reprcrash": CRASH}})["longrepr"] == {"reprcrash": CRASH}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"$report_type": 7},
+        {"$report_type": "CollectReport"},
+        {"outcome": 7},
+        {"outcome": "well"},
+        {"when": ["call"]},
+        {"nodeid": None},
+        {"location": ["a", "b", "c"]},
+        {"location": []},
+        {"keywords": []},
+        {"sections": [["a"]]},
+        {"sections": [["a", 7]]},
+        {"user_properties": "abc"},
+        {"duration": "1"},
+        {"duration": True},
+        {"duration": float("nan")},
+        {"wasxfail": 7},
+        {"longrepr": 7},
+        {"longrepr": {"reprcrash": {**CRASH, "message": 7}}},
+    ],
+    ids=str,
+)
+def test_a_report_of_another_form_is_none(part):
+    with pytest.raises(ValueError):
+        checked({**SOUND, **part})
+
+
+@pytest.mark.parametrize("part", [{"outcome": 7}, {"longrepr": {"reprcrash": CRASH, "reprtraceback": {"reprentries": 7}}}], ids=str)
+def test_what_is_no_report_is_a_failure_of_its_test(pytester, rooms, part):
+    forged = json.dumps({**SOUND, **part})
     pytester.makepyfile(
-        "import os\n"
+        test_it="import os\n"
         "def test_forges():\n"
-        "    open(os.environ['CARREL_PYTEST_REPORT'], 'a').write('{\"$report_type\": 7}\\n')\n"
+        f"    open(os.environ['CARREL_PYTEST_REPORT'], 'a').write({forged!r} + '\\n')\n"
         "    os._exit(0)\n"
     )
-    result = rooms()
+    result = rooms("-rA")
     result.assert_outcomes(failed=1)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+
+
+def test_what_goes_wrong_after_a_test_is_its_error(pytester, rooms):
+    pytester.makepyfile(
+        "import atexit, os\n"
+        "def test_one(): atexit.register(os._exit, 9)\n"
+        "def test_two(): pass\n"
+    )
+    rooms("--carrel-scope=module").assert_outcomes(passed=2, errors=1)
+
+
+def test_reasons_for_skipping_are_shown(pytester, rooms):
+    pytester.makepyfile("import pytest\n@pytest.mark.skip(reason='not today')\ndef test_one(): pass\n")
+    result = rooms("-rs")
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["SKIPPED*not today"])
 
 
 def test_a_debugger_is_refused(pytester, rooms):

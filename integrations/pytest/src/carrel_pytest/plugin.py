@@ -5,10 +5,11 @@
     this process: ◀── the file comes back ── reports ──▶ pytest_runtest_logreport
 
 Reports are made and read by pytest's own hooks for that (pytest_report_to_serializable), which pytest-xdist uses too. They are text from a
-stranger: nothing of them is executed, and a line that is no report is a failure of its test.
+stranger: nothing of them is executed, whatever pytest relies on is looked at first, and a line that is no report is a failure of its test.
 """
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -84,8 +85,8 @@ class Outside:
         self.config = config
         self.runner = shlex.split(config.getoption("carrel_runner"))
         self.scope = config.getoption("carrel_scope")
-        # By group: node ID to its reports.
-        self.results = {}
+        # Of one group: its key, reports by node ID, what went wrong, the node ID of its last test.
+        self.results = None
 
     def pytest_report_header(self):
         return f"carrel: a microVM for each {self.scope}, by `{shlex.join(self.runner)}`"
@@ -94,12 +95,13 @@ class Outside:
     def pytest_runtest_protocol(self, item, nextitem):
         del nextitem
         key = self.key(item)
-        if key not in self.results:
+        if self.results is None or self.results[0] != key:
             # Groups come one after the other: what another one left is read.
-            self.results = {key: self.run([one.nodeid for one in self.group(item, key)])}
+            nodeids = [one.nodeid for one in self.group(item, key)]
+            self.results = (key, *self.run(nodeids), nodeids[-1])
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        reports, broken = self.results[key]
-        for report in self.complete(item, reports.get(item.nodeid, []), broken):
+        _, reports, broken, last = self.results
+        for report in self.complete(item, reports.get(item.nodeid, []), broken, item.nodeid == last):
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         return True
@@ -172,23 +174,26 @@ class Outside:
                 return {}, "The room reported more than anybody could read."
             with open(path, encoding="utf-8") as lines:
                 for line in lines:
-                    data = json.loads(line)
+                    data = checked(json.loads(line))
                     report = self.config.hook.pytest_report_from_serializable(config=self.config, data=data)
-                    if not isinstance(report, pytest.TestReport):
-                        return reports, "The room reported something that is no test's report."
+                    # What can't be shown is found here, and not in the midst of the summary.
+                    str(report.longreprtext)
                     reports.setdefault(report.nodeid, []).append(report)
         except FileNotFoundError:
             pass
         except Exception as error:  # pytest asserts on what it reads, and a stranger wrote it.
-            return reports, f"The room's reports can't be read: {error}"
+            return reports, f"The room reported something that is no test's report: {error}"
         return reports, None
 
-    def complete(self, item, reports, broken):
-        """A test's reports; where its room ended before it, one more that says so."""
+    def complete(self, item, reports, broken, last):
+        """A test's reports; where its room ended before it, or, with the last test of a room, badly after it, one more that says so."""
         if reports and reports[-1].when == "teardown":
-            return reports
+            if not (broken and last):
+                return reports
+            when = "teardown"
+        else:
+            when = "call" if reports else "setup"
         why = broken or "The room ended well, and said nothing of this test."
-        when = "call" if reports else "setup"
         last = pytest.TestReport(
             nodeid=item.nodeid,
             location=item.location,
@@ -198,6 +203,53 @@ class Outside:
             when=when,
         )
         return [*reports, last]
+
+
+def checked(data):
+    """A report's data, of which every part that pytest relies on is of the kind that it takes; what is unknown is left out."""
+
+    def is_number(value):
+        return type(value) in (int, float) and math.isfinite(value)
+
+    def is_texts(value, *kinds):
+        return isinstance(value, list) and len(value) == len(kinds) and all(map(isinstance, value, kinds))
+
+    def is_place(value):
+        return is_texts(value, str, (int, type(None)), str)
+
+    def is_failure(value):
+        if not isinstance(value, dict):
+            return value is None or isinstance(value, str) or is_texts(value, str, int, str)
+        crash = value.get("reprcrash")
+        kinds = {"path": str, "lineno": int, "message": str}
+        return crash is None or isinstance(crash, dict) and all(isinstance(crash.get(name), kind) for name, kind in kinds.items())
+
+    def is_pairs(value, kind):
+        return isinstance(value, list) and all(is_texts(pair, str, kind) for pair in value)
+
+    parts = {
+        "$report_type": lambda value: value == "TestReport",
+        "nodeid": lambda value: isinstance(value, str),
+        "outcome": lambda value: value in ("passed", "failed", "skipped"),
+        "when": lambda value: value in ("setup", "call", "teardown"),
+        "location": is_place,
+        "keywords": lambda value: isinstance(value, dict),
+        "longrepr": is_failure,
+        "sections": lambda value: is_pairs(value, str),
+        "user_properties": lambda value: is_pairs(value, object),
+        "duration": is_number,
+        "start": is_number,
+        "stop": is_number,
+        "wasxfail": lambda value: isinstance(value, str),
+    }
+    optional = ("start", "stop", "wasxfail")
+    for name, is_sound in parts.items():
+        if (name in data or name not in optional) and not is_sound(data[name]):
+            raise ValueError(f"its {name} is {str(data[name])[:80]!r}")
+    # JSON has lists alone; pytest tells tuples from them.
+    tuples = {name: tuple(data[name]) for name in ("location", "longrepr") if isinstance(data[name], list)}
+    pairs = {name: [tuple(pair) for pair in data[name]] for name in ("sections", "user_properties")}
+    return {name: value for name, value in data.items() if name in parts} | tuples | pairs
 
 
 def ended(status):
