@@ -99,6 +99,11 @@ impl Patience {
         self.of(15 * 60)
     }
 
+    /// For a template that another command makes: what all its steps may take, payloads of a few GiB included.
+    pub(crate) fn template(self) -> Duration {
+        self.of(10 * 60)
+    }
+
     /// From SIGKILL to the workload's end.
     pub(crate) fn kill(self) -> Duration {
         self.of(15)

@@ -13,9 +13,11 @@
 //! A template is of what a room is made of; on request, of a workload that runs already and said that it is ready ([`RoomSpec::initialised`]).
 
 use std::fs::File;
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use carrel_protocol::agent::Failure;
 use carrel_protocol::chain;
@@ -54,6 +56,9 @@ pub enum PoolError {
     /// That room ended otherwise.
     #[error("the template could not be made: {0}")]
     Outcome(String),
+    /// Somebody else makes it, and has for so long that they may be stopped.
+    #[error("another command has been making it for {} s, and may be stopped or hang", .0.as_secs())]
+    Busy(Duration),
     /// That room was refused for what it is made of, or for its command: so would any other of its kind be.
     #[error("{}", .0.outcome.sentence().unwrap_or_default())]
     Refused(Box<Ended>),
@@ -200,15 +205,16 @@ impl<'a> Pool<'a> {
         let host = Host::look()?;
         let key = template::key(spec, self.home.assets(), &host, &self.domain)?;
         timeline.push(mark("key"));
-        match self.templates.acquire(&key, carrel_store::templates::as_long_as_it_takes)? {
+        let patience = self.home.patience();
+        let most = if spec.initialised { patience.initialise() } else { patience.template() };
+        match self.templates.acquire(&key, wait(most))? {
             Acquired::Ready(template) => Ok(*template),
             Acquired::Make(maker) => {
                 let template = self.make(spec, copies(blobs)?, maker, &host)?;
                 timeline.push(mark(MADE));
                 Ok(template)
             }
-            // Nobody waits here but as long as it takes.
-            Acquired::Busy => Err(PoolError::Outcome("somebody else makes it".into())),
+            Acquired::Busy => Err(PoolError::Busy(most)),
         }
     }
 
@@ -258,6 +264,20 @@ impl<'a> Pool<'a> {
         let ended = session.run(streams, &mut |notice| tracing::warn!("{notice}"));
         drop(open);
         ended.map_err(PoolError::Maker)
+    }
+}
+
+/// Waits for a template that another command makes, and says so when that takes long, but not for ever: whoever makes it may be stopped.
+fn wait(most: Duration) -> impl FnMut(Duration) -> ControlFlow<()> {
+    let mut told = false;
+    move |waited| {
+        if waited >= most / 4 && !std::mem::replace(&mut told, true) {
+            let seconds = waited.as_secs();
+            tracing::warn!(
+                "another command has been making this room's template for {seconds} s: waiting for it"
+            );
+        }
+        if waited < most { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
     }
 }
 
@@ -393,6 +413,13 @@ mod tests {
         assert!(matches!(of(refused(Failure::System), false), PoolError::Outcome(_)));
         assert!(matches!(of(refused(Failure::CommandNotFound), true), PoolError::Refused(_)));
         assert!(matches!(of(Outcome::GuestPanicked { last_words: None }, true), PoolError::Outcome(_)));
+    }
+
+    #[test]
+    fn a_maker_is_not_waited_for_without_end() {
+        let mut wait = wait(Duration::from_secs(40));
+        let mut goes_on = |seconds| wait(Duration::from_secs(seconds)).is_continue();
+        assert!(goes_on(0) && goes_on(10) && goes_on(11) && goes_on(39) && !goes_on(40));
     }
 
     #[test]

@@ -108,9 +108,9 @@ impl Template {
     }
 
     /// Notes that it is in use until the last copy of its disk's descriptor is closed, by whatever process: a clone's VMM reads from it to its end, and the lock is the
-    /// opening's, not a process's (flock(2)). It can only fail while somebody takes the template away, and what is open stays whole.
+    /// opening's, not a process's (flock(2)). Waits for whoever looks just now whether it is in use ([`is_used`]), which takes a moment.
     pub(super) fn hold(&self) {
-        if let Err(error) = self.disk.try_lock_shared() {
+        if let Err(error) = self.disk.lock_shared() {
             tracing::debug!(key = %self.key(), %error, "the use was not noted");
         }
     }
@@ -181,7 +181,7 @@ fn open_file(folder: &Folder, name: &'static str) -> Result<File, Failed> {
     }
 }
 
-/// Whether somebody has it open.
+/// Whether somebody has it open: whether nobody can have it alone, for a moment.
 pub(super) fn is_used(folder: &Folder) -> io::Result<bool> {
     let Some(disk) = folder.file(Part::Disk.name())? else { return Ok(false) };
     match disk.try_lock() {
