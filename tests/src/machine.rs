@@ -70,6 +70,15 @@ impl Machine {
 
     /// A clone: memory and disk are the snapshot's until it writes to them.
     pub fn restore(saved: &Saved, folder: &Path) -> Self {
+        Self::restored(saved, folder, false)
+    }
+
+    /// One of which there can be a differential snapshot, over the memory that it began with.
+    pub fn restore_tracked(saved: &Saved, folder: &Path) -> Self {
+        Self::restored(saved, folder, true)
+    }
+
+    fn restored(saved: &Saved, folder: &Path, track_dirty: bool) -> Self {
         fs::create_dir_all(folder).unwrap();
         let vm = json!({
             "kvm": "/dev/kvm",
@@ -78,6 +87,7 @@ impl Machine {
             "blocks": [{"id": "room", "base": saved.0.join("disk"), "overlay": overlay(folder)}],
             "serial": {"output": folder.join("console"), "limit_bytes": 1 << 20},
             "control": folder.join("control"),
+            "track_dirty": track_dirty,
         });
         Self::start("--restore", &vm, folder)
     }
@@ -147,6 +157,10 @@ impl Machine {
         };
         let (state, memory) = (open("state"), open("memory"));
         state.set_len(0).unwrap();
+        if kind == SnapshotKind::Full {
+            // Zeros are not written.
+            memory.set_len(0).unwrap();
+        }
         memory.set_len(MEMORY_MIB << 20).unwrap();
         let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap();
         let request = Snapshot { kvm: Descriptor(0), state: Descriptor(1), memory: Descriptor(2), kind };

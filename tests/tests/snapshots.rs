@@ -3,6 +3,7 @@
 // A test fails by panicking, and so do the functions that tests share.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use carrel_protocol::vmm::SnapshotKind;
@@ -32,6 +33,15 @@ fn a_machine_that_is_paused_and_saved_again_and_again_under_load_loses_nothing()
         machine.resume();
     }
     talk.echo(50);
+    // The last ones were differentials over a full one: together they are the machine, whose clone looks at every page and block.
+    machine.pause();
+    machine.save(&folder.join("saved"), SnapshotKind::Differential);
+    let next = talk.next();
+    drop((talk, machine));
+    let clone = Machine::restore(&Saved(folder.join("saved")), &folder.join("clone"));
+    let mut talk = clone.dialled();
+    assert!((next - 1..=next + 1).contains(&talk.hello.next), "{:?} after {next}", talk.hello);
+    talk.echo(100);
 }
 
 #[test]
@@ -65,11 +75,15 @@ fn clones_of_a_working_machine_go_on_each_with_memory_and_disk_of_its_own() {
     assert!(last - first < 5_000_000_000, "{hellos:?}");
     // And a clone of a clone, from a differential over the template's memory.
     drop(clones);
-    let clone = Machine::restore(&saved, &folder.join("parent"));
+    let clone = Machine::restore_tracked(&saved, &folder.join("parent"));
     let mut talk = clone.dialled();
     talk.echo(25);
     clone.pause();
-    clone.save(&folder.join("second"), SnapshotKind::Full);
+    let second = folder.join("second");
+    fs::create_dir(&second).unwrap();
+    let whole = fs::copy(saved.0.join("memory"), second.join("memory")).unwrap();
+    let saved = clone.save(&second, SnapshotKind::Differential);
+    assert!(saved.memory_bytes < whole / 2, "{saved:?}");
     let next = talk.next();
     drop((talk, clone));
     let grandchild = Machine::restore(&Saved(folder.join("second")), &folder.join("grandchild"));
