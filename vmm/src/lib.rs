@@ -26,6 +26,7 @@ pub mod memory;
 pub mod owner;
 pub mod ports;
 pub mod resources;
+mod sealed;
 pub mod seccomp;
 pub mod signal;
 pub mod snapshot;

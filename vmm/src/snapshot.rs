@@ -1,16 +1,7 @@
 //! The state file: everything of a machine but its memory and disks.
 //!
-//! ```text
-//!  0   magic      "carrelSN"
-//!  8   version    u32, little-endian: [`VERSION`]
-//!  12  length     u32: bytes of the body
-//!  16  checksum   u64: CRC-64/XZ of the body
-//!  24  body       a [`MachineState`], in postcard's form
-//! ```
-//!
-//! A file is read only when it is whole: exactly as long as it says, its checksum right, its version this one, and at most [`MAX_BYTES`]. There is no
-//! migration between versions: a snapshot is a cache of work that can be done again, and is (docs/snapshots.md). The checksum finds damage, not
-//! malice: whoever can write a host's templates can write its kernels.
+//! A sealed file (`sealed.rs`: magic `carrelSN`, version, length, checksum) around a [`MachineState`] in postcard's form, of at most [`MAX_BYTES`]. There is no
+//! migration between versions: a snapshot is a cache of work that can be done again, and is (docs/snapshots.md).
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -18,7 +9,6 @@ use std::os::unix::fs::FileExt;
 
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::Cache;
-use crc::{CRC_64_XZ, Crc};
 use kvm_bindings::kvm_clock_data;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -27,13 +17,13 @@ use crate::arch::current::ioapic;
 use crate::arch::current::state::VcpuState;
 use crate::devices::serial::SerialState;
 use crate::devices::state::TransportState;
+use crate::sealed::{Broken, Kind};
 
 /// Changes with every change of what is saved, in form or meaning.
 pub const VERSION: u32 = 2;
 /// Bytes of a state file at most; 16 vCPUs with every device take less than 200 KiB.
 pub const MAX_BYTES: u64 = 1 << 20;
-const MAGIC: [u8; 8] = *b"carrelSN";
-const HEADER_BYTES: usize = 24;
+const KIND: Kind = Kind { magic: *b"carrelSN", version: VERSION };
 
 /// A state file can't be read or written.
 #[derive(Debug, Error)]
@@ -67,6 +57,17 @@ pub enum SnapshotError {
         "the snapshot's state file holds something that this carrel-vmm can't read; make the snapshot anew"
     )]
     Body(#[source] postcard::Error),
+}
+
+impl From<Broken> for SnapshotError {
+    fn from(broken: Broken) -> Self {
+        match broken {
+            Broken::Magic => Self::Magic,
+            Broken::Version(found) => Self::Version { found },
+            Broken::Length => Self::Length,
+            Broken::Checksum => Self::Checksum,
+        }
+    }
 }
 
 /// See the module's page.
@@ -159,23 +160,7 @@ impl MachineState {
     ///
     /// They aren't a whole one of this version.
     pub fn decode(bytes: &[u8]) -> Result<Self, SnapshotError> {
-        let Some((header, body)) = bytes.split_first_chunk::<HEADER_BYTES>() else {
-            return Err(SnapshotError::Length);
-        };
-        let [magic @ .., v0, v1, v2, v3, n0, n1, n2, n3, c0, c1, c2, c3, c4, c5, c6, c7] = *header;
-        if magic != MAGIC {
-            return Err(SnapshotError::Magic);
-        }
-        let found = u32::from_le_bytes([v0, v1, v2, v3]);
-        if found != VERSION {
-            return Err(SnapshotError::Version { found });
-        }
-        if usize::try_from(u32::from_le_bytes([n0, n1, n2, n3])) != Ok(body.len()) {
-            return Err(SnapshotError::Length);
-        }
-        if u64::from_le_bytes([c0, c1, c2, c3, c4, c5, c6, c7]) != checksum(body) {
-            return Err(SnapshotError::Checksum);
-        }
+        let body = KIND.open(bytes)?;
         match postcard::take_from_bytes(body).map_err(SnapshotError::Body)? {
             (state, []) => Ok(state),
             (_, _) => Err(SnapshotError::Length),
@@ -210,20 +195,7 @@ impl MachineState {
 
 /// A body behind its header.
 pub fn sealed(body: &[u8]) -> Vec<u8> {
-    // One that is too long for its header is too long for any reader.
-    let length = u32::try_from(body.len()).unwrap_or(u32::MAX);
-    let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
-    bytes.extend(MAGIC);
-    bytes.extend(VERSION.to_le_bytes());
-    bytes.extend(length.to_le_bytes());
-    bytes.extend(checksum(body).to_le_bytes());
-    bytes.extend(body);
-    bytes
-}
-
-fn checksum(body: &[u8]) -> u64 {
-    const CRC: Crc<u64> = Crc::<u64>::new(&CRC_64_XZ);
-    CRC.checksum(body)
+    KIND.seal(body)
 }
 
 #[cfg(test)]

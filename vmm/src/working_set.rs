@@ -5,14 +5,12 @@
 //!  a later clone's start:              file ─▶ WorkingSet ─▶ ahead: written pages copied, all of them mapped for the guest
 //! ```
 //!
-//! The file:
+//! The file is a sealed one (`sealed.rs`: magic `carrelWS`, version, length, checksum) around
 //!
 //! ```text
-//!  0   magic      "carrelWS"
-//!  8   version    u32, little-endian as all that follows: [`VERSION`]
-//!  12  length     u32: bytes of the body
-//!  16  checksum   u64: CRC-64/XZ of the body
-//!  24  body       u64: pages of the memory; u32, u32: runs of written and of read pages; then the runs, u32 first page, u32 pages
+//!  u64        pages of the memory
+//!  u32, u32   runs of written and of read pages
+//!  then each run: u32 first page, u32 pages       (little-endian all)
 //! ```
 //!
 //! Pages are counted as the memory file has them, without the hole. Runs ascend and don't meet. It is a hint: one that is damaged, of another version or of
@@ -25,18 +23,18 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
-use crc::{CRC_64_XZ, Crc};
 use thiserror::Error;
+
+use crate::sealed::{Broken, HEADER_BYTES, Kind};
 
 /// Changes with every change of the form or its meaning.
 pub const VERSION: u32 = 1;
-const MAGIC: [u8; 8] = *b"carrelWS";
-const HEADER_BYTES: usize = 24;
+const KIND: Kind = Kind { magic: *b"carrelWS", version: VERSION };
 const COUNTS_BYTES: usize = 16;
 /// Pages of any set at most: 64 MiB.
 const MOST_PAGES: u64 = 16_384;
 /// Bytes of a file at most: as many runs as there can be pages.
-const MOST_BYTES: u64 = 24 + 16 + 8 * MOST_PAGES;
+const MOST_BYTES: u64 = (HEADER_BYTES + COUNTS_BYTES) as u64 + 8 * MOST_PAGES;
 
 /// A file is no working set of this memory.
 #[derive(Debug, Error)]
@@ -76,6 +74,17 @@ pub enum WorkingSetError {
     /// Pages outside of the memory, out of order, or too many.
     #[error("the working set names pages that no recorder names")]
     Runs,
+}
+
+impl From<Broken> for WorkingSetError {
+    fn from(broken: Broken) -> Self {
+        match broken {
+            Broken::Magic => Self::Magic,
+            Broken::Version(found) => Self::Version { found },
+            Broken::Length => Self::Length,
+            Broken::Checksum => Self::Checksum,
+        }
+    }
 }
 
 /// Pages that follow each other.
@@ -143,21 +152,7 @@ impl WorkingSet {
     ///
     /// As [`Self::read`].
     pub fn decode(bytes: &[u8], memory_pages: u64) -> Result<Self, WorkingSetError> {
-        let (header, body) = bytes.split_first_chunk::<HEADER_BYTES>().ok_or(WorkingSetError::Length)?;
-        let [magic @ .., v0, v1, v2, v3, n0, n1, n2, n3, c0, c1, c2, c3, c4, c5, c6, c7] = *header;
-        if magic != MAGIC {
-            return Err(WorkingSetError::Magic);
-        }
-        let found = u32::from_le_bytes([v0, v1, v2, v3]);
-        if found != VERSION {
-            return Err(WorkingSetError::Version { found });
-        }
-        if usize::try_from(u32::from_le_bytes([n0, n1, n2, n3])) != Ok(body.len()) {
-            return Err(WorkingSetError::Length);
-        }
-        if u64::from_le_bytes([c0, c1, c2, c3, c4, c5, c6, c7]) != checksum(body) {
-            return Err(WorkingSetError::Checksum);
-        }
+        let body = KIND.open(bytes)?;
         let (counts, runs) = body.split_first_chunk::<COUNTS_BYTES>().ok_or(WorkingSetError::Length)?;
         let [m0, m1, m2, m3, m4, m5, m6, m7, w0, w1, w2, w3, r0, r1, r2, r3] = *counts;
         let found = u64::from_le_bytes([m0, m1, m2, m3, m4, m5, m6, m7]);
@@ -221,19 +216,7 @@ impl WorkingSet {
 
 /// A body behind its header.
 pub fn sealed(body: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(HEADER_BYTES + body.len());
-    bytes.extend(MAGIC);
-    bytes.extend(VERSION.to_le_bytes());
-    // At most as many runs as pages, which is far below 4 GiB of them; one that is too long is too long for any reader.
-    bytes.extend(u32::try_from(body.len()).unwrap_or(u32::MAX).to_le_bytes());
-    bytes.extend(checksum(body).to_le_bytes());
-    bytes.extend(body);
-    bytes
-}
-
-fn checksum(body: &[u8]) -> u64 {
-    const CRC: Crc<u64> = Crc::<u64>::new(&CRC_64_XZ);
-    CRC.checksum(body)
+    KIND.seal(body)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::devices::state::{DeviceState, QueueRegisters};
+use crate::sealed::HEADER_BYTES;
 
 /// A state with something of everything in it.
 fn state() -> MachineState {
@@ -70,13 +71,13 @@ fn the_form_is_pinned_and_older_ones_are_refused() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
     let path = folder.join(format!("state-v{VERSION}"));
     let now = state().encode().unwrap();
-    if std::env::var_os("CARREL_WRITE_GOLDEN").is_some() {
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
         std::fs::write(&path, &now).unwrap();
     }
     let golden = std::fs::read(&path).unwrap();
     assert!(
         golden == now,
-        "the form has changed: raise VERSION, and write {} with CARREL_WRITE_GOLDEN=1",
+        "the form has changed: raise VERSION, and write {} with UPDATE_GOLDEN=1",
         path.display()
     );
     assert_eq!(MachineState::decode(&golden).unwrap().encode().unwrap(), golden);

@@ -16,16 +16,6 @@ fn set() -> WorkingSet {
     }
 }
 
-/// A body behind a right header.
-fn sealed(body: &[u8]) -> Vec<u8> {
-    let mut bytes = Vec::from(MAGIC);
-    bytes.extend(VERSION.to_le_bytes());
-    bytes.extend(u32::try_from(body.len()).unwrap().to_le_bytes());
-    bytes.extend(checksum(body).to_le_bytes());
-    bytes.extend(body);
-    bytes
-}
-
 #[test]
 fn the_form_is_pinned() {
     let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/working-set-v1");

@@ -80,10 +80,10 @@ impl Counting {
     }
 
     fn try_save(&self, to: &Saved, kind: SnapshotKind) -> FromVmm {
-        self.try_save_with(to, kind, File::create(to.state()).unwrap())
+        self.try_save_with(to, kind, &File::create(to.state()).unwrap())
     }
 
-    fn try_save_with(&self, to: &Saved, kind: SnapshotKind, state: File) -> FromVmm {
+    fn try_save_with(&self, to: &Saved, kind: SnapshotKind, state: &File) -> FromVmm {
         let kvm = OpenOptions::new().read(true).write(true).open("/dev/kvm").unwrap();
         let memory = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(to.memory());
         let memory = memory.unwrap();
@@ -226,7 +226,7 @@ fn after_a_snapshot_that_failed_there_is_a_full_one_and_no_differential() {
     };
     // A disk that is full when memory is written already, and no page counts as written any more.
     let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
-    refused(original.try_save_with(&saved, SnapshotKind::Differential, full), "written");
+    refused(original.try_save_with(&saved, SnapshotKind::Differential, &full), "written");
     refused(original.try_save(&saved, SnapshotKind::Differential), "make a full one");
     original.save(&saved, SnapshotKind::Full);
     original.resume();
