@@ -242,15 +242,15 @@ impl Room {
     /// Owns the room to its end.
     pub(crate) fn serve(mut self) {
         while !(self.vmm_closed && self.vmm_end.is_some()) {
-            let due = self.next_deadline();
-            if let Some(event) = self.events.next(due) {
-                self.handle(event);
-            }
-            let now = Instant::now();
-            if let Some(by) = stood_still(due, now) {
+            let (due, began) = (self.next_deadline(), Instant::now());
+            let event = self.events.next(due);
+            if let Some(by) = stood_still(due, began, Instant::now()) {
                 self.put_off(by);
             }
-            self.meet_deadlines(now);
+            if let Some(event) = event {
+                self.handle(event);
+            }
+            self.meet_deadlines(Instant::now());
         }
         self.hear_last_words();
         self.finish();

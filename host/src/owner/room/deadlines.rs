@@ -45,9 +45,10 @@ impl Deadlines {
     }
 }
 
-/// How long an owner stood still that looks now at what was due then. While it did, most likely nothing of its room ran either, or what did was not heard.
-pub(super) fn stood_still(due: Option<Instant>, now: Instant) -> Option<Duration> {
-    let late = now.saturating_duration_since(due?);
+/// How long an owner stood still whose wait, begun then, for what was due ends now. While it did, most likely nothing of its room ran either, or what did was not heard.
+/// What it took before that wait, writing to a guest that reads slowly for one, is no standing still: a guest could put off its own end by it.
+pub(super) fn stood_still(due: Option<Instant>, began: Instant, now: Instant) -> Option<Duration> {
+    let late = now.saturating_duration_since(due?.max(began));
     (late > STOOD_STILL).then_some(late)
 }
 
@@ -65,12 +66,13 @@ mod tests {
             sample: Some(after(5)),
             ..Deadlines::default()
         };
-        assert_eq!(stood_still(deadlines.next(), after(5) + STOOD_STILL), None);
-        let by = stood_still(deadlines.next(), after(125)).unwrap();
+        assert_eq!(stood_still(deadlines.next(), begun, after(5) + STOOD_STILL), None);
+        assert_eq!(stood_still(deadlines.next(), after(124), after(125)), None, "it was busy until then");
+        let by = stood_still(deadlines.next(), begun, after(125)).unwrap();
         assert_eq!(by, Duration::from_secs(120));
         deadlines.put_off(by);
         assert_eq!(deadlines.step, Some((after(180), Step::Boot, Duration::from_secs(60))));
         assert_eq!((deadlines.timeout, deadlines.sample), (Some(after(30)), Some(after(125))));
-        assert_eq!(stood_still(None, after(1000)), None);
+        assert_eq!(stood_still(None, begun, after(1000)), None);
     }
 }
