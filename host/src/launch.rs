@@ -339,7 +339,7 @@ pub(crate) fn running_cpu_millis(machine: &Machine) -> u64 {
 }
 
 /// The guest's command line: docs/host.md says why each word is there.
-pub(crate) fn command_line(verbose: bool) -> String {
+pub fn command_line(verbose: bool) -> String {
     let console = if verbose { "console=ttyS0" } else { "quiet 8250.nr_uarts=0" };
     format!("reboot=t,panic_warm panic=-1 {console} swiotlb=noforce clocksource=kvm-clock")
 }

@@ -31,7 +31,7 @@ pub mod resident;
 pub mod session;
 pub mod signal;
 pub mod spec;
-mod stat;
+pub mod stat;
 pub mod template;
 mod threads;
 pub mod timestamp;

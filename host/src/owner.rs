@@ -44,7 +44,7 @@ mod room;
 mod streams;
 
 use api::{FromClient, Supply};
-pub(crate) use events::may_command;
+pub(crate) use events::accept;
 pub use journal::Journal;
 use room::{Ownership, Room};
 

@@ -23,7 +23,6 @@ use carrel_protocol::chain;
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::FlockOperation;
-use rustix::net::SocketFlags;
 use rustix::process::Resource;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -305,18 +304,15 @@ fn hear(news: &mut io::PipeReader) -> io::Result<u8> {
 
 /// Accepts a command, of root or of this process's own user, and serves it on a thread. One that is not served starts an owner by itself.
 fn accept(shared: &Arc<Shared>, listener: &OwnedFd) {
-    let socket = match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
-        Ok(socket) => socket,
-        Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED | rustix::io::Errno::AGAIN) => return,
+    let socket = match owner::accept(listener) {
+        Ok(Some(socket)) => socket,
+        Ok(None) => return,
         // Too many descriptors, here or on the whole host, or no memory: that passes, and the command waits meanwhile.
         Err(error) => {
             tracing::warn!(%error, "a command can't be accepted yet");
             return thread::sleep(AGAIN);
         }
     };
-    if !owner::may_command(&socket) {
-        return;
-    }
     let served = Served::new(shared);
     let thread = thread::Builder::new().name("room".into()).stack_size(STACK_BYTES);
     if let Err(error) = thread.spawn(move || served.0.serve(socket.into())) {

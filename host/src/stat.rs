@@ -2,21 +2,22 @@
 
 /// Such a line. Its second field, the name, may hold spaces and brackets, so it ends at the last one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Stat<'a> {
-    pub(crate) name: &'a str,
+pub struct Stat<'a> {
+    /// Its second field, without the brackets.
+    pub name: &'a str,
     fields: &'a str,
 }
 
 impl<'a> Stat<'a> {
     /// `None` for what is no such line.
-    pub(crate) fn parse(line: &'a str) -> Option<Self> {
+    pub fn parse(line: &'a str) -> Option<Self> {
         let (before, fields) = line.rsplit_once(')')?;
         let (_, name) = before.split_once('(')?;
         Some(Self { name, fields })
     }
 
     /// A field by its number there, from 3 (the state) on.
-    pub(crate) fn field(&self, number: usize) -> Option<&'a str> {
+    pub fn field(&self, number: usize) -> Option<&'a str> {
         self.fields.split_ascii_whitespace().nth(number.checked_sub(3)?)
     }
 }

@@ -3,10 +3,9 @@
  *
  * TCG hands the machine's own counters through, so a machine that is paused for two
  * minutes (by its hypervisor, or QEMU by SIGSTOP) makes every deadline inside pass at
- * once: rooms are late that nobody let run. A real host's guests can't be told such
- * jumps from time; here they can: a thread looks at the clock TICK apart, and when it
- * was not let run for GAP, what passed meanwhile is taken off the two sources of all
- * time inside, QEMU's cpu_get_ticks (the TSC) and cpu_get_clock (every timer).
+ * once: rooms are late that nobody let run. So a thread looks at the clock every TICK, and
+ * when nobody could look for GAP, what passed meanwhile is taken off the two sources of
+ * all time inside, QEMU's cpu_get_ticks (the TSC) and cpu_get_clock (every timer).
  *
  * QEMU has no option for it. It exports its functions for its modules; if these two
  * are not among them, time inside jumps as it would without this file. */
@@ -25,8 +24,8 @@
 #define TICK_NS 50000000L
 #define GAP_NS 1000000000L
 
-/* Where a clock was last looked at, less what it is told less. */
-static struct {
+/* When they were looked at last; what is taken off them. */
+static struct clocks {
 	int64_t ns, ticks;
 } seen, taken_off;
 
@@ -54,27 +53,22 @@ static void look(void)
 	seen.ticks = ticks;
 }
 
-static int64_t ticks_that_ran(void)
+/* Both clocks, without what they stood still for. */
+static struct clocks that_ran(void)
 {
-	int64_t ticks;
+	struct clocks now;
 
 	pthread_mutex_lock(&lock);
 	look();
-	ticks = seen.ticks - taken_off.ticks;
+	now.ns = seen.ns - taken_off.ns;
+	now.ticks = seen.ticks - taken_off.ticks;
 	pthread_mutex_unlock(&lock);
-	return ticks;
+	return now;
 }
 
-static int64_t ns_that_ran(void)
-{
-	int64_t ns;
+static int64_t ticks_that_ran(void) { return that_ran().ticks; }
 
-	pthread_mutex_lock(&lock);
-	look();
-	ns = seen.ns - taken_off.ns;
-	pthread_mutex_unlock(&lock);
-	return ns;
-}
+static int64_t ns_that_ran(void) { return that_ran().ns; }
 
 static void *look_now_and_then(void *unused)
 {
@@ -82,7 +76,7 @@ static void *look_now_and_then(void *unused)
 
 	for (;;) {
 		nanosleep(&tick, NULL);
-		ns_that_ran();
+		that_ran();
 	}
 	return unused;
 }

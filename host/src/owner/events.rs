@@ -167,7 +167,7 @@ impl Watched {
                 }
             },
             Source::Door(listener) => match accept(listener) {
-                Ok(Some(connection)) => heard.push_back(Event::NewClient(connection)),
+                Ok(Some(socket)) => heard.push_back(Event::NewClient(socket.into())),
                 Ok(None) => {}
                 // Too many descriptors, here or on the whole host, or no memory: that passes, and the command waits meanwhile.
                 Err(error @ (Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM)) => {
@@ -204,9 +204,9 @@ fn hear_agent(socket: &UnixStream, decoder: &mut Decoder, heard: &mut VecDeque<E
 }
 
 /// A command that waits at the door, if there is one that may command.
-fn accept(listener: &OwnedFd) -> Result<Option<Connection>, Errno> {
+pub(crate) fn accept(listener: &OwnedFd) -> Result<Option<OwnedFd>, Errno> {
     match rustix::net::accept_with(listener, SocketFlags::CLOEXEC) {
-        Ok(socket) => Ok(may_command(&socket).then(|| socket.into())),
+        Ok(socket) => Ok(Some(socket).filter(may_command)),
         // It has gone again.
         Err(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => Ok(None),
         Err(error) => Err(error),
@@ -283,8 +283,8 @@ impl Events {
             watched.paused = watched.paused.filter(|until| *until > now);
         }
         let until = self.watched.iter().filter_map(|watched| watched.paused).chain(until).min();
-        let timeout = until.map(|until| until.saturating_duration_since(now));
-        let timeout = timeout.map(|left| Timespec::try_from(left).unwrap_or(FAR));
+        let timeout: Option<Timespec> =
+            until.and_then(|until| until.saturating_duration_since(now).try_into().ok());
         let listening = || self.watched.iter().filter(|watched| watched.paused.is_none());
         let mut ready: Vec<PollFd<'_>> = listening()
             .map(|watched| PollFd::new(&watched.source, PollFlags::IN))
@@ -300,8 +300,10 @@ impl Events {
         let ready: Vec<bool> = ready.iter().map(|source| !source.revents().is_empty()).collect();
         let now = Instant::now();
         let listening = self.watched.iter_mut().filter(|watched| watched.paused.is_none());
-        for (watched, _) in listening.zip(&ready).filter(|(_, ready)| **ready) {
-            watched.hear(&mut self.heard, now);
+        for (watched, ready) in listening.zip(&ready) {
+            if *ready {
+                watched.hear(&mut self.heard, now);
+            }
         }
         self.watched.retain(|watched| !watched.over);
         if ready.last() == Some(&true) {
@@ -311,11 +313,8 @@ impl Events {
     }
 }
 
-/// A wait that no room outlives.
-const FAR: Timespec = Timespec { tv_sec: 1 << 31, tv_nsec: 0 };
-
 /// Whether who connected may say what becomes of rooms: root, and this process's own user (unix(7), SO_PEERCRED).
-pub(crate) fn may_command(socket: &OwnedFd) -> bool {
+fn may_command(socket: &OwnedFd) -> bool {
     let peer = rustix::net::sockopt::socket_peercred(socket);
     peer.is_ok_and(|peer| peer.uid.is_root() || peer.uid == rustix::process::geteuid())
 }

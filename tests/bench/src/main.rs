@@ -40,9 +40,6 @@ const COUNTED_STARTS: u32 = 3;
 
 /// Command line that both sides get: a serial console that only init writes to.
 const COMMAND_LINE: &str = "console=ttyS0 quiet reboot=t panic=-1";
-/// The one that rooms have (docs/host.md), with the serial console that tells when init is there.
-const SHIPPED_COMMAND_LINE: &str =
-    "console=ttyS0 quiet reboot=t,panic_warm panic=-1 swiotlb=noforce clocksource=kvm-clock";
 /// Firecracker's docs/getting-started.md, and what spares it the console's time: its kernel says nothing.
 const PEER_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=1 quiet loglevel=1";
 
@@ -284,9 +281,11 @@ impl Machines {
 
 /// What the bench boots, its images written into `folder`.
 fn machines(options: &Options, folder: &Path) -> Result<Machines> {
-    let ours = machine(options, folder)?;
+    let mut ours = machine(options, folder)?;
     let mut theirs = ours.clone();
     if options.bench == Bench::Shipped {
+        // The one that rooms have, with the serial console that tells when init is there.
+        ours.command_line = format!("{} quiet", carrel_host::launch::command_line(true));
         let kernel =
             options.peer_kernel.as_ref().context("--peer-kernel says which one Firecracker boots")?;
         theirs.kernel = stage(kernel, folder, "peer-vmlinux")?;
@@ -319,8 +318,7 @@ fn machine(options: &Options, folder: &Path) -> Result<Machine> {
     Ok(Machine {
         kernel,
         initramfs,
-        command_line: if options.bench == Bench::Shipped { SHIPPED_COMMAND_LINE } else { COMMAND_LINE }
-            .into(),
+        command_line: COMMAND_LINE.into(),
         memory_mib: if options.bench == Bench::Vsock { 256 } else { 128 },
         vcpus: 1,
         vsock: options.bench == Bench::Vsock,

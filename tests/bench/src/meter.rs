@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use carrel_host::stat::Stat;
 
 /// Every process and its parent, at one moment.
 pub(crate) fn parents() -> Vec<(u32, u32)> {
@@ -157,7 +158,7 @@ pub(crate) fn field(text: &str, name: &str) -> Option<u64> {
 /// A numeric field of `/proc/PID/stat` by proc(5)'s numbering; fields from 3 on, behind the name's last parenthesis.
 fn stat_field(pid: u32, number: usize) -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    text.rsplit_once(')')?.1.split_whitespace().nth(number.checked_sub(3)?)?.parse().ok()
+    Stat::parse(&text)?.field(number)?.parse().ok()
 }
 
 #[cfg(test)]

@@ -131,6 +131,12 @@ impl Saved {
     }
 }
 
+/// It was refused, for a reason in which this occurs.
+fn refused(answer: FromVmm, word: &str) {
+    let FromVmm::Refused(refused) = answer else { panic!("{answer:?}") };
+    assert!(refused.reason.contains(word), "{}", refused.reason);
+}
+
 /// Each number is the one before it and one more.
 pub(crate) fn assert_counts(numbers: &[u8], from: u8) {
     for (expected, number) in
@@ -220,10 +226,6 @@ fn after_a_snapshot_that_failed_there_is_a_full_one_and_no_differential() {
     original.resume();
     original.hear(10);
     original.pause();
-    let refused = |answer: FromVmm, word: &str| {
-        let FromVmm::Refused(refused) = answer else { panic!("{answer:?}") };
-        assert!(refused.reason.contains(word), "{}", refused.reason);
-    };
     // A disk that is full when memory is written already, and no page counts as written any more.
     let full = OpenOptions::new().write(true).open("/dev/full").unwrap();
     refused(original.try_save_with(&saved, SnapshotKind::Differential, &full), "written");
@@ -271,10 +273,6 @@ fn what_can_not_be_saved_is_refused_and_the_machine_goes_on() {
         return;
     }
     let mut original = counting(1, |_| {});
-    let refused = |answer: FromVmm, word: &str| {
-        let FromVmm::Refused(refused) = answer else { panic!("{answer:?}") };
-        assert!(refused.reason.contains(word), "{}", refused.reason);
-    };
     let saved = Saved::new();
     refused(original.try_save(&saved, SnapshotKind::Full), "not paused");
     original.pause();

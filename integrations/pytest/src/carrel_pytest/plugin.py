@@ -194,7 +194,7 @@ class Outside:
         else:
             when = "call" if reports else "setup"
         why = broken or "The room ended well, and said nothing of this test."
-        last = pytest.TestReport(
+        failure = pytest.TestReport(
             nodeid=item.nodeid,
             location=item.location,
             keywords={item.name: 1},
@@ -202,7 +202,7 @@ class Outside:
             longrepr=why,
             when=when,
         )
-        return [*reports, last]
+        return [*reports, failure]
 
 
 def checked(data):
@@ -211,21 +211,21 @@ def checked(data):
     def is_number(value):
         return type(value) in (int, float) and math.isfinite(value)
 
-    def is_texts(value, *kinds):
+    def is_list_of(value, *kinds):
         return isinstance(value, list) and len(value) == len(kinds) and all(map(isinstance, value, kinds))
 
     def is_place(value):
-        return is_texts(value, str, (int, type(None)), str)
+        return is_list_of(value, str, (int, type(None)), str)
 
     def is_failure(value):
         if not isinstance(value, dict):
-            return value is None or isinstance(value, str) or is_texts(value, str, int, str)
+            return value is None or isinstance(value, str) or is_list_of(value, str, int, str)
         crash = value.get("reprcrash")
         kinds = {"path": str, "lineno": int, "message": str}
         return crash is None or isinstance(crash, dict) and all(isinstance(crash.get(name), kind) for name, kind in kinds.items())
 
     def is_pairs(value, kind):
-        return isinstance(value, list) and all(is_texts(pair, str, kind) for pair in value)
+        return isinstance(value, list) and all(is_list_of(pair, str, kind) for pair in value)
 
     parts = {
         "$report_type": lambda value: value == "TestReport",
