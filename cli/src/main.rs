@@ -29,6 +29,7 @@ use arguments::{Cli, Command, LogFormat};
 use configuration::Configuration;
 
 fn main() -> ExitCode {
+    carrel_protocol::abort_on_panic();
     // A process that will meet an archive: it reads no configuration and opens nothing before it is confined.
     let mut words = std::env::args_os().skip(1);
     if words.next().is_some_and(|word| word == archive::COMMAND) {

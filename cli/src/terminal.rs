@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   cooked ── Raw::enter ──▶ raw ── drop ──────────▶ cooked
-//!                             ├─── panic hook ─────▶ cooked   (release builds abort: no drop runs)
+//!                             ├─── panic hook ─────▶ cooked   (a panic aborts: no drop runs)
 //!                             └─── process::exit ──▶ cooked   only through `drop`: main returns its status instead
 //! ```
 //!

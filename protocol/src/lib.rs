@@ -22,7 +22,9 @@ pub mod units;
 pub mod usage;
 pub mod vmm;
 
+mod panic;
 mod sentence;
 
 pub use frame::{Decoder, FrameError, HEADER_BYTES, Header, Message};
+pub use panic::abort_on_panic;
 pub use sentence::{chain, one_line};

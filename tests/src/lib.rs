@@ -35,7 +35,7 @@ use std::time::{Duration, Instant};
 /// How long anything may take before a test gives up on it.
 pub fn patience() -> Duration {
     let factor = std::env::var("CARREL_TEST_PATIENCE").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
-    Duration::from_secs(120) * factor
+    Duration::from_secs(300) * factor
 }
 
 /// How often something is done: `often`, or so much of `soak` as `scripts/test --soak` asks for, in percent (`CARREL_TEST_SOAK`).

@@ -11,7 +11,7 @@ use carrel_tests::functions::{FunctionZip, MEMORY, handlers, python};
 use carrel_tests::layout::{Image, LAYER, Layer, Tar, digest};
 use carrel_tests::mounted::Mounted;
 use carrel_tests::registry::Registry;
-use carrel_tests::{Carrel, Done, Running, fixtures, wait_for};
+use carrel_tests::{Carrel, Done, Running, fixtures, times, wait_for};
 use serde_json::{Value, json};
 
 /// Runs an image made for this test; its command says that it ran.
@@ -264,7 +264,7 @@ fn a_zip_that_would_escape() {
         (good().file("inner/a", "x").link("way", "inner").file(&below, "x"), "link"),
     ] {
         let path = zip.write(&carrel.scratch());
-        let line = ["invoke", "--zip", path.to_str().unwrap(), "--runtime", "provided", "--timeout", "60s"];
+        let line = ["invoke", "--zip", path.to_str().unwrap(), "--runtime", "provided", "--timeout", "600s"];
         carrel.run(&line).complains(125, &[ESCAPED, why]);
     }
 }
@@ -292,10 +292,10 @@ fn a_bomb_by_size() {
     let claimed = Tar::new().claim("huge", 1 << 50);
     run(&carrel, &with_layer(Layer::plain(claimed)))
         .complains(125, &["exceeds 10737418240 bytes", "1125899906842624 bytes"]);
-    // Really unpacked: 512 MiB of zeros in half a megabyte, in a room whose disk takes a quarter.
-    let zeros = Layer::gzip(&Tar::new().file("zeros", &vec![0; 512 << 20]).bytes());
+    // Really unpacked: 128 MiB of zeros in an eighth of a megabyte, in a room whose disk takes half.
+    let zeros = Layer::gzip(&Tar::new().file("zeros", &vec![0; 128 << 20]).bytes());
     let name = with_layer(zeros).write(&carrel.scratch().join("bomb"));
-    carrel.run(&["run", "--disk", "128m", &name]).complains(125, &["exceeds 134217728 bytes"]);
+    carrel.run(&["run", "--disk", "64m", &name]).complains(125, &["exceeds 67108864 bytes"]);
 }
 
 #[test]
@@ -316,7 +316,7 @@ fn a_zip_bomb() {
         .file("bootstrap", "#!/bin/sh\n")
         .file("zeros", vec![0; 350 << 20])
         .write(&carrel.scratch());
-    let line = ["invoke", "--zip", path.to_str().unwrap(), "--runtime", "provided", "--timeout", "60s"];
+    let line = ["invoke", "--zip", path.to_str().unwrap(), "--runtime", "provided", "--timeout", "600s"];
     // A function's 250 MiB, and 96 for the runtime that lies below it.
     carrel.run(&line).complains(125, &["exceeds 362807296 bytes"]);
 }
@@ -354,7 +354,7 @@ fn a_room_that_runs_beside_bad_input_goes_on_at_its_pace() {
     lying.diff_id = digest(b"something else");
     let lying = image("lying", vec![shell(), lying]);
     beside("a lying layer", 125, &|| carrel.run(&["run", &lying, "true"]));
-    let zeros = Layer::gzip(&Tar::new().file("zeros", &vec![0; 128 << 20]).bytes());
+    let zeros = Layer::gzip(&Tar::new().file("zeros", &vec![0; 96 << 20]).bytes());
     let bomb = image("bomb", vec![shell(), zeros]);
     beside("a bomb", 125, &|| carrel.run(&["run", "--disk", "64m", &bomb, "true"]));
     let escaping = FunctionZip::new().file("../escaped", "x").write(&scratch);
@@ -368,12 +368,15 @@ fn a_room_that_runs_beside_bad_input_goes_on_at_its_pace() {
     beside("a wrong digest", 125, &|| carrel.run(&["run", &wrong, "true"]));
     let up = image("up", vec![shell(), Layer::plain(Tar::new().file("../up", b"hostile"))]);
     beside("a tar that would escape", 125, &|| carrel.run(&["run", &up, "true"]));
-    // The same header a million times over: a whiteout of nothing is the cheapest entry, and an entry all the same.
-    let many = Tar::new().file(".wh.x", b"").bytes()[..512].repeat(1_000_001);
-    let many = image("many", vec![shell(), Layer::gzip(&many)]);
-    beside("a bomb by entries", 125, &|| {
-        carrel.run(&["run", &many, "true"]).complains(125, &["more than 1000000 entries"])
-    });
+    // Under emulation minutes of headers: the agent's own tests count to a million each time.
+    if times(0, 1) > 0 {
+        // The same header over and over: a whiteout of nothing is the cheapest entry, and an entry all the same.
+        let many = Tar::new().file(".wh.x", b"").bytes()[..512].repeat(1_000_001);
+        let many = image("many", vec![shell(), Layer::gzip(&many)]);
+        beside("a bomb by entries", 125, &|| {
+            carrel.run(&["run", &many, "true"]).complains(125, &["more than 1000000 entries"])
+        });
+    }
     beside("a missing command", 127, &|| carrel.run(&["run", &fixtures::busybox(), "no-such-command"]));
     beside("a runtime that exits", 3, &|| bootstrap(&carrel, "#!/bin/sh\nexit 4\n", "5s"));
     beside("a runtime that hangs", 124, &|| bootstrap(&carrel, "#!/bin/sh\nsleep 1000\n", "2s"));
@@ -433,7 +436,7 @@ fn an_event_that_is_not_json() {
 fn a_handler_that_does_not_exist() {
     let carrel = Carrel::new();
     let zip = handlers(&carrel.scratch());
-    let line = ["invoke", "--zip", &zip, "--handler", "app.nobody", "--memory", MEMORY, "--timeout", "60s"];
+    let line = ["invoke", "--zip", &zip, "--handler", "app.nobody", "--memory", MEMORY, "--timeout", "600s"];
     let done = carrel.run(&line).ends_with(3);
     assert!(done.errors().contains("carrel: ") && done.text().contains("HandlerNotFound"), "{done:?}");
     // A custom runtime without its program.
@@ -476,7 +479,7 @@ fn a_runtime_that_answers_too_much() {
     let carrel = Carrel::new();
     let zip = handlers(&carrel.scratch());
     let line =
-        ["invoke", "--zip", &zip, "--handler", "app.too_large", "--memory", MEMORY, "--timeout", "90s"];
+        ["invoke", "--zip", &zip, "--handler", "app.too_large", "--memory", MEMORY, "--timeout", "600s"];
     let done = carrel.run(&line).ends_with(4);
     assert_eq!(error_type(&done), "Function.ResponseSizeTooLarge");
 }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 fn invoke(carrel: &Carrel, handler: &str, event: &str, more: &[&str]) -> Done {
     let zip = handlers(&carrel.scratch());
-    let line = ["invoke", "--zip", &zip, "--runtime", "python3.11", "--memory", MEMORY, "--timeout", "90s"];
+    let line = ["invoke", "--zip", &zip, "--runtime", "python3.11", "--memory", MEMORY, "--timeout", "600s"];
     carrel.run(&[&line[..], &["--handler", handler, "--event", event], more].concat())
 }
 
@@ -43,7 +43,7 @@ fn a_python_function_answers_and_logs_as_on_lambda() {
         (&json!("answers"), &json!("app.answers"), &json!("1"))
     );
     assert_eq!(got["memory"].to_string().trim_matches('"'), "512");
-    assert!((1..=90_000).contains(&got["left"].as_i64().unwrap()), "{got}");
+    assert!((1..=600_000).contains(&got["left"].as_i64().unwrap()), "{got}");
     assert_ne!(got["uid"], json!(0), "functions are no root");
     assert_eq!((&got["engine"], &got["task"]), (&json!("AWS_Lambda_python3.11"), &json!("/var/task")));
     let trace = got["trace"].as_str().unwrap();
@@ -68,7 +68,7 @@ fn the_event_comes_from_a_file_or_standard_input_too() {
     let done = invoke(&carrel, "app.adds", &format!("@{}", file.display()), &[]).succeeds();
     assert_eq!(done.text().trim(), "42");
     let zip = handlers(&carrel.scratch());
-    let line = ["invoke", "--zip", &zip, "--handler", "app.adds", "--memory", MEMORY, "--timeout", "60s"];
+    let line = ["invoke", "--zip", &zip, "--handler", "app.adds", "--memory", MEMORY, "--timeout", "600s"];
     let done = carrel.run_with_input(&[&line[..], &["--event", "-"]].concat(), br#"{"n": 6}"#).succeeds();
     assert_eq!(done.text().trim(), "7");
 }
@@ -87,7 +87,7 @@ fn an_exception_is_the_functions_error() {
 fn a_rust_bootstrap_answers_under_the_runtime_provided() {
     let carrel = Carrel::new();
     let zip = rust_bootstrap();
-    let line = ["invoke", "--zip", &zip, "--runtime", "provided", "--timeout", "30s", "--name", "rusty"];
+    let line = ["invoke", "--zip", &zip, "--runtime", "provided", "--timeout", "600s", "--name", "rusty"];
     let done = carrel.run(&[&line[..], &["--event", r#"{"n": 1}"#]].concat()).succeeds();
     let got = answer(&done);
     assert_eq!((&got["event"], &got["function"]), (&json!({ "n": 1 }), &json!("rusty")));
@@ -106,7 +106,7 @@ fn an_image_is_a_function_too() {
     let mut image = Image::new(vec![Layer::gzip(&tar.bytes())]);
     image.config = json!({ "Entrypoint": ["/srv/function"], "User": "root", "WorkingDir": "/srv" });
     let name = image.write(&carrel.scratch().join("image"));
-    let line = ["invoke", "--image", &name, "--timeout", "30s", "--name", "pictured", "--event", "[3]"];
+    let line = ["invoke", "--image", &name, "--timeout", "600s", "--name", "pictured", "--event", "[3]"];
     let done = carrel.run(&line).succeeds();
     let got = answer(&done);
     assert_eq!((&got["event"], &got["function"]), (&json!([3]), &json!("pictured")));
@@ -147,7 +147,7 @@ fn a_function_that_takes_too_long_times_out() {
 fn a_runtime_that_exits_is_named_with_its_status() {
     let carrel = Carrel::new();
     let zip = rust_bootstrap();
-    let line = ["invoke", "--zip", &zip, "--runtime", "provided", "--timeout", "30s"];
+    let line = ["invoke", "--zip", &zip, "--runtime", "provided", "--timeout", "600s"];
     let done = carrel.run(&[&line[..], &["--event", r#"{"do": "exit"}"#]].concat()).ends_with(3);
     let error = answer(&done);
     assert_eq!(error["errorType"], json!("Runtime.ExitError"));
@@ -183,7 +183,7 @@ fn a_function_that_needs_too_much_memory_is_told_so() {
     let carrel = Carrel::cold();
     let zip = rust_bootstrap();
     let event = r#"{"do": "fill memory"}"#;
-    let line = ["invoke", "--zip", &zip, "--runtime", "provided", "--timeout", "60s", "--memory", "128m"];
+    let line = ["invoke", "--zip", &zip, "--runtime", "provided", "--timeout", "600s", "--memory", "128m"];
     let done = carrel.run(&[&line[..], &["--event", event]].concat()).ends_with(3);
     let error = answer(&done);
     assert_eq!(error["errorType"], json!("Runtime.OutOfMemory"), "{error}");
@@ -233,7 +233,7 @@ fn two_functions_at_once_do_not_see_each_other() {
             "--runtime",
             "provided",
             "--timeout",
-            "60s",
+            "600s",
             "--event",
             &event,
         ])
@@ -281,7 +281,7 @@ fn answers(carrel: &Carrel, events: &str, more: &[&str], status: i32) -> (Vec<Va
     let zip = python(&carrel.scratch(), COUNTING);
     let file = carrel.scratch().join("events.jsonl");
     std::fs::write(&file, events).unwrap();
-    let line = ["invoke", "--zip", &zip, "--handler", "app.handler", "--timeout", "60s", "--events"];
+    let line = ["invoke", "--zip", &zip, "--handler", "app.handler", "--timeout", "600s", "--events"];
     let done = carrel.run(&[&line[..], &[file.to_str().unwrap()], more].concat()).ends_with(status);
     let lines =
         done.text().lines().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("{done:?}")));

@@ -154,7 +154,7 @@ fn a_program_that_is_never_ready_is_an_error_that_says_so() {
 fn invoke(carrel: &Carrel, source: &str, event: &str) -> Done {
     let zip = functions::python(&carrel.scratch(), source);
     let line = ["invoke", "--initialised", "--timeline", "--handler", "app.handler", "--zip", &zip];
-    carrel.run(&[&line[..], &["--timeout", "60s", "--event", event]].concat())
+    carrel.run(&[&line[..], &["--timeout", "600s", "--event", event]].concat())
 }
 
 #[test]
@@ -172,7 +172,7 @@ def handler(event, context):
     let zip = functions::python(&carrel.scratch(), source);
     let line = ["template", "create-function", "--initialised", "--json", "--zip", &zip];
     let made =
-        carrel.run(&[&line[..], &["--handler", "app.handler", "--timeout", "60s"]].concat()).succeeds();
+        carrel.run(&[&line[..], &["--handler", "app.handler", "--timeout", "600s"]].concat()).succeeds();
     let record: Value = serde_json::from_str(made.text()).unwrap();
     assert_eq!((&record["made"], &record["point"]), (&json!(true), &json!("initialised")));
     assert!(made.errors().contains("loaded"), "what INIT says is heard once: {made:?}");

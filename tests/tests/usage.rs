@@ -200,7 +200,7 @@ fn an_invocation_reports_usage_too() {
         "--runtime",
         "provided",
         "--timeout",
-        "30s",
+        "600s",
         "--usage-file",
     ];
     carrel.run(&[&line[..], &[file.to_str().unwrap()]].concat()).succeeds();

@@ -62,6 +62,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    carrel_protocol::abort_on_panic();
     let arguments = match parse() {
         Ok(Some(arguments)) => arguments,
         Ok(None) => return ExitCode::SUCCESS,

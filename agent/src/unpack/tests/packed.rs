@@ -192,3 +192,22 @@ fn a_window_larger_than_a_room_is_refused() {
     let error = honest(&Bed::new(), Compression::Zstd, frame, b"").unwrap_err();
     assert!(matches!(error, UnpackError::Damaged { .. }), "{error:?}");
 }
+
+#[test]
+fn a_bomb_of_a_million_entries_in_a_few_kilobytes_is_refused() {
+    // The same header over and over: a whiteout of nothing is the cheapest entry, and an entry all the same.
+    let whiteout = &tar(&[Member::file(".wh.x", "")])[..512];
+    let mut encoder = zstd::stream::write::Encoder::new(Vec::new(), 1).unwrap();
+    for _ in 0..1_000_001 {
+        encoder.write_all(whiteout).unwrap();
+    }
+    let packed = encoder.finish().unwrap();
+    assert!(packed.len() < 100_000, "{}", packed.len());
+    // Carrel's own limits (docs/cli.md).
+    let limits = UnpackLimits { bytes: 10 << 30, entries: 1_000_000 };
+    // It is refused before there is a digest of all of it.
+    let layer = described(Compression::Zstd, &packed, b"");
+    assert!(
+        said(Bed::new().apply_described(limits, &[(layer, packed)])).contains("more than 1000000 entries")
+    );
+}
