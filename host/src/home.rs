@@ -370,6 +370,11 @@ impl Home {
         }
     }
 
+    /// Whether commands ask a resident owner, and one may be there.
+    pub(crate) fn may_have_resident(&self) -> bool {
+        self.asks_resident && resident::may_be_there(&self.root)
+    }
+
     /// Writes the order and finds an owner for it: the resident one, if there is one and the room is not to outlive its command, or one of its own.
     fn begin(&self, room: &Room, order: &Order, supplies: &[OwnedFd]) -> Result<Session, HomeError> {
         let path = room.directory.join("room.json");

@@ -1,6 +1,8 @@
 //! The pool: how a room begins. Whoever wants a room asks here, and gets the cheapest beginning that fits.
 //!
 //! ```text
+//!   waiting ─▶ a room of the same function that waits for an event, if the resident owner keeps one
+//!
 //!   start ─▶ key ─▶ template there? ──yes──▶ clone
 //!                     │ no: this caller makes it, all others wait
 //!                     ▼
@@ -28,8 +30,10 @@ use carrel_store::templates::{
 use rustix::fs::MemfdFlags;
 use thiserror::Error;
 
+use crate::function::invocation::Warm;
 use crate::home::{Home, HomeError, Room, TemplateFiles};
 use crate::outcome::{Outcome, Step, exit_in_words};
+use crate::resident;
 use crate::session::{Ended, Session, SessionError, Streams};
 use crate::spec::{RoomName, RoomSpec};
 use crate::template::{self, Host, KeyError};
@@ -86,6 +90,25 @@ pub enum Beginning {
     Cold,
     /// From this template; into the file, if it had no working set, this clone's VMM writes one.
     Clone(Arc<Template>, Option<Arc<File>>),
+}
+
+/// Where rooms wait whose functions can stand for one another: with the home's resident owner.
+#[derive(Debug)]
+pub struct Waiting<'a> {
+    home: &'a Home,
+    key: String,
+}
+
+impl Waiting<'_> {
+    /// One that waits, which is nobody else's from now on.
+    pub fn wake(&self) -> Option<Warm> {
+        resident::wake(self.home.root(), &self.key, self.home.patience())
+    }
+
+    /// Has one wait; says whether it does. One that doesn't is the caller's still.
+    pub fn keep(&self, room: &Warm) -> bool {
+        resident::keep(self.home.root(), &self.key, room, self.home.patience())
+    }
 }
 
 /// A room that was begun.
@@ -162,6 +185,21 @@ impl<'a> Pool<'a> {
                 self.start_cold(spec, blobs, timeline)
             }
         }
+    }
+
+    /// Where rooms of such a function wait for another event, if somebody keeps them. `spec` is that of an initialised instance, which has all that makes one as good as
+    /// another; whether they began so is said beside it.
+    ///
+    /// # Errors
+    ///
+    /// Its key can't be found.
+    pub fn waiting(&self, spec: &RoomSpec, initialised: bool) -> Result<Option<Waiting<'a>>, PoolError> {
+        if !self.home.may_have_resident() {
+            return Ok(None);
+        }
+        let host = Host::look()?;
+        let key = template::warm_key(spec, initialised, self.home.assets(), &host, &self.domain)?;
+        Ok(Some(Waiting { home: self.home, key }))
     }
 
     /// Begins a room with a boot.
@@ -321,16 +359,20 @@ impl Beginning {
                 template.discard(&Damage::Refused(message.clone()))?;
                 Ok(true)
             }
-            (Self::Clone(template, Some(record)), _) => {
-                // A hint: rooms begin without it too.
-                match recorded(record).map(|bytes| bytes.map(|bytes| template.add_working_set(&bytes))) {
-                    Ok(None | Some(Ok(_))) => {}
-                    Ok(Some(Err(error))) => tracing::debug!(error = %chain(&error), "no working set is kept"),
-                    Err(error) => tracing::debug!(%error, "no working set is kept"),
-                }
+            (Self::Cold | Self::Clone(..), _) => {
+                self.learn();
                 Ok(false)
             }
-            (Self::Cold | Self::Clone(..), _) => Ok(false),
+        }
+    }
+
+    /// Adds to its template what it has learnt so far: a hint, without which rooms begin too.
+    pub fn learn(&self) {
+        let Self::Clone(template, Some(record)) = self else { return };
+        match recorded(record).map(|bytes| bytes.map(|bytes| template.add_working_set(&bytes))) {
+            Ok(None | Some(Ok(_))) => {}
+            Ok(Some(Err(error))) => tracing::debug!(error = %chain(&error), "no working set is kept"),
+            Err(error) => tracing::debug!(%error, "no working set is kept"),
         }
     }
 

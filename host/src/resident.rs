@@ -4,6 +4,7 @@
 //!   command ── Own + lock, template, blobs ──▶ accept ─▶ a thread a room: admitted? ─▶ a VMM from the shelf goes on ─▶ owned to its end
 //!           ◀── Mine ──                                     │ no: told why             └ none there: launched as by any owner
 //!                                              keeper: a VMM that was taken is replaced once no room is starting
+//!   command ── Keep + a function's room that waits ──▶ warm ──▶ Wake ─▶ another command's event in it; too old: the room ends
 //! ```
 //!
 //! Rooms are the same as with an owner of their own: the same directory, lock, record and socket, so every command finds them as always. A command that finds no
@@ -11,7 +12,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,27 +28,30 @@ use rustix::process::Resource;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::function::invocation;
 use crate::home::{Home, Order, Task, TemplateFiles};
 use crate::launch::{self, LaunchError, Launched};
 use crate::outcome::Outcome;
 use crate::owner::{self, Assignment};
-use crate::packet::{Connection, PacketError};
+use crate::packet::{Connection, Packet, PacketError};
 use crate::patience::Patience;
 use crate::session::{self, Session, SessionError};
-use crate::spec::RoomId;
+use crate::spec::{Machine, RoomId};
 use crate::timestamp::mark;
 
 mod admission;
 pub mod api;
 mod shelf;
+mod warm;
 
 pub use admission::{Factor, Overcommit, OvercommitError};
 pub use shelf::Ready;
 pub(crate) use shelf::Starting;
 
-use admission::Admission;
-use api::{FromResident, Look, Looked, Mine, Own, ToResident, VERSION};
+use admission::{Admission, Admitted, Refusal};
+use api::{FromResident, Keep, Kept, Look, Looked, Mine, Own, ToResident, VERSION, Wake, Woken};
 use shelf::{Shape, Shelf};
+use warm::Warm;
 
 /// Its socket, below the home.
 const SOCKET: &str = "pool.sock";
@@ -57,6 +61,8 @@ const LOCK: &str = "pool.lock";
 const BACKLOG: i32 = 1024;
 /// From a command that could not be accepted to the next attempt.
 const AGAIN: Duration = Duration::from_millis(200);
+/// From one look at whether a room's promise was taken back to the next.
+const ENDING: Duration = Duration::from_millis(5);
 /// A room's thread waits for one thing at a time.
 const STACK_BYTES: usize = 512 << 10;
 
@@ -107,6 +113,8 @@ pub struct Options {
     pub idle: Option<Duration>,
     /// What it promises beyond what the host has.
     pub overcommit: Overcommit,
+    /// Rooms of functions are kept so long for another event; without it not at all.
+    pub warm: Option<Duration>,
 }
 
 /// What a resident owner has and had.
@@ -124,6 +132,10 @@ pub struct Status {
     pub given: u64,
     /// Of these, clones that went on in a VMM that was ready.
     pub from_shelf: u64,
+    /// Rooms of functions, of those that it owns, that wait for another event.
+    pub warm: u64,
+    /// Events that were handled in such a room.
+    pub woken: u64,
     /// Rooms for which the host had nothing left.
     pub refused: u64,
     /// VMMs that are ready.
@@ -157,9 +169,11 @@ struct Shared {
     home: Home,
     begun: Instant,
     shelf: Shelf,
+    warm: Warm,
     admission: Admission,
     given: AtomicU64,
     from_shelf: AtomicU64,
+    woken: AtomicU64,
     refused: AtomicU64,
     /// Connections that are served, a room's or another's.
     served: AtomicU64,
@@ -213,10 +227,12 @@ impl Resident {
         let shared = Arc::new(Shared {
             begun: Instant::now(),
             shelf: Shelf::new(options.ready, home.assets().vmm.clone(), options.usual),
+            warm: Warm::new(options.warm)?,
             admission: Admission::new(options.overcommit)?,
             home,
             given: AtomicU64::new(0),
             from_shelf: AtomicU64::new(0),
+            woken: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             served: AtomicU64::new(0),
             news: tell,
@@ -239,14 +255,18 @@ impl Resident {
         // The thread that starts a VMM has to outlive it (PR_SET_PDEATHSIG, prctl(2)): this one lives as long as the process.
         let keeper = Arc::clone(&shared);
         let keeper = thread::Builder::new().name("keeper".into()).spawn(move || keeper.shelf.keep())?;
+        let watcher = Arc::clone(&shared);
+        let watcher = thread::Builder::new().name("watcher".into()).spawn(move || watcher.warm.watch())?;
         let told = accept_until_stopped(&shared, &listener, &mut news, idle)?;
         // Whoever is not accepted by now starts an owner by itself, or finds the next one behind a service manager's socket.
         if let Some(path) = socket {
             let _ = fs::remove_file(path);
         }
         drop(listener);
+        shared.warm.close();
         shared.shelf.close();
         let _ = keeper.join();
+        let _ = watcher.join();
         let left = shared.served.load(Ordering::SeqCst);
         if told && left > 0 {
             tracing::info!(
@@ -350,8 +370,8 @@ impl Shared {
         if connection.limit(Some(patience.owner())).is_err() {
             return;
         }
-        let asked = match connection.receive::<ToResident>() {
-            Ok(packet) => packet.message,
+        let Packet { message: asked, descriptors } = match connection.receive::<ToResident>() {
+            Ok(packet) => packet,
             Err(error) => return tracing::debug!(error = %chain(&error), "a command said nothing"),
         };
         let served = match asked {
@@ -360,10 +380,48 @@ impl Shared {
                 let answer = FromResident::from(Looked { status: self.status() });
                 connection.send(&answer, &[]).map_err(|e| chain(&e))
             }
-            ToResident::Own(_) | ToResident::Look(_) => Err("a command speaks another version".into()),
+            ToResident::Keep(Keep { version, key }) if version == VERSION => {
+                match self.warm.keep(key, descriptors) {
+                    true => connection.send(&FromResident::from(Kept {}), &[]).map_err(|e| chain(&e)),
+                    false => Ok(()),
+                }
+            }
+            ToResident::Wake(Wake { version, key }) if version == VERSION => self.wake(&connection, &key),
+            ToResident::Own(_) | ToResident::Look(_) | ToResident::Keep(_) | ToResident::Wake(_) => {
+                Err("a command speaks another version".into())
+            }
         };
         if let Err(error) = served {
             tracing::debug!(error, "a command was not served");
+        }
+    }
+
+    /// Hands over a room that was kept. If that fails it ends: who asked for it may have it all the same.
+    fn wake(&self, connection: &Connection, key: &str) -> Result<(), String> {
+        let descriptors = self.warm.take(key).unwrap_or_default();
+        if !descriptors.is_empty() {
+            self.woken.fetch_add(1, Ordering::Relaxed);
+        }
+        let descriptors: Vec<_> = descriptors.iter().map(AsFd::as_fd).collect();
+        connection.send(&FromResident::from(Woken {}), &descriptors).map_err(|e| chain(&e))
+    }
+
+    /// Promises a room what it may take; rooms that only wait end for it if they must.
+    fn admit(&self, machine: &Machine) -> Result<Admitted, Refusal> {
+        loop {
+            let refusal = match self.admission.admit(machine) {
+                Ok(admitted) => return Ok(admitted),
+                Err(refusal) => refusal,
+            };
+            let before = self.admission.rooms();
+            if !self.warm.end_oldest() {
+                return Err(refusal);
+            }
+            // Its promise is taken back at its end.
+            let until = Instant::now() + self.home.patience().answer();
+            while self.admission.rooms() >= before && Instant::now() < until {
+                thread::sleep(ENDING);
+            }
         }
     }
 
@@ -376,7 +434,7 @@ impl Shared {
         // From here on the room is this process's, whatever comes.
         creator.send(&FromResident::from(Mine {}), &[]).map_err(|e| chain(&e))?;
         self.given.fetch_add(1, Ordering::Relaxed);
-        let admitted = self.admission.admit(&order.spec.machine);
+        let admitted = self.admit(&order.spec.machine);
         let assignment = Assignment { directory: &directory, order, supplies, creator, timeline, starting };
         let owned = match admitted {
             Ok(admitted) => assignment.own(|order, id, template| {
@@ -426,6 +484,8 @@ impl Shared {
             starting: self.shelf.being_started(),
             given: self.given.load(Ordering::Relaxed),
             from_shelf: self.from_shelf.load(Ordering::Relaxed),
+            warm: self.warm.count(),
+            woken: self.woken.load(Ordering::Relaxed),
             refused: self.refused.load(Ordering::Relaxed),
             ready: self.shelf.ready(),
             memory_promised: memory.promised,
@@ -500,20 +560,52 @@ pub(crate) fn offer(
     }
 }
 
+/// Whether somebody listens, or did.
+pub(crate) fn may_be_there(root: &Path) -> bool {
+    root.join(SOCKET).exists()
+}
+
+/// Hands a function's room that waits to the home's resident owner, if there is one that keeps such rooms; says whether it does.
+pub(crate) fn keep(root: &Path, key: &str, room: &invocation::Warm, patience: Patience) -> bool {
+    let keep = ToResident::from(Keep { version: VERSION.into(), key: key.to_owned() });
+    match asked(root, &keep, &room.descriptors(), patience) {
+        Ok(packet) => matches!(packet.message, FromResident::Kept(_)),
+        // Nobody is there, or it keeps none. One that is silent may have it: two that end a room are no harm.
+        Err(_) => false,
+    }
+}
+
+/// A room that the home's resident owner kept under this key.
+pub(crate) fn wake(root: &Path, key: &str, patience: Patience) -> Option<invocation::Warm> {
+    let wake = ToResident::from(Wake { version: VERSION.into(), key: key.to_owned() });
+    let packet = asked(root, &wake, &[], patience).ok()?;
+    invocation::Warm::from_descriptors(packet.descriptors, patience)
+}
+
+fn asked(
+    root: &Path,
+    question: &ToResident,
+    descriptors: &[BorrowedFd<'_>],
+    patience: Patience,
+) -> Result<Packet<FromResident>, ResidentError> {
+    let connection = session::connected(root, SOCKET, patience).map_err(ResidentError::Absent)?;
+    connection.limit(Some(patience.answer()))?;
+    connection.send_blocking(question, descriptors).map_err(ResidentError::Answer)?;
+    connection.receive().map_err(ResidentError::Answer)
+}
+
 /// What the home's resident owner has.
 ///
 /// # Errors
 ///
 /// There is none, or it doesn't answer.
 pub fn status(home: &Home) -> Result<Status, ResidentError> {
-    let connection =
-        session::connected(home.root(), SOCKET, home.patience()).map_err(ResidentError::Absent)?;
-    connection.limit(Some(home.patience().answer()))?;
     let look = ToResident::from(Look { version: VERSION.into() });
-    connection.send_blocking(&look, &[]).map_err(ResidentError::Answer)?;
-    match connection.receive::<FromResident>().map_err(ResidentError::Answer)?.message {
+    match asked(home.root(), &look, &[], home.patience())?.message {
         FromResident::Looked(Looked { status }) => Ok(status),
-        FromResident::Mine(_) => Err(ResidentError::Answer(PacketError::Closed)),
+        FromResident::Mine(_) | FromResident::Kept(_) | FromResident::Woken(_) => {
+            Err(ResidentError::Answer(PacketError::Closed))
+        }
     }
 }
 

@@ -16,7 +16,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -84,6 +84,9 @@ pub enum SessionError {
         /// What was waited for, s.
         seconds: u64,
     },
+    /// A room that waited for an event ended before it was handed this one.
+    #[error("the room that waited for an event ended before it came")]
+    Over(#[source] Box<SessionError>),
     /// The request was refused.
     #[error("{0}")]
     Refused(String),
@@ -196,6 +199,15 @@ impl Session {
                 false => SessionError::Unreachable(error),
             })?;
         Ok(Self::new(connection, patience))
+    }
+
+    /// The same conversation, for whoever goes on with it.
+    pub(crate) fn another(&self) -> Self {
+        Self { connection: Arc::clone(&self.connection), patience: self.patience }
+    }
+
+    pub(crate) fn socket(&self) -> BorrowedFd<'_> {
+        self.connection.as_fd()
     }
 
     /// The part for other threads.

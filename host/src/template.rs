@@ -178,6 +178,25 @@ pub fn key(spec: &RoomSpec, assets: &Assets, host: &Host, domain: &str) -> Resul
     Ok(TemplateKey::of(&ingredients)?)
 }
 
+/// What rooms are asked for by that wait for another event: one can stand for another if this is the same. `spec` is that of an initialised room, whose key has all that its
+/// function was told.
+///
+/// # Errors
+///
+/// The assets can't be looked at.
+pub(crate) fn warm_key(
+    spec: &RoomSpec,
+    initialised: bool,
+    assets: &Assets,
+    host: &Host,
+    domain: &str,
+) -> Result<String, KeyError> {
+    let key = key(spec, assets, host, domain)?;
+    let began = if initialised { "initialised" } else { "unpacked" };
+    let without: Vec<String> = spec.without.iter().map(ToString::to_string).collect();
+    Ok(format!("{key} {began} {} {}", spec.machine.cpu_millis, without.join(",")))
+}
+
 /// What `carrel template ls` shows of it. Variables are secrets more often than not, so they are not in it.
 pub fn description(spec: &RoomSpec, host: &Host, domain: &str) -> Value {
     let machine = &spec.machine;

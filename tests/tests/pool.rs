@@ -191,3 +191,43 @@ fn a_service_manager_holds_its_socket_and_starts_it_when_somebody_comes() {
     fs::remove_file(&path).unwrap();
     run(&carrel, "true").succeeds();
 }
+
+#[test]
+fn a_functions_room_waits_for_its_next_event_and_for_nothing_else() {
+    let carrel = Carrel::new();
+    let pool = pool(&carrel, &["--ready", "1", "--memory-overcommit", "0.1"]);
+    let zip = fixtures::path("rust-bootstrap").join("bootstrap.zip");
+    let invoke = |event: &str, more: &[&str]| {
+        let line = ["invoke", "--zip", zip.to_str().unwrap(), "--runtime", "provided", "--timeout", "600s"];
+        carrel.run(&[&line[..], &["--event", event], more].concat())
+    };
+    let is_new = |done: &Done| done.errors().contains("INIT_START");
+    let waits = || count(&status(&carrel), "warm");
+    let done = invoke(r#"{"n": 1}"#, &[]).succeeds();
+    assert!(is_new(&done) && done.errors().contains("Init Duration"), "{done:?}");
+    assert_eq!((waits(), carrel.rooms(false).len()), (1, 1));
+    // The same function: no start, its own log and its own report.
+    let done = invoke(r#"{"n": 2}"#, &["--timeline"]).succeeds();
+    let answer: Value = serde_json::from_str(done.text()).unwrap();
+    assert_eq!(answer["event"]["n"], 2);
+    assert!(!is_new(&done) && !done.errors().contains("Init Duration"), "{done:?}");
+    for said in ["start: warm", "the bootstrap was asked {\"n\":2}", "START RequestId", "REPORT RequestId"] {
+        assert!(done.errors().contains(said), "{said}: {done:?}");
+    }
+    assert_eq!((waits(), count(&status(&carrel), "woken")), (1, 1));
+    // Another variable is another function; events that share nothing leave nothing.
+    assert!(is_new(&invoke("{}", &["--env", "A=1"]).succeeds()));
+    assert!(is_new(&invoke("{}", &["--isolation", "event"]).succeeds()));
+    assert_eq!(waits(), 2);
+    // A runtime that ends takes its room along.
+    assert!(!is_new(&invoke(r#"{"do": "exit"}"#, &[]).ends_with(3)));
+    assert_eq!(waits(), 1);
+    // What waits ends for what is asked for now.
+    let memory = format!("{}m", (count(&status(&carrel), "memory_limit") >> 20) * 4 / 5);
+    carrel.run(&["run", "--cold", "-m", &memory, &fixtures::busybox(), "true"]).succeeds();
+    assert_eq!(waits(), 0);
+    // And with whoever keeps it.
+    assert!(is_new(&invoke("{}", &[]).succeeds()));
+    assert_eq!(waits(), 1);
+    ends(&carrel, pool);
+}

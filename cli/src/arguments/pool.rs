@@ -17,6 +17,11 @@ While it runs, `run`, `runner` and `invoke` have their rooms owned by it and sta
 VMMs that it has ready; without it they start an owner of their own. Rooms of
 `run --detach` always have one of their own.
 
+A function's room waits for another event of the same function (code, settings and
+domain) for the time of --warm, and takes it without a start; `invoke --isolation
+event` and `--cold` do without. Where the host has no more for a new room, those
+that have waited longest end.
+
 With systemd: a socket unit with ListenSequentialPacket=HOME/pool.sock, and a
 service unit with ExecStart=carrel pool --idle 5m and Delegate=yes (docs/host.md).
 
@@ -36,6 +41,9 @@ pub(crate) struct PoolArgs {
     /// End after so long without a room [default: never]
     #[arg(long, value_name = "TIME", value_parser = span::positive)]
     pub(crate) idle: Option<Duration>,
+    /// Keep the room of a function that has answered for so long, for its next event; 0s: end it
+    #[arg(long, value_name = "TIME", default_value = "5m", value_parser = span::parse)]
+    pub(crate) warm: Duration,
     /// Promise rooms so many times the host's memory [default: 16]
     #[arg(long, value_name = "FACTOR")]
     pub(crate) memory_overcommit: Option<Factor>,

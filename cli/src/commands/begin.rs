@@ -5,7 +5,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 
 use anyhow::{Context, Result, ensure};
-use carrel_host::pool::{Beginning, Pool, PoolError, Started};
+use carrel_host::pool::{Pool, PoolError, Started};
 use carrel_host::session::Ended;
 use carrel_host::timestamp::mark;
 use carrel_host::{Home, RoomSpec};
@@ -75,7 +75,10 @@ pub(crate) fn serve<T>(
         let (served, ended) = serve(started)?;
         let unfit = match &ended {
             Some(ended) => beginning.conclude(&ended.outcome)?,
-            None => false,
+            None => {
+                beginning.learn();
+                false
+            }
         };
         if unfit && attempt < ATTEMPTS {
             attempt += 1;
@@ -85,14 +88,14 @@ pub(crate) fn serve<T>(
             marks.extend_from_slice(since);
             marks.extend(ended.iter().flat_map(|ended| ended.timeline.clone()));
             marks.push(mark("ended"));
-            print_timeline(&beginning, marks);
+            print_timeline(beginning.word(), marks);
         }
         return Ok(Begun::Served(served, ended));
     }
 }
 
 /// Prints when what happened, from the first mark on, to standard error.
-fn print_timeline(beginning: &Beginning, mut marks: Vec<Mark>) {
+pub(super) fn print_timeline(beginning: &str, mut marks: Vec<Mark>) {
     marks.sort_by_key(|mark| mark.at_us);
     let Some(first) = marks.first().map(|mark| mark.at_us) else { return };
     let mut table = Table::new(&[("AT", Align::Right), ("TOOK", Align::Right), ("DONE", Align::Left)]);
@@ -103,6 +106,6 @@ fn print_timeline(beginning: &Beginning, mut marks: Vec<Mark>) {
         before = mark.at_us;
     }
     // If nobody reads stderr, the status alone must do.
-    let text = format!("start: {}\n{table}", beginning.word());
+    let text = format!("start: {beginning}\n{table}");
     let _ = std::io::stderr().write_all(text.as_bytes());
 }

@@ -4,6 +4,8 @@
 //!   zip ─▶ store ─┐                                        stdout ◀── response, or the error
 //!   runtime or image ─▶ Function::room ─▶ Session::invoke ─┤
 //!   event ─▶ memory file ───────────────────┘              stderr ◀── START, the function's output, END, REPORT
+//!
+//!   a room that waits for its next event, at a resident owner ⇄ in place of a new room, and where it goes afterwards
 //! ```
 
 use std::collections::BTreeMap;
@@ -13,15 +15,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use carrel_host::RoomSpec;
 use carrel_host::function::answer::{self, Answer, Class, ErrorPayload};
-use carrel_host::function::invocation::{Audience, Call, Called};
+use carrel_host::function::invocation::{Audience, Call, Called, Warm};
 use carrel_host::function::{self, Circumstances, EVENT_BYTES, Engine, Function, FunctionTimeout, Parts};
-use carrel_host::pool::Started;
-use carrel_host::session::{Ended, Streams};
+use carrel_host::pool::{Started, Waiting};
+use carrel_host::session::{Ended, Session, SessionError, Streams};
 use carrel_host::spec::Part;
 use carrel_host::timestamp::{mark, now_ns};
+use carrel_host::{Home, RoomSpec};
 use carrel_protocol::agent::Invoked;
+use carrel_protocol::vmm::Mark;
 use carrel_store::{Digest, Store};
 use serde::de::IgnoredAny;
 
@@ -53,19 +56,30 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
     let composed = Composed::of(function, &args.function, &store, configuration)?;
     let function = &composed.function;
     let mut verdict = Verdict::default();
+    let waiting = waiting(args, &home, &store, &composed, configuration)?;
     let mut rest = &events[..];
     while let Some(first) = rest.first() {
         let shared = match args.isolation {
             Isolation::Room => rest,
             Isolation::Event => std::slice::from_ref(first),
         };
+        if let Some((called, handled)) =
+            woken(args, function, shared, waiting.as_ref(), &begun, &mut verdict)?
+        {
+            verdict.hear(conclude(function, &called, events.len() > 1));
+            rest = rest.get(handled..).unwrap_or_default();
+            continue;
+        }
         let spec = composed.room(args.begin.initialised, configuration)?;
         let mut handled = 0;
         let serve = |started: Started| -> Result<(Called, Option<Ended>)> {
-            let (called, count) = instance(function, shared, started, &mut verdict)?;
+            // What its VMM did until it ran is told at its end.
+            let keep = waiting.as_ref().filter(|_| !args.begin.timeline);
+            let new = Instance::New(started.session, started.beginning.is_initialised());
+            let (called, count) = instance(function, shared, new, keep, &mut verdict)?;
             handled = count;
             let ended = called.room.clone();
-            Ok((called, Some(ended)))
+            Ok((called, ended))
         };
         let room = (&spec, &composed.blobs[..]);
         let called =
@@ -73,12 +87,14 @@ pub(crate) fn invoke(args: &InvokeArgs, configuration: &Configuration) -> Result
                 Begun::Served(called, _) => called,
                 Begun::Refused(room) => {
                     handled = 1;
-                    Called { call: call(function, first)?, invoked: None, room }
+                    Called { call: call(function, first)?, invoked: None, room: Some(room) }
                 }
             };
-        composed.acquired.settle(&store, &called.room.outcome);
+        if let Some(room) = &called.room {
+            composed.acquired.settle(&store, &room.outcome);
+        }
         let ended = conclude(function, &called, events.len() > 1);
-        report::usage(&args.usage, called.room.usage.as_ref())?;
+        report::usage(&args.usage, called.room.as_ref().and_then(|room| room.usage.as_ref()))?;
         verdict.hear(ended);
         if called.invoked.is_none() {
             // The next room would not be better.
@@ -163,33 +179,92 @@ impl Verdict {
     }
 }
 
+/// Where rooms of this function wait, unless its events are to have a new one, or what its room used is asked for: that is told at a room's end.
+fn waiting<'a>(
+    args: &InvokeArgs,
+    home: &'a Home,
+    store: &Store,
+    composed: &Composed,
+    configuration: &Configuration,
+) -> Result<Option<Waiting<'a>>> {
+    let is_new = args.isolation == Isolation::Event || args.begin.cold;
+    if is_new || args.usage.usage.is_some() || args.usage.usage_file.is_some() {
+        return Ok(None);
+    }
+    let pool = begin::pool(home, store, args.begin.domain.as_deref())?;
+    Ok(pool.waiting(&composed.room(true, configuration)?, args.begin.initialised)?)
+}
+
+/// Has a room that waits handle these events, if there is one.
+fn woken(
+    args: &InvokeArgs,
+    function: &Function,
+    events: &[Vec<u8>],
+    waiting: Option<&Waiting<'_>>,
+    since: &Mark,
+    verdict: &mut Verdict,
+) -> Result<Option<(Called, usize)>> {
+    while let Some(warm) = waiting.and_then(Waiting::wake) {
+        let woken = mark("room woken");
+        match instance(function, events, Instance::Waits(warm), waiting, verdict) {
+            Err(error) if matches!(error.downcast_ref(), Some(SessionError::Over(_))) => {}
+            Err(error) => return Err(error),
+            Ok(handled) => {
+                if args.begin.timeline {
+                    begin::print_timeline("warm", vec![since.clone(), woken, mark("ended")]);
+                }
+                return Ok(Some(handled));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// What handles events.
+enum Instance {
+    /// A room that was begun for them; whether its function is loaded already.
+    New(Session, bool),
+    /// One that has handled others.
+    Waits(Warm),
+}
+
 /// Has one room handle these events, as many as its runtime lives for; how many that were. All but the last are concluded.
 fn instance(
     function: &Function,
     events: &[Vec<u8>],
-    started: Started,
+    instance: Instance,
+    keep: Option<&Waiting<'_>>,
     verdict: &mut Verdict,
 ) -> Result<(Called, usize)> {
-    let Started { session, beginning, .. } = started;
     let stderr = || Ok::<_, io::Error>(File::from(io::stderr().as_fd().try_clone_to_owned()?));
     let mut calls = events.iter().map(|event| call(function, event));
     let first = calls.next().context("There is no event.")??;
     let mut begun = 0;
     let several = events.len() > 1;
+    let starts = match &instance {
+        Instance::New(_, initialised) => Some(*initialised),
+        Instance::Waits(_) => None,
+    };
+    let mut keep = keep.map(|waiting| |room: &Warm| waiting.keep(room));
     let audience = Audience {
         log: Streams { stdin: None, stdout: stderr()?, stderr: stderr()? },
         response: io::stdout().as_fd().try_clone_to_owned()?.into(),
         started: &mut |call| {
-            if let (0, Engine::Managed(runtime)) = (begun, &function.engine) {
-                log(&answer::runtime_start(runtime, beginning.is_initialised()));
+            if let (0, Some(initialised), Engine::Managed(runtime)) = (begun, starts, &function.engine) {
+                log(&answer::runtime_start(runtime, initialised));
             }
             begun += 1;
             log(&answer::start(&call.id));
         },
         answered: &mut |call, invoked| verdict.hear(answered(function, &call.id, invoked, several)),
         notice: &mut |text| tracing::warn!("{text}"),
+        keep: keep.as_mut().map(|keep| keep as &mut dyn FnMut(&Warm) -> bool),
     };
-    let called = session.invoke(first, &mut || calls.next().transpose(), audience)?;
+    let mut next = || calls.next().transpose();
+    let called = match instance {
+        Instance::New(session, _) => session.invoke(first, &mut next, audience)?,
+        Instance::Waits(warm) => warm.invoke(first, &mut next, audience)?,
+    };
     // One that ended before its start had its event all the same.
     Ok((called, begun.max(1)))
 }
@@ -330,12 +405,14 @@ fn conclude(function: &Function, called: &Called, several: bool) -> Result<u8> {
     if let Some(invoked) = &called.invoked {
         return answered(function, id, invoked, several);
     }
-    let Some(error) = answer::unstartable(id, &called.room.outcome) else {
-        return report::ended(&called.room.outcome);
+    let outcome = called.room.as_ref().map(|room| &room.outcome);
+    let outcome = outcome.context("The room is kept, and its function did not answer.")?;
+    let Some(error) = answer::unstartable(id, outcome) else {
+        return report::ended(outcome);
     };
     print_error(&error)?;
     log(&answer::not_started(id, function.memory, &error));
-    let sentence = called.room.outcome.sentence().unwrap_or_default();
+    let sentence = outcome.sentence().unwrap_or_default();
     Err(WithStatus::new(failure::RUNTIME_FAILED, sentence).into())
 }
 

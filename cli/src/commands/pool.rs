@@ -25,7 +25,8 @@ pub(crate) fn pool(args: &PoolArgs, configuration: &Configuration) -> Result<u8>
         cpu: args.cpu_overcommit.unwrap_or(usual.cpu),
     };
     let usual = (VcpuCount::ONE, run::usual_memory()?);
-    let options = Options { usual, ready: args.ready.into(), idle: args.idle, overcommit };
+    let warm = Some(args.warm).filter(|time| !time.is_zero());
+    let options = Options { usual, ready: args.ready.into(), idle: args.idle, overcommit, warm };
     let home = place::home(configuration)?;
     home.assets().check()?;
     let resident = Resident::open(home, options)?;
@@ -64,6 +65,7 @@ fn in_words(status: &Status) -> String {
     format!(
         "process      {pid}, for {up} s\n\
          rooms        {rooms} now ({starting} starting), {given} so far: {from_shelf} in a VMM that was ready, {refused} refused\n\
+         warm         {warm} wait for another event, {woken} woken so far\n\
          ready        {ready}\n\
          memory       {memory} promised of {most_memory}, {taken} taken\n\
          CPUs         {cpu} promised of {most_cpu}\n",
@@ -74,6 +76,8 @@ fn in_words(status: &Status) -> String {
         given = status.given,
         from_shelf = status.from_shelf,
         refused = status.refused,
+        warm = status.warm,
+        woken = status.woken,
         ready = if ready.is_empty() { "none".to_owned() } else { ready.join(", ") },
         memory = size::human(status.memory_promised),
         most_memory = size::human(status.memory_limit),
@@ -99,6 +103,8 @@ mod tests {
             given: 9,
             from_shelf: 8,
             refused: 0,
+            warm: 1,
+            woken: 3,
             ready: vec![
                 Ready { vcpus: 1, memory_mib: 512, count: 4 },
                 Ready { vcpus: 2, memory_mib: 64, count: 0 },
@@ -112,6 +118,7 @@ mod tests {
         let words = in_words(&status);
         for part in [
             "2 now (1 starting)",
+            "1 wait for another event, 3 woken",
             "4 with 1 vCPU and 512 MiB, 0 with 2 vCPUs and 64",
             "of 16 GiB, 38 MiB taken",
             "1.5 promised of 200.0",

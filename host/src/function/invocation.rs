@@ -3,7 +3,8 @@
 //! ```text
 //!   Started ─▶ Invoke + event ─▶ Connected(response) and Invoked, in either order ─▶ Stop ─▶ Exited ─▶ Drained ─▶ Ended
 //!                  ▲                 │  │ the runtime lives, and there is another event
-//!                  └─────────────────┼──┘
+//!                  ├─────────────────┼──┤
+//!   Warm ──────────┘                 │  └ or somebody keeps the room: Warm
 //!                                    │ the runtime ends first: Exited ─▶ Invoked, or nothing more in time ─▶ Drained ─▶ Ended
 //! ```
 //!
@@ -14,6 +15,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::{self, JoinHandle};
@@ -23,6 +25,8 @@ use carrel_protocol::agent::Outcome as Ending;
 
 use crate::outcome::Outcome;
 use crate::owner::api::{Connected, Drained, Exited, Invoke, Noticed, Refused, StreamKind, ToClient};
+use crate::packet::Connection;
+use crate::patience::Patience;
 use crate::session::{Ended, Pumps, Session, SessionError, Streams};
 
 /// What a response may have at most, streamed or not: what the agent lets through, and some.
@@ -56,6 +60,46 @@ pub struct Audience<'a> {
     pub answered: &'a mut dyn FnMut(&Call, &carrel_protocol::agent::Invoked),
     /// Something that the user should know; the room goes on.
     pub notice: &'a mut dyn FnMut(&str),
+    /// Asked when the last event was answered by a runtime that lives: whether somebody has taken the room to keep it. If not, or if nobody is to be asked, it ends.
+    pub keep: Option<&'a mut dyn FnMut(&Warm) -> bool>,
+}
+
+/// A room whose function has handled its events and waits for another: its creator's connection, and the function's log.
+#[derive(Debug)]
+pub struct Warm {
+    session: Session,
+    stdout: UnixStream,
+    stderr: UnixStream,
+}
+
+impl Warm {
+    /// What has to be handed over with it: see [`Self::from_descriptors`].
+    pub(crate) fn descriptors(&self) -> [BorrowedFd<'_>; 3] {
+        [self.session.socket(), self.stdout.as_fd(), self.stderr.as_fd()]
+    }
+
+    /// The room that was handed over so.
+    pub(crate) fn from_descriptors(descriptors: Vec<OwnedFd>, patience: Patience) -> Option<Self> {
+        let [connection, stdout, stderr] = <[OwnedFd; 3]>::try_from(descriptors).ok()?;
+        let session = Session::new(Connection::from(connection), patience);
+        Some(Self { session, stdout: stdout.into(), stderr: stderr.into() })
+    }
+
+    /// As [`Session::invoke`], in a room whose function runs already.
+    ///
+    /// # Errors
+    ///
+    /// As there; and [`SessionError::Over`] if the event was not handed over, so that another room can handle it.
+    pub fn invoke(
+        self,
+        first: Call,
+        next: &mut dyn FnMut() -> io::Result<Option<Call>>,
+        audience: Audience<'_>,
+    ) -> Result<Called, SessionError> {
+        let Self { session, stdout, stderr } = self;
+        let log = [(StreamKind::Stdout, stdout), (StreamKind::Stderr, stderr)];
+        session.converse(first, next, audience, Some(log))
+    }
 }
 
 /// How the last event ended, and with it the room.
@@ -65,8 +109,8 @@ pub struct Called {
     pub call: Call,
     /// What the agent says; `None` if the room ended before there was anything to say.
     pub invoked: Option<carrel_protocol::agent::Invoked>,
-    /// The room's end, and its usage.
-    pub room: Ended,
+    /// The room's end, and its usage; `None` if the room is kept.
+    pub room: Option<Ended>,
 }
 
 /// What has happened so far.
@@ -114,7 +158,18 @@ impl Session {
         next: &mut dyn FnMut() -> io::Result<Option<Call>>,
         audience: Audience<'_>,
     ) -> Result<Called, SessionError> {
-        let Audience { log, response, started, answered, notice } = audience;
+        self.converse(first, next, audience, None)
+    }
+
+    /// `running`: the streams of a function that runs already.
+    fn converse(
+        self,
+        first: Call,
+        next: &mut dyn FnMut() -> io::Result<Option<Call>>,
+        audience: Audience<'_>,
+        running: Option<[(StreamKind, UnixStream); 2]>,
+    ) -> Result<Called, SessionError> {
+        let Audience { log, response, started, answered, notice, mut keep } = audience;
         let mut call = first;
         let mut so_far = Progress {
             pumps: Pumps::new(log, self.patience),
@@ -126,6 +181,12 @@ impl Session {
             drained: false,
             gave_up: false,
         };
+        if let Some(log) = running {
+            self.hand_over(&call).map_err(|error| SessionError::Over(error.into()))?;
+            started(&call);
+            so_far.reconnect(log)?;
+        }
+        let mut is_last = false;
         loop {
             let message = match self.receive_in_time() {
                 Ok(packet) => {
@@ -158,19 +219,27 @@ impl Session {
                 ToClient::Noticed(Noticed { message }) => notice(&message),
                 ToClient::Ended(room) => {
                     let invoked = so_far.finish(&call, &room);
-                    return Ok(Called { call, invoked, room });
+                    return Ok(Called { call, invoked, room: Some(room) });
                 }
                 ToClient::Connected(_) | ToClient::Used(_) | ToClient::Done(_) => {}
             }
-            if so_far.may_have_another()
-                && let Some(another) = next().map_err(SessionError::Streams)?
-            {
-                if let Some(invoked) = so_far.conclude(self.patience.identify()) {
-                    answered(&call, &invoked);
+            if !is_last && so_far.may_have_another() {
+                if let Some(another) = next().map_err(SessionError::Streams)? {
+                    if let Some(invoked) = so_far.conclude(self.patience.identify()) {
+                        answered(&call, &invoked);
+                    }
+                    call = another;
+                    started(&call);
+                    self.hand_over(&call)?;
+                } else {
+                    is_last = true;
+                    if let Some(keep) = &mut keep
+                        && so_far.kept(&self, keep)?
+                    {
+                        let invoked = so_far.conclude(self.patience.identify());
+                        return Ok(Called { call, invoked, room: None });
+                    }
                 }
-                call = another;
-                started(&call);
-                self.hand_over(&call)?;
             }
             so_far.go_on(&self)?;
         }
@@ -200,7 +269,34 @@ impl Progress {
         lives && self.pump.is_some() && self.exited.is_none() && !self.stopped && !self.gave_up
     }
 
-    /// The last event is over, and there is another.
+    /// Offers the room to whoever may keep it, with the log read so far as it has come.
+    fn kept(&mut self, session: &Session, keep: &mut dyn FnMut(&Warm) -> bool) -> Result<bool, SessionError> {
+        let mut log = self.pumps.release();
+        // In no order but that of their connections.
+        log.sort_by_key(|(stream, _)| *stream != StreamKind::Stdout);
+        let warm = match <[_; 2]>::try_from(log) {
+            Ok([(StreamKind::Stdout, stdout), (StreamKind::Stderr, stderr)]) => {
+                Warm { session: session.another(), stdout, stderr }
+            }
+            // One of them was never there.
+            Ok(log) => return self.reconnect(log).map(|()| false),
+            Err(log) => return self.reconnect(log).map(|()| false),
+        };
+        if keep(&warm) {
+            return Ok(true);
+        }
+        self.reconnect([(StreamKind::Stdout, warm.stdout), (StreamKind::Stderr, warm.stderr)])?;
+        Ok(false)
+    }
+
+    fn reconnect(
+        &mut self,
+        log: impl IntoIterator<Item = (StreamKind, UnixStream)>,
+    ) -> Result<(), SessionError> {
+        log.into_iter().try_for_each(|(stream, socket)| self.pumps.connect(stream, socket))
+    }
+
+    /// The last event is over, and there is another, or the room is somebody else's.
     fn conclude(&mut self, time: Duration) -> Option<carrel_protocol::agent::Invoked> {
         let passed_on = self.pump.take().map_or(0, |pump| pump.finish(Some(time)));
         self.invoked.take().map(|invoked| measured(invoked, passed_on))

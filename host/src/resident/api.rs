@@ -6,6 +6,12 @@
 //!    │ ── Supply + lock, … ─────────────▶ │  as to an owner that was started
 //!    │ ◀────────────────────────── Mine ─ │  from here on as in [`crate::owner::api`]; one that closes the connection before has taken nothing
 //!
+//!    │ ── Keep + a room's connections ──▶ │  a function's, that waits for another event
+//!    │ ◀────────────────────────── Kept ─ │  it is the resident owner's now; one that closes the connection keeps nothing
+//!
+//!    │ ── Wake ─────────────────────────▶ │
+//!    │ ◀──────── Woken + its connections ─ │  none if there is no such room
+//!
 //!    │ ── Look ─────────────────────────▶ │
 //!    │ ◀──────────────────────── Looked ─ │
 //! ```
@@ -18,13 +24,15 @@ use crate::spec::RoomId;
 const KIB: u32 = 1 << 10;
 
 /// Of the words here and in [`crate::owner::api`], and of the order that a command writes: whoever is of another version is not served, and does without.
-pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "/2");
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "/3");
 
 carrel_protocol::messages! {
     /// What a command says.
     ToResident {
         1 Own KIB;
         2 Look KIB;
+        3 Keep KIB;
+        4 Wake KIB;
     }
 }
 
@@ -33,6 +41,8 @@ carrel_protocol::messages! {
     FromResident {
         1 Mine KIB;
         2 Looked 8 * KIB;
+        3 Kept KIB;
+        4 Woken KIB;
     }
 }
 
@@ -43,6 +53,24 @@ pub struct Own {
     pub version: String,
     /// The room.
     pub room: RoomId,
+}
+
+/// Keep this room for another event: beside this its creator's connection, its function's standard output and error.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Keep {
+    /// [`VERSION`] of whoever asks.
+    pub version: String,
+    /// What it is asked for by: all that makes one such room as good as another.
+    pub key: String,
+}
+
+/// Give me a room that was kept under this key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wake {
+    /// [`VERSION`] of whoever asks.
+    pub version: String,
+    /// As in [`Keep`].
+    pub key: String,
 }
 
 /// What is there?
@@ -62,3 +90,11 @@ pub struct Looked {
     /// All of it.
     pub status: Status,
 }
+
+/// The room is kept.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {}
+
+/// The room, as it was kept, if there is one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Woken {}

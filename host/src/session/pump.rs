@@ -4,11 +4,12 @@
 //!   connect ─▶ reading ⇄ writing ─▶ done        the guest closed its end, or nobody reads the file any more
 //!   drain:        │ reading, and nothing came for a while: the guest holds its end open for nothing
 //!   end:          │ the room is over: what is in the socket is all there is
-//!                 └── shut for reading ─▶ what is in the socket is still written ─▶ done
+//!                 ├── shut for reading ─▶ what is in the socket is still written ─▶ done
+//!   release:      └── what is in the socket is still written ─▶ done; the socket stays open for whoever goes on with it
 //! ```
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -17,10 +18,12 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use carrel_protocol::vmm::Mark;
+use rustix::event::{PollFd, PollFlags};
+
 use super::{SessionError, StreamKind, Streams};
 use crate::patience::Patience;
 use crate::timestamp::now_us;
-use carrel_protocol::vmm::Mark;
 
 /// Bytes that a pump moves at once.
 const PUMP_BYTES: usize = 128 << 10;
@@ -59,9 +62,24 @@ impl Pumps {
             StreamKind::Response | StreamKind::Returned => None,
         };
         if let Some(output) = output {
-            self.outputs.push(Output::begin(socket, output, &self.first)?);
+            self.outputs.push(Output::begin(stream, socket, output, &self.first)?);
         }
         Ok(())
+    }
+
+    /// The process goes on, and its streams elsewhere. Waits until what had come by now was written; here they may be connected once more.
+    pub(crate) fn release(&mut self) -> Vec<(StreamKind, UnixStream)> {
+        let outputs = std::mem::take(&mut self.outputs);
+        outputs.into_iter().map(|output| output.release(self)).collect()
+    }
+
+    /// The file of an output whose pump has ended.
+    fn put_back(&mut self, stream: StreamKind, file: File) {
+        match stream {
+            StreamKind::Stdout => self.stdout = Some(file),
+            StreamKind::Stderr => self.stderr = Some(file),
+            StreamKind::Stdin | StreamKind::Response | StreamKind::Returned => {}
+        }
     }
 
     /// When the first output came, if any has.
@@ -88,8 +106,12 @@ impl Pumps {
 /// A thread that moves a stream's bytes out of the guest.
 #[derive(Debug)]
 struct Output {
-    thread: JoinHandle<()>,
+    stream: StreamKind,
+    /// Gives the file back.
+    thread: JoinHandle<File>,
     socket: UnixStream,
+    /// Closed to have the pump end where nothing more has come.
+    release: PipeWriter,
     /// Counts every end of a read and of a write: even while the pump waits for the guest.
     turns: Arc<AtomicU64>,
     /// Closed when the pump is done.
@@ -97,12 +119,20 @@ struct Output {
 }
 
 impl Output {
-    fn begin(socket: UnixStream, to: File, first: &Arc<AtomicU64>) -> Result<Self, SessionError> {
+    fn begin(
+        stream: StreamKind,
+        socket: UnixStream,
+        to: File,
+        first: &Arc<AtomicU64>,
+    ) -> Result<Self, SessionError> {
         let first = Arc::clone(first);
         let (turns, (alive, done)) = (Arc::<AtomicU64>::default(), channel());
-        let (from, counted) = (socket.try_clone().map_err(SessionError::Streams)?, Arc::clone(&turns));
+        let from = socket.try_clone().map_err(SessionError::Streams)?;
+        let (released, release) = io::pipe().map_err(SessionError::Streams)?;
+        let from = Source { socket: from, released };
+        let counted = Arc::clone(&turns);
         let thread = spawn("output", move || from_guest(from, to, &counted, &first, alive))?;
-        Ok(Self { thread, socket, turns, done })
+        Ok(Self { stream, thread, socket, release, turns, done })
     }
 
     fn drain(self, silence: Duration) {
@@ -128,9 +158,20 @@ impl Output {
     fn join(self) {
         let _ = self.thread.join();
     }
+
+    fn release(self, pumps: &mut Pumps) -> (StreamKind, UnixStream) {
+        drop(self.release);
+        if let Ok(file) = self.thread.join() {
+            pumps.put_back(self.stream, file);
+        }
+        (self.stream, self.socket)
+    }
 }
 
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, SessionError> {
+fn spawn<T: Send + 'static>(
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>, SessionError> {
     thread::Builder::new().name(name.into()).spawn(body).map_err(SessionError::Streams)
 }
 
@@ -144,20 +185,55 @@ fn to_guest(mut from: File, mut to: UnixStream) {
     let _ = to.shutdown(Shutdown::Write);
 }
 
+/// What a guest writes, until it is released.
+struct Source {
+    socket: UnixStream,
+    released: PipeReader,
+}
+
+impl Source {
+    /// The next bytes; `None` at the end, or when it is released and nothing more has come.
+    fn next<'a>(&mut self, buffer: &'a mut [u8]) -> Option<&'a [u8]> {
+        loop {
+            let mut sources =
+                [PollFd::new(&self.socket, PollFlags::IN), PollFd::new(&self.released, PollFlags::IN)];
+            match rustix::event::poll(&mut sources, None) {
+                Ok(_) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(_) => return None,
+            }
+            let [came, released] = sources.map(|source| !source.revents().is_empty());
+            if came {
+                return read(&mut self.socket, buffer);
+            }
+            if released {
+                return None;
+            }
+        }
+    }
+}
+
 /// `_alive` is dropped at its end, whatever that is.
-fn from_guest(mut from: UnixStream, mut to: File, turns: &AtomicU64, first: &AtomicU64, _alive: Sender<()>) {
+fn from_guest(
+    mut from: Source,
+    mut to: File,
+    turns: &AtomicU64,
+    first: &AtomicU64,
+    _alive: Sender<()>,
+) -> File {
     let mut buffer = vec![0; PUMP_BYTES];
-    while let Some(bytes) = read(&mut from, &mut buffer) {
+    while let Some(bytes) = from.next(&mut buffer) {
         if turns.fetch_add(1, Ordering::Relaxed) == 0 {
             let _ = first.compare_exchange(0, now_us(), Ordering::Relaxed, Ordering::Relaxed);
         }
         if to.write_all(bytes).is_err() {
             // Nobody reads any more: the guest's writer gets EPIPE.
-            let _ = from.shutdown(Shutdown::Both);
-            return;
+            let _ = from.socket.shutdown(Shutdown::Both);
+            return to;
         }
         turns.fetch_add(1, Ordering::Relaxed);
     }
+    to
 }
 
 /// The next bytes; `None` at the end or after an error, which to a stream is the same.
@@ -181,7 +257,8 @@ mod tests {
     fn output() -> (UnixStream, Output, std::io::PipeReader) {
         let (guest, ours) = UnixStream::pair().unwrap();
         let (read, write) = std::io::pipe().unwrap();
-        (guest, Output::begin(ours, OwnedFd::from(write).into(), &Arc::default()).unwrap(), read)
+        let to = OwnedFd::from(write).into();
+        (guest, Output::begin(StreamKind::Stdout, ours, to, &Arc::default()).unwrap(), read)
     }
 
     #[test]
@@ -209,6 +286,29 @@ mod tests {
         output.drain(Duration::from_millis(20));
         writer.join().unwrap();
         assert_eq!(reader.join().unwrap(), MANY);
+    }
+
+    #[test]
+    fn streams_that_are_released_lose_nothing_and_can_be_gone_on_with() {
+        let (mut guest, ours) = UnixStream::pair().unwrap();
+        let (mut read, write) = std::io::pipe().unwrap();
+        let (nowhere, _) = std::io::pipe().unwrap();
+        let [stdout, stderr] = [OwnedFd::from(write), OwnedFd::from(nowhere)].map(File::from);
+        let mut pumps = Pumps::new(Streams { stdin: None, stdout, stderr }, Patience::default());
+        pumps.connect(StreamKind::Stdout, ours).unwrap();
+        for said in ["first", "second"] {
+            guest.write_all(said.as_bytes()).unwrap();
+            let mut released = pumps.release();
+            let mut came = vec![0; said.len()];
+            read.read_exact(&mut came).unwrap();
+            assert_eq!(came, said.as_bytes());
+            let (stream, socket) = released.pop().unwrap();
+            assert_eq!((stream, released.len()), (StreamKind::Stdout, 0));
+            pumps.connect(stream, socket).unwrap();
+        }
+        drop(guest);
+        pumps.drain();
+        assert_eq!(read.read_to_end(&mut Vec::new()).unwrap(), 0);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use carrel_protocol::agent::{Invoke, Invoked, Outcome as Answer};
 
 use super::*;
-use crate::function::invocation::{Audience, Call, Called};
+use crate::function::invocation::{Audience, Call, Called, Warm};
 use crate::session::SessionError;
 use crate::spec::FunctionSpec;
 
@@ -31,22 +31,23 @@ fn invoke(place: Place) -> (JoinHandle<Result<Called, SessionError>>, File, File
     (command, kept, log)
 }
 
+fn call() -> Call {
+    let mut event = tempfile::tempfile().unwrap();
+    event.write_all(b"{\"n\":1}").unwrap();
+    Call {
+        id: ID.into(),
+        event,
+        event_bytes: 7,
+        timeout_ms: 3000,
+        headers: BTreeMap::from([("Invoked-Function-Arn".to_owned(), "arn".to_owned())]),
+    }
+}
+
 type Often = (Result<Called, SessionError>, usize, Vec<Invoked>);
 
 /// The same with so many events.
 fn invoke_often(place: Place, times: usize) -> (JoinHandle<Often>, File, File) {
     let response = tempfile::tempfile().unwrap();
-    let call = || {
-        let mut event = tempfile::tempfile().unwrap();
-        event.write_all(b"{\"n\":1}").unwrap();
-        Call {
-            id: ID.into(),
-            event,
-            event_bytes: 7,
-            timeout_ms: 3000,
-            headers: BTreeMap::from([("Invoked-Function-Arn".to_owned(), "arn".to_owned())]),
-        }
-    };
     let (streams, log, _) = files(b"");
     let kept = response.try_clone().unwrap();
     let command = std::thread::spawn(move || {
@@ -58,6 +59,7 @@ fn invoke_often(place: Place, times: usize) -> (JoinHandle<Often>, File, File) {
             started: &mut |_| begun += 1,
             answered: &mut |_, invoked| answered.push(invoked.clone()),
             notice: &mut |_| (),
+            keep: None,
         };
         let mut rest = (1..times).map(|_| call());
         let called = place.session.invoke(call(), &mut || Ok(rest.next()), audience);
@@ -117,7 +119,7 @@ fn an_event_is_answered_and_then_the_room_ends() {
     let called = command.join().unwrap().unwrap();
     let said = called.invoked.unwrap();
     assert_eq!((said.outcome, said.response_bytes), (response(), 3));
-    assert_eq!(called.room.usage.unwrap().guest.unwrap().wall_us, 77);
+    assert_eq!(called.room.unwrap().usage.unwrap().guest.unwrap().wall_us, 77);
     assert_eq!((text(answer).as_str(), text(log).as_str()), ("[1]", "late\n"));
 }
 
@@ -146,6 +148,54 @@ fn events_follow_each_other_while_the_runtime_lives() {
     assert_eq!((answered[0].response_bytes, answered[1].response_bytes), (3, 7));
     assert_eq!(called.unwrap().invoked.unwrap().outcome, response());
     assert_eq!(text(answer), "[0][error][2]");
+}
+
+/// A command's side, which nobody listens to; and the function's log.
+fn serve(
+    keep: Option<&mut dyn FnMut(&Warm) -> bool>,
+    invoke: impl FnOnce(Audience<'_>) -> Result<Called, SessionError>,
+) -> (Called, String) {
+    let (streams, log, _) = files(b"");
+    let called = invoke(Audience {
+        log: streams,
+        response: tempfile::tempfile().unwrap(),
+        started: &mut |_| (),
+        answered: &mut |_, _| (),
+        notice: &mut |_| (),
+        keep: keep.map(|keep| keep as _),
+    });
+    (called.unwrap(), text(log))
+}
+
+#[test]
+fn a_room_that_is_kept_handles_anothers_event_and_ends_with_who_does_not_keep_it() {
+    let (place, mut guest) = begin(function());
+    let commands = std::thread::spawn(move || {
+        let _files = place.directory;
+        let mut kept = None;
+        let mut keep = |warm: &Warm| {
+            let handed = warm.descriptors().map(|it| it.try_clone_to_owned().unwrap());
+            kept = Warm::from_descriptors(handed.into(), Patience::default());
+            true
+        };
+        let first =
+            serve(Some(&mut keep), |audience| place.session.invoke(call(), &mut || Ok(None), audience));
+        let second = serve(None, |audience| kept.unwrap().invoke(call(), &mut || Ok(None), audience));
+        (first, second)
+    });
+    let [_stdin, mut stdout, stderr] = guest.boot();
+    for said in ["one", "two"] {
+        let invoke = guest.event();
+        stdout.write_all(said.as_bytes()).unwrap();
+        guest.dial(&invoke.response).write_all(b"[]").unwrap();
+        guest.say(invoked(response()));
+    }
+    drop((stdout, stderr));
+    guest.killed();
+    let ((first, log), (second, second_log)) = commands.join().unwrap();
+    assert_eq!((first.invoked.unwrap().response_bytes, first.room), (2, None));
+    assert!(second.invoked.is_some() && second.room.is_some());
+    assert_eq!((log.as_str(), second_log.as_str()), ("one", "two"));
 }
 
 #[test]
@@ -203,7 +253,10 @@ fn a_room_that_ends_before_the_answer_says_how() {
     guest.event();
     guest.end(End::Panic);
     let called = command.join().unwrap().unwrap();
-    assert_eq!((called.invoked, called.room.outcome), (None, Outcome::GuestPanicked { last_words: None }));
+    assert_eq!(
+        (called.invoked, called.room.unwrap().outcome),
+        (None, Outcome::GuestPanicked { last_words: None })
+    );
 }
 
 #[test]
