@@ -136,6 +136,8 @@ fn a_function_begins_as_a_clone() {
         let line = [
             "invoke",
             "--timeline",
+            "--timeout",
+            "600s",
             "--runtime",
             "python3.11",
             "--handler",

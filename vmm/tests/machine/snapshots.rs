@@ -11,6 +11,7 @@ use carrel_protocol::vmm::{
     Descriptor, Done, FromOwner, FromVmm, Pause, Resume, Snapshot, SnapshotKind, Snapshotted, Stop,
 };
 use carrel_vmm::owner::Connection;
+use carrel_vmm::snapshot::MachineState;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -336,6 +337,32 @@ fn a_damaged_snapshot_never_runs() {
     File::options().write(true).open(saved.memory()).unwrap().set_len(MEMORY - 4096).unwrap();
     let (code, errors) = refuses(&saved.clone_of());
     assert!(code == 3 && errors.contains("memory file"), "{code} {errors}");
+}
+
+#[test]
+fn a_snapshot_of_another_kernel_or_layout_never_runs() {
+    if !has_kvm() {
+        return;
+    }
+    let mut original = counting(1, |_| {});
+    original.pause();
+    let saved = Saved::new();
+    original.save(&saved, SnapshotKind::Full);
+    original.stop();
+    let good = fs::read(saved.state()).unwrap();
+    type Change = fn(&mut MachineState);
+    let changes: [(Change, &[&str]); 3] = [
+        (|state| state.host_kernel = "5.4.0-another".into(), &["5.4.0-another", "make the snapshot anew"]),
+        (|state| state.layout.first_interrupt += 1, &["lays machines out differently"]),
+        (|state| state.layout.memory[0].1 -= 4096, &["lays machines out differently"]),
+    ];
+    for (change, words) in changes {
+        let mut state = MachineState::decode(&good).unwrap();
+        change(&mut state);
+        fs::write(saved.state(), state.encode().unwrap()).unwrap();
+        let (code, errors) = refuses(&saved.clone_of());
+        assert!(code == 3 && words.iter().all(|word| errors.contains(word)), "{code} {errors}");
+    }
 }
 
 #[test]
