@@ -291,6 +291,16 @@ fn what_can_not_be_saved_is_refused_and_the_machine_goes_on() {
     assert_counts(&original.stop(), 0);
 }
 
+/// A whole snapshot of a machine that has ended.
+fn saved() -> Saved {
+    let mut original = counting(1, |_| {});
+    original.pause();
+    let saved = Saved::new();
+    original.save(&saved, SnapshotKind::Full);
+    original.stop();
+    saved
+}
+
 /// Status and errors of a restore that must not succeed.
 fn refuses(vm: &Value) -> (i32, String) {
     let over = Vmm::restore(vm).over();
@@ -303,11 +313,7 @@ fn a_damaged_snapshot_never_runs() {
     if !has_kvm() {
         return;
     }
-    let mut original = counting(1, |_| {});
-    original.pause();
-    let saved = Saved::new();
-    original.save(&saved, SnapshotKind::Full);
-    original.stop();
+    let saved = saved();
     let good = fs::read(saved.state()).unwrap();
     let with = |bytes: &[u8]| {
         fs::write(saved.state(), bytes).unwrap();
@@ -344,11 +350,7 @@ fn a_snapshot_of_another_kernel_or_layout_never_runs() {
     if !has_kvm() {
         return;
     }
-    let mut original = counting(1, |_| {});
-    original.pause();
-    let saved = Saved::new();
-    original.save(&saved, SnapshotKind::Full);
-    original.stop();
+    let saved = saved();
     let good = fs::read(saved.state()).unwrap();
     type Change = fn(&mut MachineState);
     let changes: [(Change, &[&str]); 3] = [
@@ -370,11 +372,7 @@ fn what_is_handed_over_must_fit_the_snapshot() {
     if !has_kvm() {
         return;
     }
-    let mut original = counting(1, |_| {});
-    original.pause();
-    let saved = Saved::new();
-    original.save(&saved, SnapshotKind::Full);
-    original.stop();
+    let saved = saved();
     let with = |change: &dyn Fn(&mut Value, &Path)| {
         let mut vm = saved.clone_of();
         let folder = tempfile::tempdir().unwrap();
