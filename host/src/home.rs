@@ -214,7 +214,7 @@ pub struct Home {
 }
 
 impl Home {
-    /// Makes what is missing, and sweeps up what rooms left whose owner was killed.
+    /// Makes what is missing, and sweeps up what rooms left whose owner was killed, if no command did so within the last second.
     ///
     /// ```no_run
     /// # fn example(
@@ -238,7 +238,7 @@ impl Home {
         };
         let rooms = home.rooms_directory();
         DirBuilder::new().recursive(true).mode(0o700).create(&rooms).map_err(failed("made", &rooms))?;
-        home.sweep()?;
+        home.sweep_if_due()?;
         Ok(home)
     }
 
@@ -285,6 +285,7 @@ impl Home {
     /// Missing assets or kernel, too small a disk, a name that another room has.
     pub fn foresee(&self, name: Option<&RoomName>, machine: &Machine) -> Result<(), HomeError> {
         self.check_machine(machine)?;
+        self.free_names_of_the_dead(name)?;
         let _looking = self.lock_rooms(FlockOperation::LockShared)?;
         self.check_name(name)
     }
@@ -300,10 +301,15 @@ impl Home {
         }
     }
 
+    /// Before the rooms are locked, which sweeping does too.
+    fn free_names_of_the_dead(&self, name: Option<&RoomName>) -> Result<(), HomeError> {
+        if name.is_some() { self.sweep() } else { Ok(()) }
+    }
+
     /// With the rooms locked.
     fn check_name(&self, name: Option<&RoomName>) -> Result<(), HomeError> {
         match name {
-            Some(name) if self.rooms()?.iter().any(|room| room.spec.name.as_ref() == Some(name)) => {
+            Some(name) if self.listed()?.iter().any(|room| room.spec.name.as_ref() == Some(name)) => {
                 Err(HomeError::NameTaken(name.clone()))
             }
             _ => Ok(()),
@@ -411,6 +417,7 @@ impl Home {
 
     /// Makes the directory of a fresh id, locked.
     fn make_directory(&self, spec: &mut RoomSpec) -> Result<(Room, File), HomeError> {
+        self.free_names_of_the_dead(spec.name.as_ref())?;
         let _making = self.lock_rooms(FlockOperation::LockExclusive)?;
         self.check_name(spec.name.as_ref())?;
         loop {
@@ -429,8 +436,12 @@ impl Home {
         }
     }
 
+    fn rooms_lock(&self) -> PathBuf {
+        self.root.join("rooms.lock")
+    }
+
     fn lock_rooms(&self, how: FlockOperation) -> Result<File, HomeError> {
-        let path = self.root.join("rooms.lock");
+        let path = self.rooms_lock();
         let lock = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -442,8 +453,13 @@ impl Home {
         Ok(lock)
     }
 
-    /// Every room, oldest first.
+    /// Every room, oldest first; those of dead owners are swept up before.
     pub fn rooms(&self) -> Result<Vec<Room>, HomeError> {
+        self.sweep()?;
+        self.listed()
+    }
+
+    fn listed(&self) -> Result<Vec<Room>, HomeError> {
         let folder = self.rooms_directory();
         let mut rooms = Vec::new();
         for entry in fs::read_dir(&folder).map_err(failed("read", &folder))? {

@@ -1,4 +1,4 @@
-//! Sweeping: what a killed owner left is removed by the next command.
+//! Sweeping: what a killed owner left is removed by the next command, or by the one after it if one has just swept.
 //!
 //! ```text
 //!   no lock file, or the lock is free and no end recorded
@@ -21,15 +21,20 @@ use crate::outcome::Outcome;
 use crate::record::{Phase, ProcessMark, Record};
 use crate::timestamp::now_ms;
 
+/// How often starts sweep at most: what one costs doesn't grow with the rooms that are there.
+const EVERY: Duration = Duration::from_secs(1);
+
 /// How long a killed process may take to be gone.
 const GONE: Duration = Duration::from_secs(5);
 
 impl Home {
-    /// Clears away what rooms left whose owner is dead. Rooms whose owner lives are not touched.
+    /// Clears away what rooms left whose owner is dead. Rooms whose owner lives are not touched. It looks at each room.
     pub fn sweep(&self) -> Result<(), HomeError> {
         let dead = {
             // A room that is being made holds this lock until it holds its own.
-            let _scanning = self.lock_rooms(FlockOperation::LockShared)?;
+            let scanning = self.lock_rooms(FlockOperation::LockShared)?;
+            // Of when it begins: an owner that dies meanwhile may be missed.
+            scanning.set_modified(SystemTime::now()).map_err(failed("written", &self.rooms_lock()))?;
             let folder = self.rooms_directory();
             let entries = fs::read_dir(&folder).map_err(failed("read", &folder))?;
             let folders = entries.filter_map(|entry| Some(entry.ok()?.path()));
@@ -41,6 +46,14 @@ impl Home {
         // An owner may be killed before it could record its cgroup, and the doctor records nothing.
         cgroup::sweep();
         Ok(())
+    }
+
+    /// The same, unless a command has just done it.
+    pub(super) fn sweep_if_due(&self) -> Result<(), HomeError> {
+        let last = fs::metadata(self.rooms_lock()).and_then(|lock| lock.modified());
+        // One that is in the future was of another clock.
+        let just = last.is_ok_and(|last| last.elapsed().is_ok_and(|ago| ago < EVERY));
+        if just { Ok(()) } else { self.sweep() }
     }
 }
 
