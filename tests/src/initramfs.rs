@@ -36,6 +36,27 @@ fn entry(all: &mut Vec<u8>, name: &str, mode: u32, device: (u32, u32), content: 
 
 /// A copy of the assets in which the initramfs is such an archive.
 pub fn assets_with(carrel: &Carrel, init: Option<&Path>) -> PathBuf {
+    assets(carrel, |_| archive(init.map(|program| fs::read(program).unwrap()).as_deref()))
+}
+
+/// A copy of the assets in which the initramfs has this program as `/init`, and carrel's agent as `/real`.
+pub fn assets_with_agent_and(carrel: &Carrel, init: &Path) -> PathBuf {
+    assets(carrel, |real| {
+        // The kernel unpacks one archive after the other.
+        [beside(real), archive(Some(&fs::read(init).unwrap()))].concat()
+    })
+}
+
+/// The archive with its `/init` under another name.
+fn beside(mut archive: Vec<u8>) -> Vec<u8> {
+    const HEADER: usize = 110;
+    let is_init = |bytes: &[u8]| bytes.starts_with(b"070701") && bytes.ends_with(b"init\0");
+    let at = archive.windows(HEADER + 5).position(is_init).expect("the initramfs has an /init");
+    archive[at + HEADER..][..4].copy_from_slice(b"real");
+    archive
+}
+
+fn assets(carrel: &Carrel, initramfs: impl Fn(Vec<u8>) -> Vec<u8>) -> PathBuf {
     let configuration: Value = carrel.json(&["--print-config"]);
     let real = PathBuf::from(configuration["assets"].as_str().expect("--print-config names the assets"));
     let copy = carrel.scratch().join("assets");
@@ -43,7 +64,7 @@ pub fn assets_with(carrel: &Carrel, init: Option<&Path>) -> PathBuf {
     for entry in fs::read_dir(&real).unwrap().flatten() {
         let to = copy.join(entry.file_name());
         if entry.file_name().to_string_lossy().contains("initramfs") {
-            fs::write(to, archive(init.map(|program| fs::read(program).unwrap()).as_deref())).unwrap();
+            fs::write(to, initramfs(fs::read(entry.path()).unwrap())).unwrap();
         } else {
             std::os::unix::fs::symlink(entry.path(), to).unwrap();
         }
@@ -68,5 +89,12 @@ mod tests {
         cpio.stdin.take().unwrap().write_all(&archive(Some(b"program"))).unwrap();
         assert!(cpio.wait().unwrap().success());
         assert_eq!(fs::read(folder.path().join("init")).unwrap(), b"program");
+    }
+
+    #[test]
+    fn another_init_leaves_the_first_ones_content() {
+        let (before, after) = (archive(Some(b"program")), beside(archive(Some(b"program"))));
+        let differ: Vec<u8> = after.iter().zip(&before).filter(|(a, b)| a != b).map(|(a, _)| *a).collect();
+        assert_eq!((differ, after.len()), (b"real".to_vec(), before.len()));
     }
 }

@@ -15,10 +15,11 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use carrel_tests::chance::Chance;
+use carrel_tests::initramfs::assets_with_agent_and;
 use carrel_tests::leftovers::Disk;
 use carrel_tests::mounted::Mounted;
 use carrel_tests::processes::{self, Process};
-use carrel_tests::{Carrel, Done, Running, fixtures, times};
+use carrel_tests::{Carrel, Done, Running, fixtures, times, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
@@ -178,6 +179,37 @@ fn a_clone_whose_command_owner_or_vmm_is_killed_at_a_random_moment_leaves_nothin
     // Of a template that was made anew the memory may take some pages more or less.
     assert!(rest.lines().all(|line| line.contains("/templates/")), "{rest}");
     the_folder(&carrel);
+}
+
+#[test]
+fn a_room_whose_agent_dies_at_a_random_moment_leaves_nothing() {
+    let carrel = Carrel::with_own_store();
+    let assets = assets_with_agent_and(&carrel, Path::new(env!("CARGO_BIN_EXE_carrel-tests-killer")));
+    let (mut starts, mut disk) = (Vec::new(), None);
+    for n in 0..times(4, 1000) {
+        let begun = Instant::now();
+        let mut command =
+            carrel.command(&["run", "-i", "-m", MEMORY, "--timeline", &fixtures::busybox(), "cat"]);
+        command.env("CARREL_ASSETS", &assets).stdin(std::process::Stdio::piped());
+        let mut running = Running::spawn(&mut command);
+        // Held, so that nothing else ends it; the agent may die while a template is made, and does then in the room that boots instead.
+        let input = running.stdin();
+        wait_for("the agent's death", || running.has_ended().then_some(()));
+        drop(input);
+        let done = running.done().complains(125, &[]);
+        println!("cycle {n}: {:?}, {}", begun.elapsed(), done.errors().replace('\n', " | "));
+        starts.push(done.errors().contains("start: clone"));
+        carrel.expect_nothing_left();
+        let rooms = fs::read_dir(carrel.home().join("rooms")).map_or(0, Iterator::count);
+        assert_eq!(rooms, 0, "cycle {n}: a room's directory is left");
+        // From the first clone on nothing more is to come.
+        if starts.contains(&true) {
+            let folders = [carrel.home().to_owned(), carrel.store().to_owned()];
+            let first = disk.get_or_insert_with(|| Disk::of(&folders));
+            assert_eq!(Disk::of(&folders).beyond(first), "", "cycle {n}");
+        }
+    }
+    println!("{} of {} were clones", starts.iter().filter(|clone| **clone).count(), starts.len());
 }
 
 // A template and its users.
