@@ -1,4 +1,4 @@
-//! Idle rooms beside each other: what each takes of the host.
+//! Idle rooms beside each other: what each takes of the host, and how long one more start takes.
 
 use std::time::Duration;
 
@@ -22,8 +22,11 @@ const REST: Duration = Duration::from_secs(1);
 pub(crate) fn climb(bench: &mut Bench<'_>) {
     for subject in bench.subjects(GROUP) {
         let (mut rooms, mut weighed) = (Vec::new(), 0);
-        // One beforehand: what is made once for all rooms is not the first one's.
+        // One of each beforehand: what is made once for all rooms is not the first one's.
         drop(one(bench, subject));
+        if wants_starts(bench) {
+            drop(bench.start(subject, Work::True, 1));
+        }
         let before = available_kib();
         for level in bench.amount.densities.clone() {
             if bench.is_interrupted() {
@@ -97,15 +100,27 @@ fn weigh(bench: &mut Bench<'_>, subject: Subject, level: u32, rooms: &[Room], be
         kernel.push(number(room.cgroup().kernel_kib(&processes)?));
     }
     let host = (before - available_kib()) / f64::from(level);
+    let starts = if wants_starts(bench) { starts(bench, subject)? } else { Vec::new() };
     for metric in bench.metrics(GROUP) {
         let samples = match metric.name {
             "density-pss" => &pss[..],
             "density-kernel" => &kernel[..],
+            "density-start" => &starts[..],
             _ => &[host][..],
         };
         bench.results.add(metric, Some(level), subject, samples);
     }
     Ok(())
+}
+
+fn wants_starts(bench: &Bench<'_>) -> bool {
+    bench.metrics(GROUP).iter().any(|metric| metric.name == "density-start")
+}
+
+/// One after the other, ms each.
+fn starts(bench: &Bench<'_>, subject: Subject) -> Result<Vec<f64>> {
+    let one = |_| Ok(bench.start(subject, Work::True, 1)?.took.as_secs_f64() * 1e3);
+    (0..bench.amount.runs).map(one).collect()
 }
 
 fn available_kib() -> f64 {

@@ -112,6 +112,8 @@ pub(crate) const METRICS: &[Metric] = &[
         "`kernel` of memory.stat of the room's cgroups; a sample is a room"),
     row("density-host", "host memory per idle room", "KiB", Lower, Density, WEIGHED,
         "what MemAvailable lost since there was no room, over the rooms: also what no process or cgroup is charged for; one sample"),
+    row("density-start", "start beside idle rooms", "ms", Lower, Density, WEIGHED,
+        "a start to the first output of `true`, as in start-true, while as many idle rooms as the level says are there"),
     row("cpu", "integer loop inside", "M/s", Higher, Inside, DISTINCT,
         "rounds of a dependent shift, exclusive or and multiply, by the room's monotonic clock"),
     row("memory", "memory copied inside", "MiB/s", Higher, Inside, DISTINCT,
