@@ -16,10 +16,10 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <time.h>
-#include <unistd.h>
 #include <x86intrin.h>
+
+#include "text.h"
 
 #define TICK_NS 50000000L
 #define GAP_NS 1000000000L
@@ -85,15 +85,9 @@ static void *look_now_and_then(void *unused)
 static int replace(void *function, int64_t (*by)(void))
 {
 	unsigned char jump[12] = { 0x48, 0xb8, [10] = 0xff, 0xe0 };
-	uintptr_t page = sysconf(_SC_PAGESIZE);
-	void *first = (void *)((uintptr_t)function & -page);
-	size_t size = (uintptr_t)function + sizeof(jump) - (uintptr_t)first;
 
 	memcpy(jump + 2, &by, sizeof(by));
-	if (mprotect(first, size, PROT_READ | PROT_WRITE | PROT_EXEC))
-		return -1;
-	memcpy(function, jump, sizeof(jump));
-	return mprotect(first, size, PROT_READ | PROT_EXEC);
+	return write_text(function, jump, sizeof(jump));
 }
 
 __attribute__((constructor)) static void begin(void)

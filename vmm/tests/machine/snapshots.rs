@@ -335,6 +335,15 @@ fn a_damaged_snapshot_never_runs() {
         let (code, errors) = with(&bytes);
         assert!(code == 3 && errors.contains("checksum"), "{code} {errors}");
     }
+    // A thousand places of a real machine's file: one bit, or all from there on.
+    for n in 0..1000 {
+        let (place, mut bytes) = (n * 0x9e37_79b1 % good.len(), good.clone());
+        match n % 9 {
+            8 => bytes.truncate(place),
+            bit => bytes[place] ^= 1 << bit,
+        }
+        assert!(MachineState::decode(&bytes).is_err(), "{n}: {place}");
+    }
     let mut bytes = good.clone();
     bytes[8] += 1;
     let (code, errors) = with(&bytes);
