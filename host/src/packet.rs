@@ -40,6 +40,13 @@ impl PacketError {
     pub(crate) fn would_block(&self) -> bool {
         matches!(self, Self::Io(e) if e.kind() == io::ErrorKind::WouldBlock)
     }
+
+    /// The peer closed the connection, with or without having read all that it was told. What it said before may wait to be heard.
+    pub(crate) fn is_closed(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset};
+        matches!(self, Self::Closed)
+            || matches!(self, Self::Io(e) if matches!(e.kind(), BrokenPipe | ConnectionReset))
+    }
 }
 
 /// What one packet brought.

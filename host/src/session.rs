@@ -215,6 +215,15 @@ impl Session {
         Remote(Arc::clone(&self.connection))
     }
 
+    /// Sends what is answered. To an owner that is gone it may not go out, and that is no error yet: its last words are still to be heard, or that
+    /// there are none.
+    fn ask(&self, message: impl Into<FromClient>) -> Result<(), SessionError> {
+        match self.connection.send_blocking(&message.into(), &[]) {
+            Err(error) if error.is_closed() => Ok(()),
+            sent => sent.map_err(SessionError::unsent),
+        }
+    }
+
     pub(crate) fn receive(&self) -> Result<Packet<ToClient>, SessionError> {
         self.connection.receive().map_err(SessionError::OwnerGone)
     }
@@ -242,7 +251,7 @@ impl Session {
         streams: Streams,
         notice: &mut dyn FnMut(&str),
     ) -> Result<Ended, SessionError> {
-        self.remote().send(Exec { process: process.clone() })?;
+        self.ask(Exec { process: process.clone() })?;
         self.serve(streams, false, None, notice)
     }
 
@@ -271,7 +280,7 @@ impl Session {
 
     /// Asks what the room uses, and doesn't wait: of many rooms, all are asked before any is heard.
     pub fn ask_usage(&self) -> Result<(), SessionError> {
-        self.remote().send(ReadUsage {})
+        self.ask(ReadUsage {})
     }
 
     /// What a room uses that was asked for it at this moment.
@@ -297,7 +306,7 @@ impl Session {
 
     /// Waits until the room has ended and nothing of it runs any more.
     pub fn wait(&self) -> Result<Ended, SessionError> {
-        self.remote().send(Wait {})?;
+        self.ask(Wait {})?;
         loop {
             if let ToClient::Ended(ended) = self.receive()?.message {
                 return Ok(ended);
@@ -308,7 +317,7 @@ impl Session {
     /// Waits until a room has ended that was asked to at this moment, its workload having so long before SIGKILL. An owner that doesn't even
     /// answer is not waited for that long.
     pub fn wait_stopped(&self, asked: Instant, timeout: Duration) -> Result<Ended, SessionError> {
-        self.remote().send(Wait {})?;
+        self.ask(Wait {})?;
         let end = asked + timeout + self.patience.ending();
         let mut until = end.min(asked + self.patience.answer());
         loop {

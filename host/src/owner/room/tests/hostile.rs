@@ -60,6 +60,24 @@ fn an_end_without_a_beginning_ends_the_room() {
 }
 
 #[test]
+fn a_command_that_asks_after_the_end_hears_how_it_was() {
+    let ask: [fn(Session) -> Result<Outcome, SessionError>; 4] = [
+        |session| Ok(session.wait()?.outcome),
+        |session| Ok(session.wait_stopped(Instant::now(), Duration::ZERO)?.outcome),
+        |session| Ok(session.exec(&ProcessSpec::default(), files(b"").0, &mut |_| ())?.outcome),
+        |session| session.usage().map(|_| Outcome::Stopped { signal: SIGTERM }),
+    ];
+    for ask in ask {
+        let (place, guest) = begin(spec(false));
+        place.session.remote().stop(Some(0)).unwrap();
+        let FromOwner::Stop(_) = guest.order().unwrap().message else { panic!("no stop") };
+        guest.end(End::Stopped);
+        place.owner.join().unwrap();
+        assert!(matches!(ask(place.session).unwrap(), Outcome::Stopped { .. }));
+    }
+}
+
+#[test]
 fn what_is_said_of_things_that_there_are_not_is_nothing() {
     let (place, mut guest) = begin(spec(false));
     let _streams = guest.boot();
