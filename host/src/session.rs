@@ -185,6 +185,14 @@ impl Remote {
     }
 }
 
+/// What can't be sent to an owner that is gone is no error yet: its last words wait to be heard, or that there are none is heard then.
+pub(crate) fn or_heard_next(sent: Result<(), SessionError>) -> Result<(), SessionError> {
+    match sent {
+        Err(SessionError::OwnerGone(error)) if error.is_closed() => Ok(()),
+        sent => sent,
+    }
+}
+
 impl Session {
     pub(crate) fn new(connection: Connection, patience: Patience) -> Self {
         Self { connection: Arc::new(connection), patience }
@@ -215,13 +223,9 @@ impl Session {
         Remote(Arc::clone(&self.connection))
     }
 
-    /// Sends what is answered. To an owner that is gone it may not go out, and that is no error yet: its last words are still to be heard, or that
-    /// there are none.
+    /// Sends what is answered.
     fn ask(&self, message: impl Into<FromClient>) -> Result<(), SessionError> {
-        match self.connection.send_blocking(&message.into(), &[]) {
-            Err(error) if error.is_closed() => Ok(()),
-            sent => sent.map_err(SessionError::unsent),
-        }
+        or_heard_next(self.remote().send(message))
     }
 
     pub(crate) fn receive(&self) -> Result<Packet<ToClient>, SessionError> {

@@ -27,7 +27,7 @@ use crate::outcome::Outcome;
 use crate::owner::api::{Connected, Drained, Exited, Invoke, Noticed, Refused, StreamKind, ToClient};
 use crate::packet::Connection;
 use crate::patience::Patience;
-use crate::session::{Ended, Pumps, Session, SessionError, Streams};
+use crate::session::{Ended, Pumps, Session, SessionError, Streams, or_heard_next};
 
 /// What a response may have at most, streamed or not: what the agent lets through, and some.
 const MOST_BYTES: u64 = (200 << 20) + (8 << 20);
@@ -211,7 +211,7 @@ impl Session {
             match message {
                 ToClient::Started(_) => {
                     started(&call);
-                    self.hand_over(&call)?;
+                    or_heard_next(self.hand_over(&call))?;
                 }
                 ToClient::Invoked(invoked) => so_far.invoked = Some(invoked.invoked),
                 ToClient::Exited(exited) => so_far.exited = Some(exited),
@@ -230,7 +230,7 @@ impl Session {
                     }
                     call = another;
                     started(&call);
-                    self.hand_over(&call)?;
+                    or_heard_next(self.hand_over(&call))?;
                 } else {
                     is_last = true;
                     if let Some(keep) = &mut keep

@@ -260,6 +260,21 @@ fn a_room_that_ends_before_the_answer_says_how() {
 }
 
 #[test]
+fn a_room_that_ends_before_its_event_says_how_too() {
+    let (mut place, mut guest) = begin(function());
+    let _streams = guest.boot();
+    guest.end(End::Panic);
+    let owner = std::mem::replace(&mut place.owner, std::thread::spawn(|| ()));
+    owner.join().unwrap();
+    let (command, ..) = invoke(place);
+    let called = command.join().unwrap().unwrap();
+    assert_eq!(
+        (called.invoked, called.room.unwrap().outcome),
+        (None, Outcome::GuestPanicked { last_words: None })
+    );
+}
+
+#[test]
 fn an_event_that_the_agent_refuses_is_an_error() {
     let (place, mut guest) = begin(function());
     let (command, ..) = invoke(place);
