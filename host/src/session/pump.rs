@@ -278,12 +278,13 @@ mod tests {
         const MANY: usize = 1 << 20;
         let writer = thread::spawn(move || guest.write_all(&vec![b'x'; MANY]).unwrap());
         let reader = thread::spawn(move || {
-            thread::sleep(Duration::from_millis(300));
+            thread::sleep(Duration::from_millis(2500));
             let mut all = Vec::new();
             read.read_to_end(&mut all).unwrap();
             all.len()
         });
-        output.drain(Duration::from_millis(20));
+        // Time enough for the writer to be let run, on whatever machine.
+        output.drain(Duration::from_secs(1));
         writer.join().unwrap();
         assert_eq!(reader.join().unwrap(), MANY);
     }
