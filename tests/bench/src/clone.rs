@@ -33,7 +33,7 @@ const MEMORY_MIB: u32 = 128;
 /// What a clone's figures need beyond the other benches'.
 #[derive(Args)]
 pub(crate) struct Options {
-    /// These parts of clone alone [default: all; tiny alone without --kernel]
+    /// These parts of clone alone [default: all; those of the tiny guest without --kernel]
     #[arg(long, value_enum, value_name = "PART", value_delimiter = ',')]
     parts: Vec<Part>,
     /// A directory for clone's templates, on a disk with room for 2 GiB [default: the temporary one]
@@ -58,8 +58,10 @@ enum Part {
     Linux,
     /// Memory of idle clones beside each other
     Memory,
-    /// Starts a second, many at once
+    /// Starts a second, many of Linux guests at once
     Burst,
+    /// The same with guests of a few instructions
+    TinyBurst,
     /// A start's time against the template's size
     Sizes,
     /// A start's time against the rooms that are there
@@ -116,7 +118,7 @@ impl Options {
             return self.parts.clone();
         }
         let all = Part::value_variants();
-        all.iter().copied().filter(|part| kernel || *part == Part::Tiny).collect()
+        all.iter().copied().filter(|part| kernel || matches!(part, Part::Tiny | Part::TinyBurst)).collect()
     }
 }
 
@@ -126,7 +128,8 @@ impl Clones<'_> {
             Part::Tiny => self.latency("tiny guest", &self.template(&self.tiny()?, true)?),
             Part::Linux => self.latency("Linux", &self.template(&self.linux(MEMORY_MIB)?, true)?),
             Part::Memory => weight::weigh(self),
-            Part::Burst => burst::measure(self),
+            Part::Burst => burst::measure(self, "Linux", &self.linux(MEMORY_MIB)?),
+            Part::TinyBurst => burst::measure(self, "tiny guest", &self.tiny()?),
             Part::Sizes => curves::sizes(self),
             Part::Rooms => curves::rooms(self),
         }
@@ -267,7 +270,7 @@ mod tests {
     #[test]
     fn without_a_kernel_there_is_but_the_tiny_guest() {
         let mut options = Options { parts: Vec::new(), work: None, clones: 100, concurrent: 64, ready: 16 };
-        assert_eq!(options.parts(false), [Part::Tiny]);
+        assert_eq!(options.parts(false), [Part::Tiny, Part::TinyBurst]);
         assert_eq!(options.parts(true).len(), Part::value_variants().len());
         options.parts = vec![Part::Rooms];
         assert_eq!(options.parts(false), [Part::Rooms]);

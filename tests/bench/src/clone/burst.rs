@@ -8,7 +8,8 @@
 //! ```
 //!
 //! A wave's clock runs from the moment when all requests are let go until the last guest has ticked and, for carrel, until as many VMMs are ready as at the beginning: what was
-//! prepared ahead is paid for in the same wave. Clones stay until the clock has stopped; ending them is in nobody's time.
+//! prepared ahead is paid for in the same wave. A clone that was heard is stopped (SIGSTOP), for its guest would tick on in the others' time, and stays until the clock has
+//! stopped; ending it is in nobody's time.
 
 use std::collections::VecDeque;
 use std::sync::{Barrier, Condvar, Mutex, PoisonError};
@@ -18,7 +19,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, anyhow};
 
 use super::rooms::{Ready, Side, Started};
-use super::{Clones, MEMORY_MIB, Template, single};
+use super::{Clones, Template, single};
+use crate::engine::Machine;
 use crate::{Metric, Sample, Series};
 
 /// What one wave came to.
@@ -38,8 +40,8 @@ struct Shelf {
 }
 
 /// All waves of all sides, in turn.
-pub(super) fn measure(clones: &Clones<'_>) -> Result<Vec<Metric>> {
-    let template = clones.template(&clones.linux(MEMORY_MIB)?, true)?;
+pub(super) fn measure(clones: &Clones<'_>, guest: &str, machine: &Machine) -> Result<Vec<Metric>> {
+    let template = clones.template(machine, true)?;
     let mut series =
         [Side::Prepared, Side::Firecracker, Side::Carrel].map(|side| Series::new(side.name(), side));
     clones.rounds(&mut series, |&side| {
@@ -65,7 +67,7 @@ pub(super) fn measure(clones: &Clones<'_>) -> Result<Vec<Metric>> {
             if i == 1 && ours.side == Side::Carrel {
                 continue;
             }
-            let metric = format!("{what}, {n} at once, {how}");
+            let metric = format!("{what}, {n} at once, {guest}, {how}");
             metrics.extend(clones.compare(
                 &metric,
                 unit,
@@ -118,6 +120,7 @@ fn wave(clones: &Clones<'_>, side: Side, template: &Template) -> Result<Wave> {
                     let began = Instant::now();
                     let mut started = shelf.take()?.start(template)?;
                     started.took = began.elapsed();
+                    started.room.hold();
                     Ok(started)
                 })
             })

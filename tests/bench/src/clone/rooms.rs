@@ -23,6 +23,8 @@ use carrel_host::launch::{Going, LaunchError, Standing};
 use carrel_host::spec::Part;
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::{Descriptor, RestoreConfig, RestoreFile, SerialConfig};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 
 use super::template::{Files, Template, firecracker_command, spawn};
@@ -243,6 +245,23 @@ fn load(mut room: Room, template: &Template, patience: &Patience) -> Result<Room
     }
 }
 
+/// One that is gone needs not be told.
+fn tell(pid: u32, signal: Signal) {
+    if let Ok(pid) = i32::try_from(pid) {
+        let _ = kill(Pid::from_raw(pid), signal);
+    }
+}
+
+/// Tells a process, then its children, and theirs (proc(5), `children`).
+fn tell_family(first: u32, signal: Signal) {
+    let mut found = vec![first];
+    while let Some(pid) = found.pop() {
+        tell(pid, signal);
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+        found.extend(children.split_whitespace().filter_map(|child| child.parse::<u32>().ok()));
+    }
+}
+
 /// The command with another's words before it.
 fn wrapped(command: Command, wrapper: &[String]) -> Command {
     let Some((program, arguments)) = wrapper.split_first() else { return command };
@@ -292,6 +311,11 @@ impl Room {
         }
     }
 
+    /// Stops all of its processes where they are: the guest takes no more of the host's time.
+    pub(crate) fn hold(&self) {
+        tell_family(self.pid(), Signal::SIGSTOP);
+    }
+
     fn last_words(&self) -> String {
         let Some(folder) = self.folder() else {
             return "it was prepared, and says why to its owner alone".into();
@@ -310,7 +334,10 @@ impl AsFd for Room {
 impl Drop for Process {
     fn drop(&mut self) {
         let Self::Child { child, .. } = self else { return };
-        // The launcher of a confined VMM ends it, and removes its cgroup, when it is told to; Firecracker ends by the signal itself.
+        // The launcher of a confined VMM ends it, and removes its cgroup, when it is told to; Firecracker ends by the signal itself. One that is held
+        // hears it when it goes on.
+        tell(child.id(), Signal::SIGTERM);
+        tell_family(child.id(), Signal::SIGCONT);
         crate::engine::end(child);
     }
 }
