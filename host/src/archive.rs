@@ -183,8 +183,7 @@ impl Started {
         self.wait_for(self.connection.as_fd())?;
         match self.connection.receive() {
             Ok(packet) => Ok(packet.message),
-            Err(PacketError::Closed) => Err(self.end()),
-            Err(PacketError::Io(error)) if error.kind() == io::ErrorKind::ConnectionReset => Err(self.end()),
+            Err(error) if error.is_closed() => Err(self.end()),
             Err(error) => Err(ReaderError::Garbled(error)),
         }
     }

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::{BlockConfig, Cache, Kernel, SerialConfig, VmFile, VsockConfig};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::guest_images::READY;
@@ -233,9 +235,7 @@ impl Drop for Running {
 /// Ends a VMM's process and what it started.
 pub(crate) fn end(child: &mut Child) {
     // It may have something to clean up; what does not listen is killed.
-    if let Ok(pid) = i32::try_from(child.id()) {
-        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM);
-    }
+    tell(child.id(), Signal::SIGTERM);
     let deadline = Instant::now() + GRACE;
     while Instant::now() < deadline {
         if !matches!(child.try_wait(), Ok(None)) {
@@ -245,12 +245,16 @@ pub(crate) fn end(child: &mut Child) {
     }
     // Its children too: what strace followed outlives a killed strace. Errors mean that it is gone already.
     for pid in crate::meter::family(child.id()).into_iter().rev() {
-        if let Ok(pid) = i32::try_from(pid) {
-            let _ =
-                nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
-        }
+        tell(pid, Signal::SIGKILL);
     }
     let _ = child.wait();
+}
+
+/// Sends a signal; one that is gone needs none.
+pub(crate) fn tell(pid: u32, signal: Signal) {
+    if let Ok(pid) = i32::try_from(pid) {
+        let _ = kill(Pid::from_raw(pid), signal);
+    }
 }
 
 /// Says `CONNECT port` at a VMM's vsock socket, once.

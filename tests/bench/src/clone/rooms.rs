@@ -23,11 +23,11 @@ use carrel_host::launch::{Going, LaunchError, Standing};
 use carrel_host::spec::Part;
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::{Descriptor, RestoreConfig, RestoreFile, SerialConfig};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use super::template::{Files, Template, firecracker_command, spawn};
+use crate::engine::tell;
 use crate::guest_images::READY;
 use crate::isolation::room::Patience;
 use crate::isolation::snapshot::{await_api, hear_answer, send};
@@ -245,14 +245,8 @@ fn load(mut room: Room, template: &Template, patience: &Patience) -> Result<Room
     }
 }
 
-/// One that is gone needs not be told.
-fn tell(pid: u32, signal: Signal) {
-    if let Ok(pid) = i32::try_from(pid) {
-        let _ = kill(Pid::from_raw(pid), signal);
-    }
-}
-
-/// Tells a process, then its children, and theirs (proc(5), `children`).
+/// Tells a process, then its children, and theirs. They are asked for one by one (proc(5), `children`): a look at all processes, as in [`crate::meter`], would be in the
+/// others' time.
 fn tell_family(first: u32, signal: Signal) {
     let mut found = vec![first];
     while let Some(pid) = found.pop() {
@@ -335,8 +329,7 @@ impl Drop for Process {
     fn drop(&mut self) {
         let Self::Child { child, .. } = self else { return };
         // The launcher of a confined VMM ends it, and removes its cgroup, when it is told to; Firecracker ends by the signal itself. One that is held
-        // hears it when it goes on.
-        tell(child.id(), Signal::SIGTERM);
+        // would hear neither.
         tell_family(child.id(), Signal::SIGCONT);
         crate::engine::end(child);
     }
