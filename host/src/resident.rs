@@ -12,6 +12,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -41,6 +42,7 @@ use crate::timestamp::mark;
 
 mod admission;
 pub mod api;
+mod demand;
 mod shelf;
 mod warm;
 
@@ -103,12 +105,12 @@ pub enum ResidentError {
 }
 
 /// How a resident owner is to be.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// vCPUs and memory of the rooms that are expected before any was asked for.
     pub usual: (VcpuCount, MemoryMib),
-    /// VMMs that are kept ready for each kind of machine that was asked for lately.
-    pub ready: usize,
+    /// VMMs that are kept ready for each kind of machine that was asked for lately: as many as were asked for at once, within this.
+    pub ready: RangeInclusive<usize>,
     /// It ends when it had no room for so long; without it never.
     pub idle: Option<Duration>,
     /// What it promises beyond what the host has.

@@ -1,5 +1,6 @@
 //! The resident owner's command line.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use carrel_host::resident::Factor;
@@ -35,9 +36,12 @@ pub(crate) struct PoolArgs {
     /// What to do instead.
     #[command(subcommand)]
     pub(crate) command: Option<PoolCommand>,
-    /// VMMs to keep ready for each kind of machine that was asked for lately
+    /// VMMs to keep ready for each kind of machine that was asked for lately; 0: none at any time
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(0..=1024))]
-    pub(crate) ready: u16,
+    ready: u16,
+    /// Keep as many ready as were lately asked for at once, up to so many
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(0..=1024))]
+    ready_at_most: u16,
     /// End after so long without a room [default: never]
     #[arg(long, value_name = "TIME", value_parser = span::positive)]
     pub(crate) idle: Option<Duration>,
@@ -50,6 +54,14 @@ pub(crate) struct PoolArgs {
     /// Promise rooms so many times the host's CPUs [default: 100]
     #[arg(long, value_name = "FACTOR")]
     pub(crate) cpu_overcommit: Option<Factor>,
+}
+
+impl PoolArgs {
+    /// How many VMMs of a kind are kept ready: the fewest and the most.
+    pub(crate) fn ready(&self) -> RangeInclusive<usize> {
+        let most = if self.ready == 0 { 0 } else { self.ready_at_most.max(self.ready) };
+        self.ready.into()..=most.into()
+    }
 }
 
 /// The commands on a resident owner.

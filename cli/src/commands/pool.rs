@@ -26,7 +26,7 @@ pub(crate) fn pool(args: &PoolArgs, configuration: &Configuration) -> Result<u8>
     };
     let usual = (VcpuCount::ONE, run::usual_memory()?);
     let warm = Some(args.warm).filter(|time| !time.is_zero());
-    let options = Options { usual, ready: args.ready.into(), idle: args.idle, overcommit, warm };
+    let options = Options { usual, ready: args.ready(), idle: args.idle, overcommit, warm };
     let home = place::home(configuration)?;
     home.assets().check()?;
     let resident = Resident::open(home, options)?;

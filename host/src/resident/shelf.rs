@@ -1,10 +1,12 @@
 //! The shelf: VMMs that are ready before anybody asks. Each is a confined process in its own namespaces and cgroup whose VM and vCPUs are made, and which
 //! waits to be told what to go on from.
 //!
-//! A VMM that was taken is replaced when no room is starting, or a moment later where rooms start without end: the one that starts now has the CPUs.
+//! A VMM that was taken is replaced when no room is starting, or a moment later where rooms start without end: the one that starts now has the CPUs. Of each kind there are as many
+//! as were lately asked for at once ([`Demand`]).
 
 use std::collections::VecDeque;
 use std::fs;
+use std::ops::RangeInclusive;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -14,6 +16,7 @@ use carrel_protocol::chain;
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use serde::{Deserialize, Serialize};
 
+use super::demand::Demand;
 use crate::home::{self, Order};
 use crate::launch::{self, LaunchError, Prepared};
 use crate::spec::Part;
@@ -83,6 +86,7 @@ struct Kind {
     shape: Shape,
     ready: VecDeque<Prepared>,
     asked: Instant,
+    demand: Demand,
 }
 
 #[derive(Debug, Default)]
@@ -113,8 +117,8 @@ impl State {
 #[derive(Debug)]
 pub(crate) struct Shelf {
     state: Arc<State>,
-    /// Of each kind.
-    wanted: usize,
+    /// How many of each kind.
+    bounds: RangeInclusive<usize>,
 }
 
 /// A room is starting for as long as this lives.
@@ -130,10 +134,10 @@ impl Drop for Starting {
 }
 
 impl Shelf {
-    /// One that is to have so many VMMs of each kind, and of the usual one from the beginning on.
-    pub(crate) fn new(wanted: usize, vmm: PathBuf, usual: (VcpuCount, MemoryMib)) -> Self {
+    /// One that is to have so many VMMs of each kind, and the fewest of the usual one from the beginning on.
+    pub(crate) fn new(bounds: RangeInclusive<usize>, vmm: PathBuf, usual: (VcpuCount, MemoryMib)) -> Self {
         let kinds = Kinds { kinds: vec![Kind::new(Shape::plain(vmm, usual))], ..Kinds::default() };
-        Self { state: Arc::new(State { kinds: Mutex::new(kinds), changed: Condvar::new() }), wanted }
+        Self { state: Arc::new(State { kinds: Mutex::new(kinds), changed: Condvar::new() }), bounds }
     }
 
     /// A room begins to start.
@@ -158,6 +162,7 @@ impl Shelf {
             None => Kind::new(shape.clone()),
         };
         kind.asked = Instant::now();
+        kind.demand.asked(kind.asked);
         let (taken, broken) = kind.take();
         kinds.kinds.insert(0, kind);
         let most = MOST_SHAPES.min(kinds.kinds.len());
@@ -211,14 +216,14 @@ impl Shelf {
                 return None;
             }
             let now = Instant::now();
-            let forgotten = kinds.forget(now);
+            let forgotten = kinds.forget(now, &self.bounds);
             if !forgotten.is_empty() {
                 drop(kinds);
                 drop(forgotten);
                 kinds = self.state.lock();
                 continue;
             }
-            let lacking = kinds.kinds.iter().find(|kind| kind.ready.len() < self.wanted);
+            let lacking = kinds.kinds.iter().find(|kind| kind.ready.len() < kind.demand.wanted(&self.bounds));
             let pause =
                 kinds.pause_ends.filter(|_| kinds.starting > 0).map(|end| end.saturating_duration_since(now));
             let wait = match (lacking, pause) {
@@ -234,7 +239,10 @@ impl Shelf {
         let mut kinds = self.state.lock();
         let closed = kinds.closed;
         match kinds.kinds.iter_mut().find(|kind| kind.shape == *shape && !closed) {
-            Some(kind) => kind.ready.push_back(prepared),
+            Some(kind) => {
+                kind.ready.push_back(prepared);
+                kind.demand.has(kind.ready.len(), &self.bounds);
+            }
             None => {
                 drop(kinds);
                 drop(prepared);
@@ -252,7 +260,8 @@ impl Shelf {
 
 impl Kind {
     fn new(shape: Shape) -> Self {
-        Self { shape, ready: VecDeque::new(), asked: Instant::now() }
+        let now = Instant::now();
+        Self { shape, ready: VecDeque::new(), asked: now, demand: Demand::new(now) }
     }
 
     /// A VMM that is ready, or else one that is about to be; and those that are none any more.
@@ -292,13 +301,19 @@ impl Kind {
 
 impl Kinds {
     /// Takes out what nobody will ask for any more.
-    fn forget(&mut self, now: Instant) -> Vec<Kind> {
+    fn forget(&mut self, now: Instant, bounds: &RangeInclusive<usize>) -> Vec<Prepared> {
         let all = std::mem::take(&mut self.kinds).into_iter().enumerate();
         let (gone, kept): (Vec<_>, Vec<_>) = all
             .map(|(at, kind)| ((at > 0 && kind.is_old(now)) || kind.is_outdated(), kind))
             .partition(|(gone, _)| *gone);
         self.kinds = kept.into_iter().map(|(_, kind)| kind).collect();
-        gone.into_iter().map(|(_, kind)| kind).collect()
+        let too_many = self.kinds.iter_mut().flat_map(|kind| {
+            kind.demand.forget(now);
+            let wanted = kind.demand.wanted(bounds).min(kind.ready.len());
+            kind.ready.split_off(wanted)
+        });
+        let too_many: Vec<Prepared> = too_many.collect();
+        gone.into_iter().flat_map(|(_, kind)| kind.ready).chain(too_many).collect()
     }
 }
 

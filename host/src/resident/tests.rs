@@ -22,7 +22,7 @@ fn home(root: &Path) -> Home {
 
 fn options() -> Options {
     let usual = (VcpuCount::ONE, MemoryMib::try_from(128).unwrap());
-    Options { usual, ready: 0, idle: None, overcommit: Overcommit::default(), warm: None }
+    Options { usual, ready: 0..=0, idle: None, overcommit: Overcommit::default(), warm: None }
 }
 
 /// A resident owner on a thread.

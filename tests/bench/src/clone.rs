@@ -45,8 +45,8 @@ pub(crate) struct Options {
     /// Restores at once in a wave
     #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1000))]
     concurrent: u32,
-    /// VMMs that are ready when a wave begins, and again when it ends
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    /// VMMs that are ready when a wave begins, and again when it ends; the default is what a pool has after a wave
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1000))]
     ready: u32,
 }
 
@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn without_a_kernel_there_is_but_the_tiny_guest() {
-        let mut options = Options { parts: Vec::new(), work: None, clones: 100, concurrent: 64, ready: 16 };
+        let mut options = Options { parts: Vec::new(), work: None, clones: 100, concurrent: 64, ready: 64 };
         assert_eq!(options.parts(false), [Part::Tiny, Part::TinyBurst]);
         assert_eq!(options.parts(true).len(), Part::value_variants().len());
         options.parts = vec![Part::Rooms];

@@ -251,7 +251,7 @@ pub(crate) fn end(child: &mut Child) {
 }
 
 /// Sends a signal; one that is gone needs none.
-pub(crate) fn tell(pid: u32, signal: Signal) {
+fn tell(pid: u32, signal: Signal) {
     if let Ok(pid) = i32::try_from(pid) {
         let _ = kill(Pid::from_raw(pid), signal);
     }

@@ -81,53 +81,66 @@ pub(crate) fn ready_init() -> Vec<u8> {
     elf(&code, INIT_BASE)
 }
 
-/// A kernel that writes [`READY`] again and again, some hundred instructions between two, and after 20,000 waits for ever: one that was saved meanwhile and goes on says so
-/// at once, and none is loud for long.
+/// What stands in a ticking guest's memory before a byte that is 0: in clones of it, 1. See [`crate::clone`].
+pub(crate) const MARK: [u8; 16] = *b"\xf1carrel: a clone";
+
+/// A kernel that writes [`READY`] again and again, some hundred instructions between two; as a clone, once more, and waits for ever.
 pub(crate) fn ticking_kernel() -> Vec<u8> {
     let code = [
-        &[0x66, 0xba, 0xf8, 0x03][..], // mov dx, 0x3f8
-        &[0xb0, READY],                // mov al, READY
-        &[0xb9, 0x20, 0x4e, 0, 0],     // mov ecx, 20000
-        &[0xee],                       // out dx, al
-        &[0xbb, 200, 0, 0, 0],         // mov ebx, 200
-        &[0xff, 0xcb],                 // dec ebx
-        &[0x75, 0xfc],                 // jnz to the dec
-        &[0xff, 0xc9],                 // dec ecx
-        &[0x75, 0xf2],                 // jnz to the out
-        &[0xf4],                       // hlt (interrupts are off: for ever)
-        &[0xeb, 0xfd],                 // jmp to the hlt
+        &[0x66, 0xba, 0xf8, 0x03][..],    // mov dx, 0x3f8
+        &[0xb0, READY],                   // mov al, READY
+        &[0x0f, 0xb6, 0x0d, 35, 0, 0, 0], // movzx ecx, byte [rip + 35]: the last one
+        &[0xee],                          // out dx, al
+        &[0x85, 0xc9],                    // test ecx, ecx
+        &[0x75, 11],                      // jnz to the hlt
+        &[0xbb, 200, 0, 0, 0],            // mov ebx, 200
+        &[0xff, 0xcb],                    // dec ebx
+        &[0x75, 0xfc],                    // jnz to the dec
+        &[0xeb, 0xe9],                    // jmp to the movzx
+        &[0xf4],                          // hlt (interrupts are off: for ever)
+        &[0xeb, 0xfd],                    // jmp to the hlt
+        &MARK,
+        &[0],
     ]
     .concat();
     elf(&code, KERNEL_BASE)
 }
 
-/// `/init` that writes [`READY`] every millisecond, and after 60 every minute: a clone of it that was saved meanwhile ticks at once, and is quiet soon. In an emulated
-/// host 80 of them that went on every second had nothing left of its CPU.
+/// `/init` that writes [`READY`] every millisecond; as a clone, once more, and waits for ever.
 pub(crate) fn ticking_init() -> Vec<u8> {
     let code = [
-        &[0xbb, 60, 0, 0, 0][..],         // mov ebx, 60
-        &[0xb8, 1, 0, 0, 0],              // mov eax, SYS_write
-        &[0xbf, 1, 0, 0, 0],              // mov edi, 1
-        &[0x48, 0x8d, 0x35, 70, 0, 0, 0], // lea rsi, [rip + 70]: the byte at the end
-        &[0xba, 1, 0, 0, 0],              // mov edx, 1
-        &[0x0f, 0x05],                    // syscall
-        &[0x48, 0x8d, 0x3d, 24, 0, 0, 0], // lea rdi, [rip + 24]: the first timespec
-        &[0xff, 0xcb],                    // dec ebx
-        &[0x79, 9],                       // jns over the next two
-        &[0x31, 0xdb],                    // xor ebx, ebx
-        &[0x48, 0x8d, 0x3d, 27, 0, 0, 0], // lea rdi, [rip + 27]: the second timespec
-        &[0x31, 0xf6],                    // xor esi, esi
-        &[0xb8, 35, 0, 0, 0],             // mov eax, SYS_nanosleep
-        &[0x0f, 0x05],                    // syscall
-        &[0xeb, 0xc9],                    // jmp to the first mov eax
-        &0_u64.to_le_bytes(),             // 1 ms
+        &[0x0f, 0xb6, 0x1d, 88, 0, 0, 0][..], // movzx ebx, byte [rip + 88]: the last one
+        &[0xb8, 1, 0, 0, 0],                  // mov eax, SYS_write
+        &[0xbf, 1, 0, 0, 0],                  // mov edi, 1
+        &[0x48, 0x8d, 0x35, 54, 0, 0, 0],     // lea rsi, [rip + 54]: READY
+        &[0xba, 1, 0, 0, 0],                  // mov edx, 1
+        &[0x0f, 0x05],                        // syscall
+        &[0x85, 0xdb],                        // test ebx, ebx
+        &[0x75, 18],                          // jnz to the last mov
+        &[0x48, 0x8d, 0x3d, 20, 0, 0, 0],     // lea rdi, [rip + 20]: the timespec
+        &[0x31, 0xf6],                        // xor esi, esi
+        &[0xb8, 35, 0, 0, 0],                 // mov eax, SYS_nanosleep
+        &[0x0f, 0x05],                        // syscall
+        &[0xeb, 0xcb],                        // jmp to the movzx
+        &[0xb8, 34, 0, 0, 0],                 // mov eax, SYS_pause
+        &[0x0f, 0x05],                        // syscall
+        &[0xeb, 0xf7],                        // jmp to the mov above
+        &0_u64.to_le_bytes(),                 // 1 ms
         &1_000_000_u64.to_le_bytes(),
-        &60_u64.to_le_bytes(), // 60 s
-        &0_u64.to_le_bytes(),
         &[READY],
+        &MARK,
+        &[0],
     ]
     .concat();
     elf(&code, INIT_BASE)
+}
+
+/// Where the bytes behind a ticking guest's [`MARK`] are in its memory, in all copies of it.
+pub(crate) fn marks(memory: &[u8]) -> Vec<usize> {
+    memchr::memmem::find_iter(memory, &MARK)
+        .map(|at| at + MARK.len())
+        .filter(|at| *at < memory.len())
+        .collect()
 }
 
 /// A static ELF64 of one readable and executable segment whose entry is `code`'s first byte.
@@ -220,26 +233,42 @@ mod tests {
     }
 
     #[test]
-    fn the_ticking_init_ticks_quickly_and_then_slowly() {
+    fn the_ticking_init_ticks_on_and_as_a_clone_once() {
         use std::io::Read;
         use std::os::fd::AsFd;
         use std::os::unix::fs::PermissionsExt;
 
         use nix::poll::{PollFd, PollFlags, poll};
         let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("init");
-        std::fs::write(&path, ticking_init()).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let mut child = Command::new(&path).stdout(Stdio::piped()).spawn().unwrap();
-        let mut ticks = vec![0; 61];
-        let mut output = child.stdout.take().unwrap();
-        output.read_exact(&mut ticks).unwrap();
-        let mut more = [PollFd::new(output.as_fd(), PollFlags::POLLIN)];
-        let more = poll(&mut more, 500_u16).unwrap();
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert!(ticks.iter().all(|&tick| tick == READY));
-        assert_eq!(more, 0, "the next one is a minute away");
+        let run = |program: &[u8], name: &str, expected: usize| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, program).unwrap();
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            let mut child = Command::new(&path).stdout(Stdio::piped()).spawn().unwrap();
+            let mut ticks = vec![0; expected];
+            let mut output = child.stdout.take().unwrap();
+            output.read_exact(&mut ticks).unwrap();
+            let more = poll(&mut [PollFd::new(output.as_fd(), PollFlags::POLLIN)], 500_u16).unwrap();
+            child.kill().unwrap();
+            child.wait().unwrap();
+            assert!(ticks.iter().all(|&tick| tick == READY));
+            more > 0
+        };
+        let mut init = ticking_init();
+        assert!(run(&init, "first", 100), "it goes on");
+        let [mark] = marks(&init)[..] else { panic!("one mark") };
+        init[mark] = 1;
+        assert!(!run(&init, "clone", 1), "once and no more");
+    }
+
+    #[test]
+    fn a_kernels_mark_is_the_byte_that_it_looks_at() {
+        let kernel = ticking_kernel();
+        let code = usize::try_from(HEADERS).unwrap();
+        // The movzx ends at 13; the byte's place is 35 from there.
+        assert_eq!(marks(&kernel), [code + 13 + 35]);
+        assert_eq!(kernel[code + 13 + 35], 0);
+        assert_eq!(kernel.len(), code + 13 + 35 + 1);
     }
 
     #[test]

@@ -10,6 +10,7 @@
 //!
 //! A tick is a byte on the serial port, read from a pipe that was made for this clone: neither VMM has any output of its own.
 
+use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,11 +24,9 @@ use carrel_host::launch::{Going, LaunchError, Standing};
 use carrel_host::spec::Part;
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::{Descriptor, RestoreConfig, RestoreFile, SerialConfig};
-use nix::sys::signal::Signal;
 use serde_json::json;
 
 use super::template::{Files, Template, firecracker_command, spawn};
-use crate::engine::tell;
 use crate::guest_images::READY;
 use crate::isolation::room::Patience;
 use crate::isolation::snapshot::{await_api, hear_answer, send};
@@ -132,31 +131,57 @@ impl Bed {
         Ok(match side {
             Side::Prepared => Ready::Vmm(self.prepare(template.memory_mib)?),
             Side::Carrel => {
-                let folder = tempfile::tempdir()?;
+                let folder = scratch()?;
                 let command = self.carrel(&template.carrel, folder.path())?;
                 Ready::Process(side, wrapped(command, wrapper), folder)
             }
             Side::Firecracker => {
-                let folder = tempfile::tempdir()?;
+                let folder = scratch()?;
                 let command = firecracker_command(&self.firecracker, folder.path());
                 Ready::Process(side, wrapped(command, wrapper), folder)
             }
             Side::FirecrackerApi => {
-                let folder = tempfile::tempdir()?;
+                let folder = scratch()?;
                 let command = firecracker_command(&self.firecracker, folder.path());
                 Ready::Api(listening(&mut wrapped(command, wrapper), folder)?)
             }
         })
     }
 
+    /// So many at once, each as [`Bed::ready`] makes them; VMMs get ready beside each other.
+    pub(crate) fn several(&self, side: Side, template: &Template, count: u32) -> Result<VecDeque<Ready>> {
+        if side != Side::Prepared {
+            return (0..count).map(|_| self.ready(side, template, &[])).collect();
+        }
+        let mut standing: Vec<Standing> =
+            (0..count).map(|_| self.begin(template.memory_mib)).collect::<Result<_>>()?;
+        standing.iter_mut().try_for_each(Standing::await_ready)?;
+        Ok(standing.into_iter().map(Ready::Vmm).collect())
+    }
+
+    /// One clone where nothing is ready.
+    pub(crate) fn start(&self, side: Side, template: &Template) -> Result<Started> {
+        match side {
+            // It hears what it goes on from when it has come so far.
+            Side::Prepared => Ready::Vmm(self.begin(template.memory_mib)?),
+            Side::Carrel | Side::Firecracker | Side::FirecrackerApi => self.ready(side, template, &[])?,
+        }
+        .start(template)
+    }
+
     fn prepare(&self, memory_mib: u32) -> Result<Standing> {
+        let mut standing = self.begin(memory_mib)?;
+        standing.await_ready()?;
+        Ok(standing)
+    }
+
+    /// Starts a VMM that will be ready.
+    fn begin(&self, memory_mib: u32) -> Result<Standing> {
         let (vcpus, memory) = (VcpuCount::try_from(1)?, MemoryMib::try_from(u64::from(memory_mib))?);
         let mut random = [0; 6];
         File::open("/dev/urandom")?.read_exact(&mut random)?;
         let id = RoomId::from_random(random);
-        let mut standing = Standing::prepare(&id, &self.without, &self.carrel_vmm, vcpus, memory)?;
-        standing.await_ready()?;
-        Ok(standing)
+        Ok(Standing::prepare(&id, &self.without, &self.carrel_vmm, vcpus, memory)?)
     }
 
     /// carrel's VMM, with the snapshot named in a file.
@@ -197,6 +222,11 @@ impl Ready {
         };
         Ok(Started { took: began.elapsed(), room })
     }
+}
+
+/// A folder for one clone's files and sockets: in memory where the host has that, since a disk's file system adds milliseconds to each file that many make at once.
+fn scratch() -> io::Result<tempfile::TempDir> {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir())
 }
 
 /// Starts a Firecracker and waits until it listens.
@@ -242,17 +272,6 @@ fn load(mut room: Room, template: &Template, patience: &Patience) -> Result<Room
             Ok(()) => Err(error),
             Err(refusal) => Err(error.context(format!("{refusal:#}"))),
         },
-    }
-}
-
-/// Tells a process, then its children, and theirs. They are asked for one by one (proc(5), `children`): a look at all processes, as in [`crate::meter`], would be in the
-/// others' time.
-fn tell_family(first: u32, signal: Signal) {
-    let mut found = vec![first];
-    while let Some(pid) = found.pop() {
-        tell(pid, signal);
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        found.extend(children.split_whitespace().filter_map(|child| child.parse::<u32>().ok()));
     }
 }
 
@@ -305,11 +324,6 @@ impl Room {
         }
     }
 
-    /// Stops all of its processes where they are: the guest takes no more of the host's time.
-    pub(crate) fn hold(&self) {
-        tell_family(self.pid(), Signal::SIGSTOP);
-    }
-
     fn last_words(&self) -> String {
         let Some(folder) = self.folder() else {
             return "it was prepared, and says why to its owner alone".into();
@@ -328,9 +342,7 @@ impl AsFd for Room {
 impl Drop for Process {
     fn drop(&mut self) {
         let Self::Child { child, .. } = self else { return };
-        // The launcher of a confined VMM ends it, and removes its cgroup, when it is told to; Firecracker ends by the signal itself. One that is held
-        // would hear neither.
-        tell_family(child.id(), Signal::SIGCONT);
+        // The launcher of a confined VMM ends it, and removes its cgroup, when it is told to; Firecracker ends by the signal itself.
         crate::engine::end(child);
     }
 }

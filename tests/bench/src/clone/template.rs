@@ -5,10 +5,12 @@
 //!   firecracker --api-sock ─ ticks ─ PATCH Paused, PUT snapshot/create ─▶ state, memory
 //! ```
 //!
-//! Each VMM boots the same kernel, initramfs, command line and machine, and is saved after the guest's first tick.
+//! Each VMM boots the same kernel, initramfs, command line and machine, and is saved after the guest's first tick. Then a byte of the saved memory is changed, by which the
+//! guest knows that it is a clone: it ticks once more, and is idle. One that ticked on would take the others' time.
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -21,6 +23,7 @@ use serde_json::{Value, json};
 
 use super::rooms::{Process, Room};
 use crate::engine::{Engine, Machine};
+use crate::guest_images::marks;
 use crate::isolation::room::Patience;
 use crate::isolation::snapshot::{await_api, request};
 
@@ -63,11 +66,15 @@ impl Template {
             memory: folder.path().join(format!("{name}.memory")),
         };
         let carrel = files("carrel");
-        save_carrel(machine, carrel_vmm, &carrel).context("carrel's template can't be made")?;
+        save_carrel(machine, carrel_vmm, &carrel)
+            .and_then(|()| tell_clones(&carrel.memory))
+            .context("carrel's template can't be made")?;
         let theirs = match firecracker {
             Some(binary) => {
                 let files = files("firecracker");
-                save_firecracker(machine, binary, &files).context("Firecracker's snapshot can't be made")?;
+                save_firecracker(machine, binary, &files)
+                    .and_then(|()| tell_clones(&files.memory))
+                    .context("Firecracker's snapshot can't be made")?;
                 Some(files)
             }
             None => None,
@@ -122,6 +129,17 @@ fn save_firecracker(machine: &Machine, binary: &Path, to: &Files) -> Result<()> 
     let create = json!({ "snapshot_type": "Full", "snapshot_path": to.state, "mem_file_path": to.memory });
     put("/snapshot/create", &create)?;
     ensure!(fs::metadata(&to.state)?.len() > 0, "Firecracker wrote an empty snapshot");
+    Ok(())
+}
+
+/// Lets a saved ticking guest know that it is a clone.
+fn tell_clones(memory: &Path) -> Result<()> {
+    let marks = marks(&fs::read(memory)?);
+    ensure!(!marks.is_empty(), "the guest's memory was saved without its mark");
+    let memory = OpenOptions::new().write(true).open(memory)?;
+    for mark in marks {
+        memory.write_all_at(&[1], u64::try_from(mark)?)?;
+    }
     Ok(())
 }
 

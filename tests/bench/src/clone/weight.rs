@@ -15,7 +15,7 @@ use crate::{Metric, Sample, meter, progress};
 
 /// Host memory that is left alone, MiB.
 const RESERVE_MIB: u64 = 512;
-/// What was just started comes to rest: its guest ticks slowly.
+/// What was just started comes to rest.
 pub(super) const REST: Duration = Duration::from_secs(8);
 
 /// A clone that stays, in a cgroup that is removed after it.
