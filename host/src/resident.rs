@@ -16,8 +16,8 @@ use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -173,6 +173,8 @@ struct Shared {
     shelf: Shelf,
     warm: Warm,
     admission: Admission,
+    /// Held by who has rooms that wait end for another.
+    ending: Mutex<()>,
     given: AtomicU64,
     from_shelf: AtomicU64,
     woken: AtomicU64,
@@ -231,6 +233,7 @@ impl Resident {
             shelf: Shelf::new(options.ready, home.assets().vmm.clone(), options.usual),
             warm: Warm::new(options.warm)?,
             admission: Admission::new(options.overcommit)?,
+            ending: Mutex::new(()),
             home,
             given: AtomicU64::new(0),
             from_shelf: AtomicU64::new(0),
@@ -254,9 +257,14 @@ impl Resident {
     /// The host refuses a thread or a descriptor from the beginning on.
     pub fn serve(self) -> Result<(), ResidentError> {
         let Self { listener, socket, idle, mut news, shared, _lock } = self;
-        // The thread that starts a VMM has to outlive it (PR_SET_PDEATHSIG, prctl(2)): this one lives as long as the process.
+        // The thread that starts a VMM has to outlive it (PR_SET_PDEATHSIG, prctl(2)): this one stays until the last room is over.
         let keeper = Arc::clone(&shared);
-        let keeper = thread::Builder::new().name("keeper".into()).spawn(move || keeper.shelf.keep())?;
+        let (over, is_over) = mpsc::channel::<()>();
+        let keep = move || {
+            keeper.shelf.keep();
+            let _ = is_over.recv();
+        };
+        let keeper = thread::Builder::new().name("keeper".into()).spawn(keep)?;
         let watcher = Arc::clone(&shared);
         let watcher = thread::Builder::new().name("watcher".into()).spawn(move || watcher.warm.watch())?;
         let told = accept_until_stopped(&shared, &listener, &mut news, idle)?;
@@ -267,7 +275,6 @@ impl Resident {
         drop(listener);
         shared.warm.close();
         shared.shelf.close();
-        let _ = keeper.join();
         let _ = watcher.join();
         let left = shared.served.load(Ordering::SeqCst);
         if told && left > 0 {
@@ -282,6 +289,8 @@ impl Resident {
                 break;
             }
         }
+        drop(over);
+        let _ = keeper.join();
         Ok(())
     }
 }
@@ -410,9 +419,15 @@ impl Shared {
 
     /// Promises a room what it may take; rooms that only wait end for it if they must.
     fn admit(&self, machine: &Machine) -> Result<Admitted, Refusal> {
+        if let Ok(admitted) = self.admission.admit(machine) {
+            return Ok(admitted);
+        }
+        // One after another, so that one room's end is not taken for several's.
+        let _turn = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             let refusal = match self.admission.admit(machine) {
                 Ok(admitted) => return Ok(admitted),
+                Err(refusal) if refusal.is_for_ever() => return Err(refusal),
                 Err(refusal) => refusal,
             };
             let before = self.admission.rooms();

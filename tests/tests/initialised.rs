@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use carrel_tests::{Carrel, Done, fixtures, functions, times};
+use carrel_tests::{Carrel, Done, fixtures, functions};
 use serde_json::{Value, json};
 
 /// Small, so that saving one takes seconds under emulation.
@@ -31,11 +31,6 @@ fn run(carrel: &Carrel, more: &[&str], script: &str) -> Done {
 fn began_from_new_template(done: &Done) -> bool {
     assert!(done.errors().contains("start: clone"), "{done:?}");
     done.errors().contains("template made")
-}
-
-/// Under emulation a template of Python's takes half a minute: beyond the first of each kind they are for `scripts/test --soak`.
-fn at_length() -> bool {
-    times(0, 1) > 0
 }
 
 fn now() -> f64 {
@@ -100,10 +95,8 @@ os._exit(7)
 }
 
 #[test]
+#[ignore = "long: under emulation a template of Python's takes half a minute"]
 fn detached_rooms_log_what_they_say_as_clones() {
-    if !at_length() {
-        return;
-    }
     let carrel = Carrel::with_own_store();
     let script = format!("{READY}\nready()\nprint('serves', flush=True)\nimport time\ntime.sleep(600)\n");
     for name in ["one", "two"] {
@@ -118,10 +111,8 @@ fn detached_rooms_log_what_they_say_as_clones() {
 }
 
 #[test]
+#[ignore = "long: under emulation a template of Python's takes half a minute"]
 fn what_a_workload_was_told_makes_the_template() {
-    if !at_length() {
-        return;
-    }
     let carrel = Carrel::with_own_store();
     let script = "ready()\nimport os\nprint(os.environ.get('A'), os.getcwd(), os.getuid())";
     let variants: [(&[&str], &str); 3] = [
@@ -195,10 +186,8 @@ def handler(event, context):
 }
 
 #[test]
+#[ignore = "long: under emulation a template of Python's takes half a minute"]
 fn a_function_whose_init_fails_says_so_as_any_other() {
-    if !at_length() {
-        return;
-    }
     let carrel = Carrel::with_own_store();
     let done =
         invoke(&carrel, "import no_such_module\ndef handler(event, context): pass\n", "{}").ends_with(3);

@@ -126,12 +126,14 @@ fn a_killed_one_takes_its_rooms_with_it_and_leaves_nothing_that_the_next_command
 #[test]
 fn told_to_end_it_waits_for_its_rooms_and_takes_no_others() {
     let carrel = Carrel::new();
+    let mut pool = pool(&carrel, &["--ready", "1"]);
     run(&carrel, "true").succeeds();
-    let mut pool = pool(&carrel, &[]);
+    wait_for("a VMM that is ready", || (ready(&status(&carrel)) == 1).then_some(()));
     let mut command = carrel.command(&["run", "-i", "-m", MEMORY, &fixtures::busybox(), "cat"]);
     let mut room = Running::spawn(command.stdin(std::process::Stdio::piped()));
     let stdin = room.stdin();
-    wait_for("the room", || (count(&status(&carrel), "rooms") == 1).then_some(()));
+    // In a VMM that was ready: whoever prepared it has no other work left, and must not go before it.
+    wait_for("the room", || (count(&status(&carrel), "from_shelf") == 1).then_some(()));
     pool.signal(Signal::TERM);
     wait_for("the end of its socket", || (!carrel.home().join("pool.sock").exists()).then_some(()));
     let done = run(&carrel, "true").succeeds();

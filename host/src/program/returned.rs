@@ -5,7 +5,8 @@
 //! ```
 //!
 //! The sender is a guest: what it says is capped, each path is below what was asked for or refused, no file is larger than announced, nothing gets
-//! more rights than a file of the user's has, and a link may lead only to what came back with it.
+//! more rights than a file of the user's has, and a link may lead only to what came back with it. Where everything goes is settled before the first byte: what
+//! was received changes no path that is looked up.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -101,7 +102,8 @@ pub fn receive(
 
 fn take(mut from: impl Read, destinations: &[Destination], limits: Limits) -> Result<Received, ReturnError> {
     let mut received = Received::default();
-    let mut current: Option<(u32, Target)> = None;
+    let mut targets: Vec<Target> =
+        destinations.iter().map(|to| Target::open(&to.on_host)).collect::<Result<_, _>>()?;
     loop {
         match FromRoom::read_from(&mut from).map_err(ReturnError::Broken)? {
             FromRoom::Done(done) => {
@@ -121,20 +123,15 @@ fn take(mut from: impl Read, destinations: &[Destination], limits: Limits) -> Re
                 if received.entries > limits.entries {
                     return Err(ReturnError::TooMuch(format!("{} files", limits.entries)));
                 }
-                if current.as_ref().is_none_or(|(root, _)| *root != entry.root) {
-                    let known = usize::try_from(entry.root).ok().and_then(|n| destinations.get(n));
-                    let known = known.ok_or_else(|| ReturnError::Path(format!("number {}", entry.root)))?;
-                    current = Some((entry.root, Target::open(&known.on_host)?));
-                }
+                let target = usize::try_from(entry.root).ok().and_then(|n| targets.get_mut(n));
+                let target = target.ok_or_else(|| ReturnError::Path(format!("number {}", entry.root)))?;
                 if let Kind::File { bytes } = entry.kind {
                     received.bytes = received.bytes.saturating_add(bytes);
                     if received.bytes > limits.bytes {
                         return Err(ReturnError::TooMuch(format!("{} bytes", limits.bytes)));
                     }
                 }
-                if let Some((_, target)) = &mut current
-                    && !target.put(&entry, &mut from)?
-                {
+                if !target.put(&entry, &mut from)? {
                     received.left_out += 1;
                 }
             }
@@ -153,8 +150,9 @@ struct Target {
 }
 
 const FOLDER: OFlags = OFlags::PATH.union(OFlags::DIRECTORY).union(OFlags::CLOEXEC).union(OFlags::NOFOLLOW);
-const BENEATH: ResolveFlags =
-    ResolveFlags::BENEATH.union(ResolveFlags::NO_SYMLINKS).union(ResolveFlags::NO_MAGICLINKS);
+/// What is there is found, links followed, as long as they do not lead out.
+const INSIDE: ResolveFlags = ResolveFlags::BENEATH.union(ResolveFlags::NO_MAGICLINKS);
+const BENEATH: ResolveFlags = INSIDE.union(ResolveFlags::NO_SYMLINKS);
 
 impl Target {
     fn open(path: &Path) -> Result<Self, ReturnError> {
@@ -191,7 +189,7 @@ impl Target {
         match &entry.kind {
             Kind::Directory => make_folder(&parent, name).map(drop).map_err(write)?,
             Kind::File { bytes } => put_file(parent.as_fd(), name, *bytes, entry, from, &shown)?,
-            Kind::Link { target } if stays(relative, target) => {
+            Kind::Link { target } if stays(folder, relative, target) => {
                 put_link(&parent, name, target).map_err(write)?;
             }
             Kind::Link { .. } => return Ok(false),
@@ -225,23 +223,30 @@ fn checked(path: &str) -> Option<&Path> {
 }
 
 /// Whether a link, at this path, leads to something that came back with it.
-fn stays(at: &Path, target: &str) -> bool {
-    let mut depth = at.components().count().saturating_sub(1);
+///
+/// Up first, by the real folders that it lies in and no further, and then down: a `..` behind a name would go up from wherever that name leads, if it is a link. On its way down it
+/// may meet links that came back, which stay as well, and the user's own, which need not: so whatever is there already is looked up too.
+fn stays(folder: &OwnedFd, at: &Path, target: &str) -> bool {
     if target.is_empty() || target.len() > LONGEST_PATH || target.contains('\0') {
         return false;
     }
+    let mut up_from = at.parent();
+    let mut is_down = false;
     for part in Path::new(target).components() {
         match part {
-            Component::Normal(_) => depth += 1,
             Component::CurDir => {}
-            Component::ParentDir => match depth.checked_sub(1) {
-                Some(less) => depth = less,
+            Component::ParentDir if is_down => return false,
+            Component::ParentDir => match up_from.filter(|here| !here.as_os_str().is_empty()) {
+                Some(here) => up_from = here.parent(),
                 None => return false,
             },
+            Component::Normal(_) => is_down = true,
             Component::RootDir | Component::Prefix(_) => return false,
         }
     }
-    true
+    let found = at.parent().unwrap_or(Path::new("")).join(target);
+    let found = rustix::fs::openat2(folder, found, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), INSIDE);
+    matches!(found, Ok(_) | Err(Errno::NOENT))
 }
 
 /// The folder of this name, made if it is missing.

@@ -104,6 +104,16 @@ pub(crate) enum Refusal {
     },
 }
 
+impl Refusal {
+    /// Whether no end of other rooms makes room for this one.
+    pub(crate) fn is_for_ever(&self) -> bool {
+        match self {
+            Self::Memory { asked, limit, .. } | Self::Cpu { asked, limit, .. } => asked > limit,
+            Self::Exhausted { .. } => false,
+        }
+    }
+}
+
 /// A promise and its bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Account {
@@ -262,6 +272,12 @@ mod tests {
         drop(first);
         assert_eq!(admission.promised().1, Account { promised: 0, limit: 1500 });
         admission.promise(100 << 20, 1500).unwrap();
+        let refused =
+            [(101, 100), (100, 1501)].map(|(mib, cpu)| admission.promise(mib << 20, cpu).unwrap_err());
+        assert!(refused.iter().all(Refusal::is_for_ever));
+        let first = admission.promise(60 << 20, 1000).unwrap();
+        assert!(!admission.promise(100 << 20, 1500).unwrap_err().is_for_ever());
+        drop(first);
     }
 
     #[test]

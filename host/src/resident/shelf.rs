@@ -143,8 +143,11 @@ impl Shelf {
     /// A room begins to start.
     pub(crate) fn starting(&self) -> Starting {
         let mut kinds = self.state.lock();
+        // From the first one on: where starts follow each other without end, VMMs are prepared all the same.
+        if kinds.starting == 0 {
+            kinds.pause_ends = Some(Instant::now() + PAUSE);
+        }
         kinds.starting += 1;
-        kinds.pause_ends = Some(Instant::now() + PAUSE);
         Starting(Arc::clone(&self.state))
     }
 

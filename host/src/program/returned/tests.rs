@@ -52,6 +52,21 @@ impl Bed {
         take(said.concat().as_slice(), &[to], LIMITS)
     }
 
+    /// Each link below leads into what came back, or nowhere.
+    fn no_link_leads_out(&self, folder: &Path) {
+        let inside = fs::canonicalize(self.path("back/out")).unwrap_or_default();
+        for entry in fs::read_dir(folder).into_iter().flatten().map(Result::unwrap) {
+            let kind = entry.file_type().unwrap();
+            if kind.is_dir() {
+                self.no_link_leads_out(&entry.path());
+            } else if kind.is_symlink()
+                && let Ok(leads) = fs::canonicalize(entry.path())
+            {
+                assert!(leads.starts_with(&inside), "{:?} leads to {leads:?}", entry.path());
+            }
+        }
+    }
+
     fn untouched(&self) {
         assert_eq!(fs::read_dir(self.path("outside")).unwrap().count(), 0);
         let names: Vec<_> =
@@ -130,6 +145,50 @@ fn no_link_is_a_way_out_whoever_made_it() {
 }
 
 #[test]
+fn a_link_through_another_does_not_lead_out() {
+    let bed = Bed::new();
+    let deep = ["", "a", "a/b", "a/b/c"].map(folder);
+    // By its letters it stays; by what `s` is it leads above.
+    let planted = [link("a/b/c/s", "../../.."), link("t", "a/b/c/s/../victim"), done()];
+    let received = bed.take(&[&deep[..], &planted].concat()).unwrap();
+    assert_eq!(received.left_out, 2, "the second one");
+    assert!(fs::symlink_metadata(bed.path("back/out/t")).is_err());
+    assert_eq!(
+        fs::canonicalize(bed.path("back/out/a/b/c/s")).unwrap(),
+        fs::canonicalize(bed.path("back/out")).unwrap()
+    );
+    bed.untouched();
+    // Nor through one of the user's own, on another's back.
+    symlink(bed.path("outside"), bed.path("back/out/own")).unwrap();
+    let said = [folder(""), link("t", "own/file"), link("u", "own"), link("v", "a/b/c/s/own/file"), done()];
+    assert_eq!(bed.take(&said).unwrap().left_out, 4);
+}
+
+#[test]
+fn what_came_back_is_no_way_to_another_destination() {
+    let bed = Bed::new();
+    fs::write(bed.path("outside/file"), "original").unwrap();
+    let to =
+        |in_room: &str, on_host: &str| Destination { in_room: in_room.into(), on_host: bed.path(on_host) };
+    let to = [to("/out", "back/out"), to("/t", "back/out/t")];
+    // It is in the first one's folder already when the second one's content comes.
+    let second = FromRoom::from(Entry {
+        root: 1,
+        path: String::new(),
+        kind: Kind::File { bytes: 5 },
+        mode: 0o600,
+        mtime: 0,
+    });
+    let said =
+        [folder(""), file("f", "mine"), link("t", "f"), second.encode().unwrap(), b"pwned".to_vec(), done()];
+    take(said.concat().as_slice(), &to, LIMITS).unwrap();
+    assert_eq!(fs::read_to_string(bed.path("back/out/f")).unwrap(), "mine");
+    assert_eq!(fs::read_to_string(bed.path("back/out/t")).unwrap(), "pwned");
+    assert!(!fs::symlink_metadata(bed.path("back/out/t")).unwrap().is_symlink());
+    assert_eq!(fs::read_to_string(bed.path("outside/file")).unwrap(), "original");
+}
+
+#[test]
 fn more_than_was_allowed_and_less_than_was_announced_are_errors() {
     let bed = Bed::new();
     let large = entry("", Kind::File { bytes: (1 << 20) + 1 });
@@ -159,10 +218,14 @@ fn a_silent_room_is_given_up() {
     drop(bed);
 }
 
+/// Often a path that may be, some levels deep.
+const NAME: &str = "(a|b|c|[.][.]|[.]|)(/(a|b|c|[.][.])){0,4}";
+
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
     #[test]
     fn whatever_is_sent_stays_below(
-        entries in prop::collection::vec(("[a-c./]{0,6}", 0_u8..3, "[a-c./]{0,6}"), 0..12),
+        entries in prop::collection::vec((NAME, 0_u8..3, NAME), 0..16),
         garbage in prop::collection::vec(any::<u8>(), 0..20),
     ) {
         let bed = Bed::new();
@@ -172,6 +235,7 @@ proptest! {
         }
         said.push(garbage);
         let _ = bed.take(&said);
+        bed.no_link_leads_out(&bed.path("back/out"));
         bed.untouched();
     }
 }
