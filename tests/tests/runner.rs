@@ -137,7 +137,7 @@ fn a_program_begins_as_a_clone_whatever_it_is_told() {
     let templates = carrel.json(&["template", "ls", "--json"]);
     let templates = templates.as_array().unwrap();
     assert_eq!(templates.len(), 1, "{templates:?}");
-    assert_eq!(templates[0]["description"]["domain"], "tests", "{templates:?}");
+    assert_eq!(templates[0]["description"]["domain"], "domain tests", "{templates:?}");
 }
 
 #[test]

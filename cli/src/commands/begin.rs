@@ -33,7 +33,8 @@ pub(crate) enum Begun<T> {
 /// There is no descriptor left.
 pub(crate) fn pool<'a>(home: &'a Home, store: &Store, domain: Option<&str>) -> Result<Pool<'a>> {
     let own = || format!("user {}", rustix::process::geteuid().as_raw());
-    let domain = domain.map_or_else(own, str::to_owned);
+    // So that no name is a user's.
+    let domain = domain.map_or_else(own, |name| format!("domain {name}"));
     let log = std::io::stderr().as_fd().try_clone_to_owned();
     let log = File::from(log.context("Standard error can't be handed on.")?);
     Ok(Pool::new(home, store.templates().clone(), &domain).with_log(log))

@@ -10,8 +10,12 @@ use std::time::{Duration, Instant};
 use carrel_protocol::vmm::{
     Descriptor, Done, FromOwner, FromVmm, Pause, Resume, Snapshot, SnapshotKind, Snapshotted, Stop,
 };
+use carrel_vmm::arch::current::cpuid;
+use carrel_vmm::arch::current::state::{VcpuState, Wanted};
 use carrel_vmm::owner::Connection;
 use carrel_vmm::snapshot::MachineState;
+use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, Msrs, kvm_enable_cap, kvm_msr_entry};
+use kvm_ioctls::Kvm;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -145,6 +149,37 @@ pub(crate) fn assert_counts(numbers: &[u8], from: u8) {
     {
         assert_eq!(*number, expected, "in {numbers:?}");
     }
+}
+
+#[test]
+fn a_vcpu_comes_back_with_registers_that_kvm_does_not_name() {
+    if !has_kvm() {
+        return;
+    }
+    let kvm = Kvm::new().unwrap();
+    let offered = cpuid::for_vcpu(&cpuid::supported(&kvm).unwrap(), &kvm, 0, 1).unwrap();
+    let vcpu = || {
+        let vm = kvm.create_vm().unwrap();
+        let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+        split.args[0] = 24;
+        vm.enable_cap(&split).unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        vcpu.set_cpuid2(&offered).unwrap();
+        (vm, vcpu)
+    };
+    let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
+    // The default memory type; a variable and a fixed range; what errors of the first machine-check bank are enabled.
+    let told =
+        [msr(0x2ff, 1 << 11 | 6), msr(0x200, 0x8000_0000), msr(0x250, 0x0606_0606_0606_0606), msr(0x400, 0)];
+    let (_vm, first) = vcpu();
+    assert_eq!(first.set_msrs(&Msrs::from_entries(&told).unwrap()).unwrap(), told.len());
+    let saved = VcpuState::save(&first, 0, &Wanted::of(&kvm, 1).unwrap()).unwrap();
+    let (_vm, second) = vcpu();
+    saved.check_cpu(offered.as_slice()).unwrap();
+    saved.restore(&second).unwrap();
+    let mut heard = Msrs::from_entries(&told.map(|entry| msr(entry.index, 1))).unwrap();
+    assert_eq!(second.get_msrs(&mut heard).unwrap(), told.len());
+    assert_eq!(heard.as_slice(), told);
 }
 
 #[test]

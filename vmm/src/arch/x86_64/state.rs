@@ -8,6 +8,8 @@
 //! The order is KVM's: CPUID says which registers there are; the local APIC's base is a system register; the deadline timer is set when the TSC is
 //! right; events come last, for some of the others clear them. The structures are KVM's own (KVM API, *4. API description*), kept as bytes.
 
+use std::ops::RangeInclusive;
+
 use kvm_bindings::{
     CpuId, KVM_CLOCK_TSC_STABLE, Msrs, kvm_clock_data, kvm_cpuid_entry2, kvm_debugregs, kvm_lapic_state,
     kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
@@ -23,6 +25,14 @@ const MSR_IA32_TSC_DEADLINE: u32 = 0x6e0;
 /// KVM's own copy of the first two under other numbers; the new ones do what these did.
 const MSR_KVM_WALL_CLOCK: u32 = 0x11;
 const MSR_KVM_SYSTEM_TIME: u32 = 0x12;
+/// Memory types: variable ranges (eight pairs), fixed ranges, the default (SDM volume 3A, *12.11 Memory Type Range Registers*). KVM has them and doesn't name them.
+const MTRRS: [RangeInclusive<u32>; 5] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
+const MSR_IA32_MCG_CAP: u32 = 0x179;
+/// The first machine-check bank's; each has four (SDM volume 3B, *17.3.2 Error-Reporting Register Banks*). Not named either.
+const MSR_IA32_MC0_CTL: u32 = 0x400;
+/// KVM has no more banks.
+const MOST_BANKS: u32 = 32;
 /// What is asked for in one KVM_GET_MSRS or KVM_SET_MSRS; KVM takes 256.
 const MSRS_AT_ONCE: usize = 128;
 /// Two TSC rates that differ by no more are one (Linux, arch/x86/kvm/x86.c, `tsc_tolerance_ppm`).
@@ -37,6 +47,15 @@ pub enum StateError {
         /// What was asked.
         what: &'static str,
         /// Why.
+        #[source]
+        source: kvm_ioctls::Error,
+    },
+    /// A part of the state can't be set here.
+    #[error("this host's KVM does not take {what} of the snapshot; make the snapshot anew on this host")]
+    Refused {
+        /// Which.
+        what: &'static str,
+        /// EINVAL.
         #[source]
         source: kvm_ioctls::Error,
     },
@@ -91,7 +110,11 @@ impl StateError {
     /// Whether it is the snapshot that is wrong here, rather than KVM that failed.
     pub fn is_misfit(&self) -> bool {
         match self {
-            Self::Msr { .. } | Self::Cpu { .. } | Self::TscRate { .. } | Self::List => true,
+            Self::Refused { .. }
+            | Self::Msr { .. }
+            | Self::Cpu { .. }
+            | Self::TscRate { .. }
+            | Self::List => true,
             Self::Kvm { .. } | Self::ExtendedState { .. } | Self::Cpuid(_) | Self::Unsettled => false,
         }
     }
@@ -99,6 +122,14 @@ impl StateError {
 
 fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> StateError {
     move |source| StateError::Kvm { what, source }
+}
+
+/// What KVM finds wrong with saved state is the snapshot's fault, and all else KVM's.
+fn set(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> StateError {
+    move |source| match source.errno() {
+        libc::EINVAL => StateError::Refused { what, source },
+        _ => StateError::Kvm { what: "set the state of a vCPU", source },
+    }
 }
 
 /// Everything of one vCPU.
@@ -128,7 +159,7 @@ pub struct Wanted {
 }
 
 impl Wanted {
-    /// All MSRs that KVM names, but those that say the same twice.
+    /// All MSRs that KVM names, but those that say the same twice; and those that it has and does not name.
     ///
     /// # Errors
     ///
@@ -139,7 +170,13 @@ impl Wanted {
         let supported = cpuid::supported(device)?;
         let cpuid = (0..vcpus).map(|index| cpuid::for_vcpu(&supported, device, index, vcpus));
         Ok(Self {
-            msrs: list.as_slice().iter().copied().filter(|index| !twice.contains(index)).collect(),
+            msrs: list
+                .as_slice()
+                .iter()
+                .copied()
+                .filter(|index| !twice.contains(index))
+                .chain(MTRRS.into_iter().flatten())
+                .collect(),
             cpuid: cpuid.collect::<Result<_, _>>()?,
         })
     }
@@ -175,7 +212,7 @@ impl VcpuState {
             extended_controls: vcpu.get_xcrs().map_err(kvm("tell a vCPU's XCRs"))?,
             debug_registers: vcpu.get_debug_regs().map_err(kvm("tell a vCPU's debug registers"))?,
             // Before the local APIC, with the deadline of its timer: one that comes in between is told twice, and not lost.
-            msrs: read_msrs(vcpu, &wanted.msrs)?,
+            msrs: ordered([read_msrs(vcpu, &wanted.msrs)?, read_banks(vcpu)?].concat()),
             local_apic: vcpu.get_lapic().map_err(kvm("tell a vCPU's local APIC"))?,
             events: vcpu.get_vcpu_events().map_err(kvm("tell a vCPU's events"))?,
         })
@@ -188,16 +225,16 @@ impl VcpuState {
     /// This host can't go on with it, or KVM's.
     pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
         self.set_tsc_rate(vcpu)?;
-        vcpu.set_mp_state(self.mp_state).map_err(kvm("set a vCPU's MP state"))?;
-        vcpu.set_regs(&self.registers).map_err(kvm("set a vCPU's registers"))?;
-        vcpu.set_sregs(&self.system_registers).map_err(kvm("set a vCPU's system registers"))?;
+        vcpu.set_mp_state(self.mp_state).map_err(set("a vCPU's MP state"))?;
+        vcpu.set_regs(&self.registers).map_err(set("a vCPU's registers"))?;
+        vcpu.set_sregs(&self.system_registers).map_err(set("a vCPU's system registers"))?;
         // SAFETY: the structure is as large as KVM's without XSAVE components that a process has to ask for, and this process asks for none.
-        unsafe { vcpu.set_xsave(&self.extended_state) }.map_err(kvm("set a vCPU's extended state"))?;
-        vcpu.set_xcrs(&self.extended_controls).map_err(kvm("set a vCPU's XCRs"))?;
-        vcpu.set_debug_regs(&self.debug_registers).map_err(kvm("set a vCPU's debug registers"))?;
-        vcpu.set_lapic(&self.local_apic).map_err(kvm("set a vCPU's local APIC"))?;
+        unsafe { vcpu.set_xsave(&self.extended_state) }.map_err(set("a vCPU's extended state"))?;
+        vcpu.set_xcrs(&self.extended_controls).map_err(set("a vCPU's XCRs"))?;
+        vcpu.set_debug_regs(&self.debug_registers).map_err(set("a vCPU's debug registers"))?;
+        vcpu.set_lapic(&self.local_apic).map_err(set("a vCPU's local APIC"))?;
         write_msrs(vcpu, &self.msrs)?;
-        vcpu.set_vcpu_events(&self.events).map_err(kvm("set a vCPU's events"))
+        vcpu.set_vcpu_events(&self.events).map_err(set("a vCPU's events"))
     }
 
     /// That the processor here is the one that the guest knows: what it would be offered at a boot is what it was offered.
@@ -245,9 +282,24 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<kvm_msr_entry>, State
         // The one that stopped it is left out.
         rest.drain(..(read + usize::from(read < now.len())).min(rest.len()));
     }
-    // A timer that is armed by a wrong TSC fires at once or never.
-    all.sort_by_key(|entry| (entry.index == MSR_IA32_TSC_DEADLINE, entry.index != MSR_IA32_TSC));
     Ok(all)
+}
+
+/// A timer that is armed by a wrong TSC fires at once or never.
+fn ordered(mut msrs: Vec<kvm_msr_entry>) -> Vec<kvm_msr_entry> {
+    msrs.sort_by_key(|entry| (entry.index == MSR_IA32_TSC_DEADLINE, entry.index != MSR_IA32_TSC));
+    msrs
+}
+
+/// Machine-check banks, as far as they are not as they begin: all errors enabled, none there.
+fn read_banks(vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, StateError> {
+    let capability = read_msrs(vcpu, &[MSR_IA32_MCG_CAP])?;
+    let banks = capability.first().map_or(0, |entry| u32::from(entry.data.to_le_bytes()[0])).min(MOST_BANKS);
+    let all: Vec<u32> = (MSR_IA32_MC0_CTL..).take(usize::try_from(banks * 4).unwrap_or(0)).collect();
+    let mut read = read_msrs(vcpu, &all)?;
+    let begins = |entry: &kvm_msr_entry| if entry.index.is_multiple_of(4) { u64::MAX } else { 0 };
+    read.retain(|entry| entry.data != begins(entry));
+    Ok(read)
 }
 
 fn write_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), StateError> {
