@@ -66,6 +66,8 @@ enum Part {
     Sizes,
     /// A start's time against the rooms that are there
     Rooms,
+    /// The same with guests of a few instructions
+    TinyRooms,
 }
 
 /// What all parts are told.
@@ -118,7 +120,10 @@ impl Options {
             return self.parts.clone();
         }
         let all = Part::value_variants();
-        all.iter().copied().filter(|part| kernel || matches!(part, Part::Tiny | Part::TinyBurst)).collect()
+        all.iter()
+            .copied()
+            .filter(|part| kernel || matches!(part, Part::Tiny | Part::TinyBurst | Part::TinyRooms))
+            .collect()
     }
 }
 
@@ -131,7 +136,8 @@ impl Clones<'_> {
             Part::Burst => burst::measure(self, "Linux", &self.linux(MEMORY_MIB)?),
             Part::TinyBurst => burst::measure(self, "tiny guest", &self.tiny()?),
             Part::Sizes => curves::sizes(self),
-            Part::Rooms => curves::rooms(self),
+            Part::Rooms => curves::rooms(self, "Linux", &self.linux(MEMORY_MIB)?),
+            Part::TinyRooms => curves::rooms(self, "tiny guest", &self.tiny()?),
         }
     }
 
@@ -270,7 +276,7 @@ mod tests {
     #[test]
     fn without_a_kernel_there_is_but_the_tiny_guest() {
         let mut options = Options { parts: Vec::new(), work: None, clones: 100, concurrent: 64, ready: 64 };
-        assert_eq!(options.parts(false), [Part::Tiny, Part::TinyBurst]);
+        assert_eq!(options.parts(false), [Part::Tiny, Part::TinyBurst, Part::TinyRooms]);
         assert_eq!(options.parts(true).len(), Part::value_variants().len());
         options.parts = vec![Part::Rooms];
         assert_eq!(options.parts(false), [Part::Rooms]);

@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::rooms::{Room, Side};
 use super::{Clones, MEMORY_MIB, Template};
+use crate::engine::Machine;
 use crate::isolation::stage::available_mib;
 use crate::{Metric, Series};
 
@@ -32,9 +33,9 @@ pub(super) fn sizes(clones: &Clones<'_>) -> Result<Vec<Metric>> {
     Ok(rows.collect())
 }
 
-/// Request to first tick against the rooms that are there, level by level.
-pub(super) fn rooms(clones: &Clones<'_>) -> Result<Vec<Metric>> {
-    let template = clones.template(&clones.linux(MEMORY_MIB)?, false)?;
+/// Request to first tick against the rooms that are there, level by level. Idle guests of a few instructions take no time of their own; Linux ones have timers.
+pub(super) fn rooms(clones: &Clones<'_>, guest: &str, machine: &Machine) -> Result<Vec<Metric>> {
+    let template = clones.template(machine, false)?;
     let none = level(clones, &template)?;
     let mut there: Vec<Room> = Vec::new();
     let mut metrics = Vec::new();
@@ -49,7 +50,7 @@ pub(super) fn rooms(clones: &Clones<'_>) -> Result<Vec<Metric>> {
         }
         std::thread::sleep(super::weight::REST);
         let measured = level(clones, &template)?;
-        let metric = format!("request to first tick, Linux, prepared, beside {rooms} rooms");
+        let metric = format!("request to first tick, {guest}, prepared, beside {rooms} rooms");
         metrics.extend(clones.compare(
             &metric,
             "ms",
