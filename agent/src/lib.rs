@@ -26,6 +26,7 @@ mod identity;
 mod refusal;
 mod room;
 mod socket;
+mod spare;
 mod streams;
 mod unpack;
 mod usage;

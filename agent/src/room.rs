@@ -37,6 +37,7 @@ use crate::hook::Hook;
 use crate::identity::Guest;
 use crate::refusal::Refusal;
 use crate::socket::Dialler;
+use crate::spare;
 use crate::unpack;
 use crate::usage::{Meter, SAMPLE};
 use sleep::{RoomError, Woken};
@@ -345,7 +346,8 @@ impl Room {
         let containers = self.started();
         let read =
             |(id, container): &(ContainerId, Rc<Container>)| (id.0, container.meter.borrow_mut().read(now));
-        Usage { containers: containers.iter().map(read).collect(), last }
+        let containers = containers.iter().map(read).collect();
+        Usage { containers, spare_bytes: spare::spare_bytes(), last }
     }
 
     async fn kill_all(&self) {

@@ -30,7 +30,7 @@ use crate::launch::{self, LaunchError, Launched};
 use crate::outcome::Outcome;
 use crate::packet::{Connection, PacketError};
 use crate::patience::Patience;
-use crate::resident::Starting;
+use crate::resident::{Resting, Starting};
 use crate::session::socket_address;
 use crate::spec::RoomId;
 use crate::timestamp::mark;
@@ -76,7 +76,15 @@ pub fn run(directory: &Path) -> Result<(), OwnerError> {
     let creator = Connection::from(io::stdin().as_fd().try_clone_to_owned()?);
     let order = read_order(directory)?;
     let supplies = supplies(&creator, order.patience).map_err(OwnerError::NoCreator)?;
-    let assignment = Assignment { directory, order, supplies, creator, timeline, starting: None };
+    let assignment = Assignment {
+        directory,
+        order,
+        supplies,
+        creator,
+        timeline,
+        starting: None,
+        resting: Resting::default(),
+    };
     assignment.own(|order, id, template| {
         let verbose = tracing::enabled!(tracing::Level::DEBUG);
         launch::launch(order, id, directory, verbose, template)
@@ -94,6 +102,8 @@ pub(crate) struct Assignment<'a> {
     pub(crate) timeline: Vec<Mark>,
     /// Held until the workload runs.
     pub(crate) starting: Option<Starting>,
+    /// Where it is counted while it rests.
+    pub(crate) resting: Resting,
 }
 
 impl Assignment<'_> {
@@ -102,7 +112,7 @@ impl Assignment<'_> {
     where
         L: FnOnce(&Order, &RoomId, Option<TemplateFiles>) -> Result<Launched, LaunchError>,
     {
-        let Self { directory, order, supplies, creator, mut timeline, starting } = self;
+        let Self { directory, order, supplies, creator, mut timeline, starting, resting } = self;
         let mut supplies = supplies.into_iter();
         let mut next = || supplies.next().ok_or(OwnerError::NoCreator(PacketError::Truncated));
         let lock = next()?;
@@ -117,7 +127,8 @@ impl Assignment<'_> {
         timeline.push(mark("VMM launched"));
         let Order { spec, task, patience, .. } = order;
         let directory = directory.to_owned();
-        let ownership = Ownership { id, spec, task, directory, blobs, lock, patience, timeline, starting };
+        let ownership =
+            Ownership { id, spec, task, directory, blobs, lock, patience, timeline, starting, resting };
         match launched {
             Ok(launched) => {
                 if let Some(room) = Room::begin(ownership, launched, creator) {
@@ -135,12 +146,13 @@ impl Assignment<'_> {
 
     /// Ends it before it has begun.
     pub(crate) fn refuse(self, outcome: Outcome) -> Result<(), OwnerError> {
-        let Self { directory, order, supplies, creator, timeline, starting } = self;
+        let Self { directory, order, supplies, creator, timeline, starting, resting } = self;
         let lock = supplies.into_iter().next().ok_or(OwnerError::NoCreator(PacketError::Truncated))?;
         let Order { spec, task, patience, .. } = order;
         let id = spec.id.clone().ok_or_else(|| io::Error::other("the room has no id"))?;
         let (directory, blobs) = (directory.to_owned(), Vec::new());
-        let ownership = Ownership { id, spec, task, directory, blobs, lock, patience, timeline, starting };
+        let ownership =
+            Ownership { id, spec, task, directory, blobs, lock, patience, timeline, starting, resting };
         room::end_without_vmm(ownership, &creator, outcome);
         Ok(())
     }

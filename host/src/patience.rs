@@ -139,6 +139,21 @@ impl Patience {
         self.of(3)
     }
 
+    /// From a function's answer to its room's rest. An event that follows at once finds the room awake; where all takes longer, it comes later too.
+    pub(crate) fn rest(self) -> Duration {
+        self.of(1)
+    }
+
+    /// From one piece of memory that a guest gives up to the next: a MiB takes less than a millisecond, and some tens of them in an emulated host, when that is not busy.
+    pub(crate) fn give_on(self) -> Duration {
+        self.of(1)
+    }
+
+    /// All that a guest gives up before it rests: what a hostile one can have of its CPUs by giving page after page. In an emulated host some 500 MiB.
+    pub(crate) fn give(self) -> Duration {
+        self.of(10)
+    }
+
     /// From a command's start of an owner to the owner's first sign of life.
     pub(crate) fn owner(self) -> Duration {
         self.of(30)

@@ -49,6 +49,7 @@ mod warm;
 pub use admission::{Factor, Overcommit, OvercommitError};
 pub use shelf::Ready;
 pub(crate) use shelf::Starting;
+pub(crate) use warm::{Resting, Rests};
 
 use admission::{Admission, Admitted, Refusal};
 use api::{FromResident, Keep, Kept, Look, Looked, Mine, Own, ToResident, VERSION, Wake, Woken};
@@ -136,6 +137,8 @@ pub struct Status {
     pub from_shelf: u64,
     /// Rooms of functions, of those that it owns, that wait for another event.
     pub warm: u64,
+    /// Of these, those whose guests stand still.
+    pub resting: u64,
     /// Events that were handled in such a room.
     pub woken: u64,
     /// Rooms for which the host had nothing left.
@@ -172,6 +175,7 @@ struct Shared {
     begun: Instant,
     shelf: Shelf,
     warm: Warm,
+    resting: Resting,
     admission: Admission,
     /// Held by who has rooms that wait end for another.
     ending: Mutex<()>,
@@ -232,6 +236,7 @@ impl Resident {
             begun: Instant::now(),
             shelf: Shelf::new(options.ready, home.assets().vmm.clone(), options.usual),
             warm: Warm::new(options.warm)?,
+            resting: Resting::default(),
             admission: Admission::new(options.overcommit)?,
             ending: Mutex::new(()),
             home,
@@ -452,7 +457,9 @@ impl Shared {
         creator.send(&FromResident::from(Mine {}), &[]).map_err(|e| chain(&e))?;
         self.given.fetch_add(1, Ordering::Relaxed);
         let admitted = self.admit(&order.spec.machine);
-        let assignment = Assignment { directory: &directory, order, supplies, creator, timeline, starting };
+        let resting = self.resting.clone();
+        let assignment =
+            Assignment { directory: &directory, order, supplies, creator, timeline, starting, resting };
         let owned = match admitted {
             Ok(admitted) => assignment.own(|order, id, template| {
                 let launched = self.launch(order, id, &directory, template)?;
@@ -502,6 +509,7 @@ impl Shared {
             given: self.given.load(Ordering::Relaxed),
             from_shelf: self.from_shelf.load(Ordering::Relaxed),
             warm: self.warm.count(),
+            resting: self.resting.count(),
             woken: self.woken.load(Ordering::Relaxed),
             refused: self.refused.load(Ordering::Relaxed),
             ready: self.shelf.ready(),

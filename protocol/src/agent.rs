@@ -48,7 +48,7 @@ mod cloning;
 pub use cloning::{Attach, Attached, Awake, CLONE_SOCKET, Cloned, Freeze, Frozen, Ready};
 
 /// Version of this wire form.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// The vsock address of the host (virtio §5.10.4).
 pub const HOST_CID: u32 = 2;
 /// The vsock address that every guest has: each VMM serves one guest, so it need not be unique.
@@ -506,6 +506,8 @@ pub struct ReportUsage {
 pub struct Usage {
     /// Per container.
     pub containers: BTreeMap<u32, GuestUsage>,
+    /// What the guest's kernel has free beyond what it keeps in reserve, bytes: a balloon of this size makes it reclaim nothing.
+    pub spare_bytes: u64,
     /// No more will come.
     pub last: bool,
 }

@@ -30,7 +30,7 @@ use serde::{Deserialize, Serialize};
 use crate::units::{MemoryMib, VcpuCount};
 
 /// Version of this wire form.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Descriptors that one packet carries at most (Linux's SCM_MAX_FD is 253).
 pub const MAX_DESCRIPTORS: usize = 32;
 /// Bytes in one packet at most, header included: above every kind's cap.
@@ -429,7 +429,7 @@ pub struct Refused {
     pub reason: String,
 }
 
-/// Counters since the start.
+/// Counters since the start, and what the balloon holds now.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Metrics {
@@ -457,6 +457,8 @@ pub struct Metrics {
     pub block_errors: u64,
     /// Bytes of guest memory given back by the balloon or by reporting.
     pub reclaimed_bytes: u64,
+    /// What the balloon holds now, by its driver's word, bytes (`actual`, virtio §5.5.6).
+    pub balloon_bytes: u64,
 }
 
 /// A device stopped serving the guest, or part of it, for the reason given; the VM goes on.

@@ -245,7 +245,11 @@ fn what_the_agent_tells_the_host_is_pinned() {
         ("ready", Ready { process: ProcessId(0) }.into()),
         ("attached", Attached { process: ProcessId(0) }.into()),
         ("failed-system", failed(Request::Invoke("i".into()), Failure::System).into()),
-        ("usage", agent::Usage { containers: BTreeMap::from([(0, usage)]), last: true }.into()),
+        (
+            "usage",
+            agent::Usage { containers: BTreeMap::from([(0, usage)]), spare_bytes: 1 << 20, last: true }
+                .into(),
+        ),
         ("invoked-response", invoked(Outcome::Response { content_type: "application/json".into() }).into()),
         ("invoked-error", invoked(Outcome::Error { error_type: "E".into() }).into()),
         ("invoked-init-error", invoked(Outcome::InitError { error_type: "E".into() }).into()),
@@ -358,7 +362,7 @@ fn what_the_vmm_tells_its_owner_is_pinned() {
         ("dialled".into(), Dialled { port: 1024 }.into()),
         ("done".into(), Done {}.into()),
         ("refused".into(), vmm::Refused { reason: "r".into() }.into()),
-        ("metrics".into(), Metrics { exits: 1, ..Metrics::default() }.into()),
+        ("metrics".into(), Metrics { exits: 1, balloon_bytes: 4096, ..Metrics::default() }.into()),
         (
             "snapshotted".into(),
             Snapshotted { state_bytes: 9000, memory_bytes: 64 << 20, took_us: 120_000 }.into(),

@@ -5,7 +5,8 @@
 
 use std::fs;
 use std::os::fd::AsRawFd;
-use std::time::{Duration, Instant};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
 
 use carrel_tests::{Carrel, Done, Running, fixtures, wait_for};
 use rustix::process::Signal;
@@ -232,5 +233,102 @@ fn a_functions_room_waits_for_its_next_event_and_for_nothing_else() {
     // And with whoever keeps it.
     assert!(is_new(&invoke("{}", &[]).succeeds()));
     assert_eq!(waits(), 1);
+    ends(&carrel, pool);
+}
+
+/// An event for the function of these tests.
+fn invoke(carrel: &Carrel, event: &str) -> Done {
+    let zip = fixtures::path("rust-bootstrap").join("bootstrap.zip");
+    let line = ["invoke", "--zip", zip.to_str().unwrap(), "--runtime", "provided", "--timeout", "600s"];
+    carrel.run(&[&line[..], &["--event", event]].concat())
+}
+
+fn answer(done: &Done) -> Value {
+    serde_json::from_str(done.text()).unwrap()
+}
+
+/// Waits until the one room that is kept rests; its id, and its VMM's cgroup.
+fn at_rest(carrel: &Carrel) -> (String, PathBuf) {
+    wait_for("a room at rest", || (count(&status(carrel), "resting") == 1).then_some(()));
+    let id = carrel.rooms(false)[0]["id"].as_str().unwrap().to_owned();
+    let record = fs::read(carrel.home().join("rooms").join(&id).join("state.json")).unwrap();
+    let record: Value = serde_json::from_slice(&record).unwrap();
+    (id, record["remains"]["cgroup"].as_str().unwrap().into())
+}
+
+/// A number of a cgroup's file of names and numbers.
+fn keyed(cgroup: &Path, file: &str, name: &str) -> u64 {
+    let text = fs::read_to_string(cgroup.join(file)).unwrap();
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    value.unwrap_or_else(|| panic!("no {name} in {text}"))
+}
+
+/// How often threads of rooms went to sleep, in the resident owner's process.
+fn sleeps(pool: &Running) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{}/task", pool.pid())).unwrap().map(|task| task.unwrap().path());
+    let rooms = tasks.filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|name| name == "room\n"));
+    rooms.map(|room| keyed(&room, "status", "voluntary_ctxt_switches:")).sum()
+}
+
+fn now_ms() -> u64 {
+    SystemTime::UNIX_EPOCH.elapsed().unwrap().as_millis().try_into().unwrap()
+}
+
+#[test]
+fn a_functions_room_at_rest_has_given_back_memory_takes_no_time_and_goes_on_where_it_stood() {
+    let carrel = Carrel::new();
+    let pool = pool(&carrel, &["--ready", "1"]);
+    let first = answer(&invoke(&carrel, r#"{"do": "take"}"#).succeeds());
+    let (room, cgroup) = at_rest(&carrel);
+    // Not `memory.stat`, which is seconds behind.
+    let current =
+        || -> u64 { fs::read_to_string(cgroup.join("memory.current")).unwrap().trim().parse().unwrap() };
+    let took = current();
+    // Longer than the period of samples.
+    let time = || (keyed(&cgroup, "cpu.stat", "usage_usec"), sleeps(&pool));
+    let before = time();
+    std::thread::sleep(Duration::from_secs(7));
+    assert_eq!(time(), before, "µs of CPU time, and sleeps of its owner");
+    let asked = now_ms();
+    let done = invoke(&carrel, r#"{"do": "give"}"#).succeeds();
+    let second = answer(&done);
+    assert_eq!((count(&first, "count"), count(&second, "count")), (1, 2), "the same instance");
+    assert!(!done.errors().contains("INIT_START"), "{done:?}");
+    // Both of its clocks went on.
+    let now = count(&second, "now_ms");
+    assert!((asked.saturating_sub(2000)..now_ms() + 500).contains(&now), "{asked} {now} {}", now_ms());
+    let [real, up] = ["now_ms", "up_ms"].map(|clock| count(&second, clock) - count(&first, clock));
+    assert!(up >= 7000 && real.abs_diff(up) < 2000, "{real} {up}");
+    println!("event after rest: {real} ms later by its clock, {up} ms by its monotonic one");
+    // What was taken by the first and given up by the second is the host's when it rests again: 34 MiB, but for what
+    // stays among the guest's reserve, some 18 MiB.
+    assert_eq!(at_rest(&carrel).0, room);
+    let takes = current();
+    assert!(takes + (14 << 20) < took, "{takes} of {took}");
+    let used = &carrel.json(&["stats", "--no-stream", "--json", &room])[0]["host"];
+    let given_back = used["given_back_bytes"].as_u64().unwrap_or_else(|| panic!("{used}"));
+    assert!(given_back > 20 << 20, "{used}");
+    println!("at rest it takes {takes} bytes of {took}, {given_back} were given back");
+    assert_eq!(count(&status(&carrel), "resting"), 1, "it is not woken to be asked");
+    // A process beside it wakes it, and then it rests once more, and stops as any other.
+    let said = carrel.run(&["exec", &room, "/var/task/bootstrap"]);
+    assert_ne!(said.status, 125, "{said:?}");
+    assert_eq!(at_rest(&carrel).0, room);
+    carrel.run(&["stop", &room]).succeeds();
+    wait_for("its end", || (count(&status(&carrel), "rooms") == 0).then_some(()));
+    ends(&carrel, pool);
+}
+
+#[test]
+fn a_functions_room_at_rest_ends_when_it_is_too_old_and_with_whoever_keeps_it() {
+    let carrel = Carrel::new();
+    let pool = pool(&carrel, &["--ready", "0", "--warm", "30s"]);
+    invoke(&carrel, "{}").succeeds();
+    let (_, cgroup) = at_rest(&carrel);
+    wait_for("its end", || (count(&status(&carrel), "rooms") == 0).then_some(()));
+    assert!(!cgroup.exists());
+    assert_eq!((count(&status(&carrel), "warm"), count(&status(&carrel), "resting")), (0, 0));
+    invoke(&carrel, "{}").succeeds();
+    at_rest(&carrel);
     ends(&carrel, pool);
 }

@@ -48,7 +48,17 @@ pub enum Pass<'a> {
 
 /// Leave to enter the guest once.
 #[derive(Debug)]
-pub struct Permit<'a>(&'a Gate);
+pub struct Permit<'a> {
+    gate: &'a Gate,
+    waited: bool,
+}
+
+impl Permit<'_> {
+    /// Whether the gate was closed when this was asked for: the guest stood still.
+    pub fn waited(&self) -> bool {
+        self.waited
+    }
+}
 
 /// An errand; dropped, it is done.
 #[derive(Debug)]
@@ -66,10 +76,10 @@ impl Drop for Errand<'_> {
 
 impl Drop for Permit<'_> {
     fn drop(&mut self) {
-        let mut inner = self.0.lock();
+        let mut inner = self.gate.lock();
         inner.inside -= 1;
         if inner.inside == 0 && inner.state != State::Running {
-            self.0.changed.notify_all();
+            self.gate.changed.notify_all();
         }
     }
 }
@@ -86,19 +96,23 @@ impl Gate {
     /// stopped for good.
     pub fn pass(&self, errands: &mut u64) -> Option<Pass<'_>> {
         let mut inner = self.lock();
+        let mut waited = false;
         loop {
             match inner.state {
                 State::Running => {
                     inner.inside += 1;
                     // Those that were missed are over.
                     *errands = inner.errands;
-                    return Some(Pass::Enter(Permit(self)));
+                    return Some(Pass::Enter(Permit { gate: self, waited }));
                 }
                 State::Paused if *errands < inner.errands => {
                     *errands = inner.errands;
                     return Some(Pass::Run(Errand(self)));
                 }
-                State::Paused => inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner),
+                State::Paused => {
+                    waited = true;
+                    inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+                }
                 State::Stopped => return None,
             }
         }
@@ -200,6 +214,23 @@ mod tests {
         assert!(vcpu.join().unwrap() >= 1);
         gate.resume();
         assert!(gate.pass(&mut 0).is_none(), "stopped is for good");
+    }
+
+    #[test]
+    fn who_stood_at_a_closed_gate_knows_it() {
+        let gate = Arc::new(Gate::default());
+        let Some(Pass::Enter(permit)) = gate.pass(&mut 0) else { panic!("the gate is open") };
+        assert!(!permit.waited());
+        drop(permit);
+        gate.pause(|| {});
+        let vcpu = thread::spawn({
+            let gate = gate.clone();
+            move || matches!(gate.pass(&mut 0), Some(Pass::Enter(permit)) if permit.waited())
+        });
+        // It comes to the gate sooner or later.
+        thread::sleep(std::time::Duration::from_millis(200));
+        gate.resume();
+        assert!(vcpu.join().unwrap());
     }
 
     #[test]

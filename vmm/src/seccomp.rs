@@ -176,7 +176,7 @@ const CALLS: &[Call] = &[
         libc::SYS_ioctl,
         Vcpu,
         &[OneOf(1, &SAVE_VCPU)],
-        "route an interrupt where the guest wants it; read the vCPU's state for a snapshot",
+        "route an interrupt where the guest wants it; read the vCPU's state for a snapshot; tell its clock of a pause",
     ),
     call(libc::SYS_ioctl, Events, &[OneOf(1, SAVE_MACHINE)], "read the machine's state for a snapshot"),
     // Threads.

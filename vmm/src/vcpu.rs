@@ -181,7 +181,8 @@ pub fn run(index: usize, mut vcpu: VcpuFd, shared: &Arc<Shared>) {
     while let Some(pass) = shared.gate.pass(&mut errands) {
         match pass {
             Pass::Enter(permit) => {
-                if std::mem::take(&mut saved) {
+                // Not at a pause so short that it was over before this thread came here: nothing stood still.
+                if std::mem::take(&mut saved) || permit.waited() {
                     state::announce_pause(&vcpu);
                 }
                 if let Step::Over(end, detail) = step(&mut vcpu, shared) {

@@ -20,7 +20,8 @@ VMMs that it has ready; without it they start an owner of their own. Rooms of
 
 A function's room waits for another event of the same function (code, settings and
 domain) for the time of --warm, and takes it without a start; `invoke --isolation
-event` and `--cold` do without. Where the host has no more for a new room, those
+event` and `--cold` do without. Meanwhile it rests: its guest gives back what memory
+it has free and stands still, until an event or a command wakes it. Where the host has no more for a new room, those
 that have waited longest end.
 
 With systemd: a socket unit with ListenSequentialPacket=HOME/pool.sock, and a

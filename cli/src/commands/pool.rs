@@ -65,7 +65,7 @@ fn in_words(status: &Status) -> String {
     format!(
         "process      {pid}, for {up} s\n\
          rooms        {rooms} now ({starting} starting), {given} so far: {from_shelf} in a VMM that was ready, {refused} refused\n\
-         warm         {warm} wait for another event, {woken} woken so far\n\
+         warm         {warm} wait for another event ({resting} at rest), {woken} woken so far\n\
          ready        {ready}\n\
          memory       {memory} promised of {most_memory}, {taken} taken\n\
          CPUs         {cpu} promised of {most_cpu}\n",
@@ -77,6 +77,7 @@ fn in_words(status: &Status) -> String {
         from_shelf = status.from_shelf,
         refused = status.refused,
         warm = status.warm,
+        resting = status.resting,
         woken = status.woken,
         ready = if ready.is_empty() { "none".to_owned() } else { ready.join(", ") },
         memory = size::human(status.memory_promised),
@@ -104,6 +105,7 @@ mod tests {
             from_shelf: 8,
             refused: 0,
             warm: 1,
+            resting: 1,
             woken: 3,
             ready: vec![
                 Ready { vcpus: 1, memory_mib: 512, count: 4 },
@@ -118,7 +120,7 @@ mod tests {
         let words = in_words(&status);
         for part in [
             "2 now (1 starting)",
-            "1 wait for another event, 3 woken",
+            "1 wait for another event (1 at rest), 3 woken",
             "4 with 1 vCPU and 512 MiB, 0 with 2 vCPUs and 64",
             "of 16 GiB, 38 MiB taken",
             "1.5 promised of 200.0",

@@ -10,6 +10,7 @@
 //!    │ ◀──────────────────────────── Exited ───── │
 //!    │ ── Return ───────────────────────────────▶ │  files that the workload wrote, by the creator alone
 //!    │ ◀───── Connected + a socket, or Refused ── │
+//!    │ ── Rest ─────────────────────────────────▶ │  a function's creator, between two events; never answered
 //!    │ ── Drained ──────────────────────────────▶ │  all output was read: the room may go
 //!    │ ◀───────────────────────────── Ended ───── │
 //! ```
@@ -44,6 +45,7 @@ carrel_protocol::messages! {
         9 Invoke 16 * KIB;
         // The agent's own message is longer, by its stream.
         10 Return 60 * KIB;
+        11 Rest KIB;
     }
 }
 
@@ -121,6 +123,10 @@ pub struct Invoke {
     /// Further `Lambda-Runtime-*` headers, named without that prefix.
     pub headers: BTreeMap<String, String>,
 }
+
+/// There is no event for the room's function, and none may come for long: its guest may give back what it has free, and stand still. Whatever is asked of the room wakes it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Rest {}
 
 /// Files of the room's, now that its workload has ended. Answered by [`Connected`] with the stream of [`carrel_protocol::returned`], or by [`Refused`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

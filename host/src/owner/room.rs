@@ -15,6 +15,7 @@ use carrel_protocol::usage::GuestUsage;
 use carrel_protocol::vmm::{DeviceStopReason, Ended, FromOwner, FromVmm, Mark, ReadMetrics};
 
 use self::deadlines::{Deadlines, stood_still};
+use self::rest::Rest;
 use super::api::{self, StreamKind};
 use super::blobs;
 use super::events::{ClientId, Event, Events, Teller};
@@ -28,7 +29,7 @@ use crate::outcome::{Outcome, Step, clean};
 use crate::packet::{Connection, Packet};
 use crate::patience::Patience;
 use crate::record::{Phase, ProcessMark, Record, Remains};
-use crate::resident::Starting;
+use crate::resident::{Resting, Starting};
 use crate::spec::{RoomId, RoomSpec, WORKLOAD};
 use crate::threads;
 use crate::timestamp::{mark, now_ms};
@@ -40,6 +41,7 @@ mod clients;
 mod deadlines;
 mod ending;
 mod recording;
+mod rest;
 mod template;
 
 pub(crate) use ending::end_without_vmm;
@@ -72,6 +74,8 @@ pub(crate) struct Ownership {
     pub(crate) timeline: Vec<Mark>,
     /// Held until the workload runs: what the resident owner does beside waits for that.
     pub(crate) starting: Option<Starting>,
+    /// Where it is counted while it rests.
+    pub(crate) resting: Resting,
 }
 
 /// A process in the guest: the workload, or an exec.
@@ -150,8 +154,15 @@ pub(crate) struct Room {
     said_ready: bool,
     /// The file that the working set is written into, until it is asked for.
     working_set: Option<OwnedFd>,
+    /// It was asked for, and the VMM has not answered.
+    recording: bool,
     /// The agent was given an event and has not answered for it.
     invoking: bool,
+    /// Its creator has no event for it, and waits until it has.
+    kept: bool,
+    rest: Rest,
+    /// What it took and its guest could spare when that had been given back last, bytes.
+    left: Option<u64>,
     /// Notices that were given.
     noticed: u32,
     log: Option<LogWriter>,
@@ -222,7 +233,11 @@ impl Room {
             saved,
             said_ready: false,
             working_set,
+            recording: false,
             invoking: false,
+            kept: false,
+            rest: Rest::Awake,
+            left: None,
             noticed: 0,
             log,
             idle_stdin: None,
@@ -344,14 +359,21 @@ impl Room {
                 };
                 self.notice(&message);
             }
-            FromVmm::Done(_) if self.own.task == Task::Clone => self.note(mark("working set recorded")),
-            FromVmm::Refused(refused) if self.own.task == Task::Clone => {
-                tracing::debug!(reason = %clean(&refused.reason), "no working set is recorded");
-            }
-            FromVmm::Done(_) => self.paused(),
+            FromVmm::Done(_) => match std::mem::take(&mut self.recording) {
+                true => self.note(mark("working set recorded")),
+                false => self.paused(),
+            },
             FromVmm::Snapshotted(snapshotted) => self.saved(&snapshotted),
-            FromVmm::Refused(refused) => self.not_saved(&refused.reason),
-            FromVmm::Metrics(metrics) => self.meter.given_back(metrics.reclaimed_bytes),
+            FromVmm::Refused(refused) => {
+                tracing::debug!(reason = %clean(&refused.reason), "the VMM refuses something");
+                if !std::mem::take(&mut self.recording) {
+                    self.not_saved(&refused.reason);
+                }
+            }
+            FromVmm::Metrics(metrics) => {
+                self.meter.given_back(metrics.reclaimed_bytes);
+                self.hear_balloon(metrics.balloon_bytes);
+            }
         }
     }
 
@@ -374,8 +396,14 @@ impl Room {
         }
     }
 
-    /// Tells the agent something. One that doesn't listen ends the room.
+    /// Tells the agent something, which wakes a room that rests.
     fn tell_agent(&mut self, message: impl Into<FromHost>) {
+        self.wake();
+        self.say_to_agent(message);
+    }
+
+    /// An agent that doesn't listen ends the room.
+    fn say_to_agent(&mut self, message: impl Into<FromHost>) {
         let Some(control) = &self.control else { return };
         if let Err(error) = message.into().write_to(&mut InTime::new(control, AGENT_WRITE)) {
             let why = chain(&error);
@@ -528,6 +556,9 @@ impl Room {
         }
         if due(&mut self.deadlines.usage) {
             self.answer_usage();
+        }
+        if due(&mut self.deadlines.rest) {
+            self.rest(now);
         }
         if due(&mut self.deadlines.sample) {
             self.meter.sample();

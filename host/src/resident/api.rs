@@ -24,7 +24,7 @@ use crate::spec::RoomId;
 const KIB: u32 = 1 << 10;
 
 /// Of the words here and in [`crate::owner::api`], and of the order that a command writes: whoever is of another version is not served, and does without.
-pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "/3");
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "/4");
 
 carrel_protocol::messages! {
     /// What a command says.

@@ -8,16 +8,21 @@
 //!            its connection is closed, and the room ends, as with any command that goes away
 //! ```
 //!
-//! A room that waits is its owner's thread as before; what is kept here is its creator's side.
+//! A room that waits is its owner's thread as before; what is kept here is its creator's side. Its owner is told that the room may rest.
 
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use carrel_protocol::chain;
 use rustix::buffer::spare_capacity;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::event::{PollFd, PollFlags, Timespec};
+
+use crate::owner::api::{FromClient, Rest};
+use crate::packet::Connection;
 
 /// What the watcher is told by [`Warm::tell`]; rooms have numbers from 1 on.
 const NEWS: u64 = 0;
@@ -29,7 +34,7 @@ const EVENTS: usize = 64;
 struct Kept {
     number: u64,
     key: String,
-    connection: OwnedFd,
+    connection: Connection,
     log: [OwnedFd; 2],
     until: Instant,
 }
@@ -39,6 +44,32 @@ impl Kept {
     fn is_quiet(&self) -> bool {
         let mut sources = [PollFd::new(&self.connection, PollFlags::IN)];
         matches!(rustix::event::poll(&mut sources, Some(&Timespec::default())), Ok(0))
+    }
+}
+
+/// Where rooms are counted that rest, by their owners' threads.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Resting(Arc<AtomicU64>);
+
+/// One of them, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Rests(Resting);
+
+impl Resting {
+    pub(crate) fn one(&self) -> Rests {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        Rests(self.clone())
+    }
+
+    pub(super) fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Rests {
+    fn drop(&mut self) {
+        let Self(Resting(count)) = self;
+        count.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -88,7 +119,7 @@ impl Warm {
         else {
             return false;
         };
-        let until = Instant::now() + time;
+        let (until, connection) = (Instant::now() + time, Connection::from(connection));
         let mut rooms = self.lock();
         let number = rooms.last + 1;
         let kept = Kept { number, key, connection, log: [stdout, stderr], until };
@@ -97,6 +128,10 @@ impl Warm {
         }
         if epoll::add(&self.epoll, &kept.connection, EventData::new_u64(number), EventFlags::IN).is_err() {
             return false;
+        }
+        // One that doesn't hear it waits without rest.
+        if let Err(error) = kept.connection.send(&FromClient::from(Rest {}), &[]) {
+            tracing::debug!(error = %chain(&error), "a room is not told to rest");
         }
         rooms.last = number;
         rooms.kept.push(kept);
@@ -113,7 +148,7 @@ impl Warm {
             let kept = rooms.kept.remove(found);
             let _ = epoll::delete(&self.epoll, &kept.connection);
             if kept.is_quiet() {
-                return Some([kept.connection].into_iter().chain(kept.log).collect());
+                return Some([kept.connection.into_inner()].into_iter().chain(kept.log).collect());
             }
         }
     }
@@ -171,21 +206,30 @@ impl Warm {
 #[cfg(test)]
 mod tests {
     use std::fs::File;
-    use std::os::fd::AsFd;
-    use std::os::unix::net::UnixStream;
 
     use super::*;
+    use crate::owner::api::{Signal, Started, ToClient};
 
     /// A room's own end, and what it is handed over by.
-    fn room() -> (UnixStream, Vec<OwnedFd>) {
-        let (room, creator) = UnixStream::pair().unwrap();
+    fn room() -> (Connection, Vec<OwnedFd>) {
+        let (room, creator) = Connection::pair().unwrap();
+        room.limit(Some(Duration::from_secs(5))).unwrap();
         let log = [File::open("/dev/null"), File::open("/dev/null")].map(|file| file.unwrap().into());
-        (room, [OwnedFd::from(creator)].into_iter().chain(log).collect())
+        (room, [creator.into_inner()].into_iter().chain(log).collect())
     }
 
-    fn is_over(room: &UnixStream) -> bool {
-        let mut sources = [PollFd::from_borrowed_fd(room.as_fd(), PollFlags::IN)];
-        rustix::event::poll(&mut sources, Some(&Timespec { tv_sec: 5, tv_nsec: 0 })).unwrap() > 0
+    fn hears(room: &Connection) -> FromClient {
+        room.receive().unwrap().message
+    }
+
+    /// That it may rest was the last that it was told.
+    fn is_over(room: &Connection) -> bool {
+        assert_eq!(hears(room), Rest {}.into());
+        room.receive::<FromClient>().is_err_and(|error| error.is_closed())
+    }
+
+    fn says(room: &Connection) {
+        room.send(&ToClient::from(Started {}), &[]).unwrap();
     }
 
     fn with_a_watcher(time: Duration, body: impl FnOnce(&Warm)) {
@@ -206,9 +250,11 @@ mod tests {
             for (key, descriptors) in ["a", "b", "a"].into_iter().zip(handed) {
                 assert!(warm.keep(key.into(), descriptors));
             }
-            let mut taken = warm.take("a").unwrap();
-            (&File::from(taken.remove(0).try_clone().unwrap())).write_all(b"x").unwrap();
-            assert!(is_over(&rooms[2]), "the last that was kept was told something");
+            let taken = Connection::from(warm.take("a").unwrap().remove(0));
+            let signal = FromClient::from(Signal { signal: 1 });
+            taken.send(&signal, &[]).unwrap();
+            assert_eq!(hears(&rooms[2]), Rest {}.into());
+            assert_eq!(hears(&rooms[2]), signal, "the last that was kept was told something");
             assert!(warm.take("c").is_none());
             assert_eq!(warm.count(), 2);
             assert!(warm.end_oldest());
@@ -232,17 +278,25 @@ mod tests {
     #[test]
     fn a_room_that_says_something_is_over() {
         with_a_watcher(LONG, |warm| {
-            let (mut room, descriptors) = room();
+            let (room, descriptors) = room();
             assert!(warm.keep("a".into(), descriptors));
-            room.write_all(b"Ended").unwrap();
-            room.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-            assert_eq!(room.read(&mut [0]).unwrap_or(0), 0, "its connection is closed");
+            says(&room);
+            assert!(is_over(&room));
             assert_eq!(warm.count(), 0);
             // Nor is one kept that has said it before, or nothing at all.
-            let (mut room, descriptors) = self::room();
-            room.write_all(b"Ended").unwrap();
+            let (room, descriptors) = self::room();
+            says(&room);
             assert!(!warm.keep("a".into(), descriptors) && !warm.keep("a".into(), Vec::new()));
         });
+    }
+
+    #[test]
+    fn rooms_that_rest_are_counted_as_long_as_they_do() {
+        let resting = Resting::default();
+        let both = (resting.one(), resting.one());
+        assert_eq!(resting.count(), 2);
+        drop(both);
+        assert_eq!(resting.count(), 0);
     }
 
     #[test]

@@ -67,6 +67,11 @@ impl Balloon {
         self.target_pages = size_mib.saturating_mul(PAGES_PER_MIB);
     }
 
+    /// What it holds, by the driver's word, bytes.
+    pub fn held_bytes(&self) -> u64 {
+        u64::from(self.actual_pages) * PAGE
+    }
+
     /// State to be saved.
     pub fn state(&self) -> DeviceState {
         DeviceState::Balloon { target_pages: self.target_pages, actual_pages: self.actual_pages }
@@ -147,5 +152,27 @@ impl Balloon {
         if unsafe { libc::madvise(start.cast(), length, libc::MADV_DONTNEED) } == 0 {
             self.reclaimed_bytes += u64::try_from(length).unwrap_or(0);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_its_driver_says_that_it_holds_is_told_until_the_driver_starts_anew() {
+        let mut balloon = Balloon::new(0, true);
+        balloon.set_target(3);
+        assert_eq!(balloon.config(), [0, 3, 0, 0, 0, 0, 0, 0], "768 pages");
+        balloon.write_config(4, &768_u32.to_le_bytes());
+        assert_eq!(balloon.held_bytes(), 3 << 20);
+        // A part of a number is none, nor is the target the driver's.
+        balloon.write_config(4, &[1]);
+        balloon.write_config(0, &[9; 4]);
+        assert_eq!((balloon.held_bytes(), balloon.config()[..4].to_vec()), (3 << 20, vec![0, 3, 0, 0]));
+        balloon.write_config(4, &[0xff; 4]);
+        assert_eq!(balloon.held_bytes(), u64::from(u32::MAX) * PAGE, "whatever it says");
+        balloon.reset();
+        assert_eq!((balloon.held_bytes(), balloon.reclaimed_bytes), (0, 0));
     }
 }

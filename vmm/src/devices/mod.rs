@@ -555,7 +555,10 @@ impl Devices {
                     }
                     Device::Net(net) => match *net {},
                     Device::Entropy(_) => {}
-                    Device::Balloon(balloon) => metrics.reclaimed_bytes += balloon.reclaimed_bytes,
+                    Device::Balloon(balloon) => {
+                        metrics.reclaimed_bytes += balloon.reclaimed_bytes;
+                        metrics.balloon_bytes += balloon.held_bytes();
+                    }
                 }
                 Ok(())
             });

@@ -49,6 +49,7 @@ impl Room {
             (FromAgent::Exited(exited), _) => self.exited(&exited),
             (FromAgent::Failed(failed), _) => self.failed(&failed),
             (FromAgent::Usage(mut usage), _) => {
+                self.hear_spare(usage.spare_bytes);
                 // A report that leaves the container out answers nobody.
                 if let Some(usage) = usage.containers.remove(&CONTAINER.0) {
                     self.guest_usage = Some(usage);
@@ -262,7 +263,13 @@ impl Room {
 
     /// A report now, and from then on by itself.
     pub(super) fn ask_usage(&mut self) {
-        self.tell_agent(ReportUsage { every_ms: Some(REPORT_MS) });
+        self.wake();
+        self.ask_spare();
+    }
+
+    /// The same of a room on its way to rest, which goes on.
+    pub(super) fn ask_spare(&mut self) {
+        self.say_to_agent(ReportUsage { every_ms: Some(REPORT_MS) });
     }
 
     /// A process ends once, after it began.

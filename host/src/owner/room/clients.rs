@@ -56,7 +56,8 @@ impl Room {
             }
             FromClient::ReadUsage(_) => {
                 self.usage_waiters.push(id);
-                if self.record.phase == Phase::Running {
+                // One that rests is left alone: nothing has happened in it since its last report.
+                if self.record.phase == Phase::Running && !self.is_paused() {
                     let time = self.own.patience.usage();
                     self.deadlines.usage.get_or_insert(Instant::now() + time);
                     // The VMM first: it answers before the guest does.
@@ -78,6 +79,11 @@ impl Room {
                     self.collect(id, paths);
                 } else {
                     self.refuse(id, "files come back once the workload has ended, to its creator alone");
+                }
+            }
+            FromClient::Rest(_) => {
+                if id == self.creator {
+                    self.keep();
                 }
             }
             FromClient::Invoke(invoke) => {
@@ -192,6 +198,7 @@ impl Room {
             Ok((stream, response)) => {
                 self.event = Some((event, event_bytes));
                 self.invoking = true;
+                self.stop_keeping();
                 // The agent times out the runtime; this times out the agent.
                 let init_ms = self.own.spec.function.as_ref().map_or(0, |function| function.init_timeout_ms);
                 let limits = Duration::from_millis(u64::from(init_ms) + u64::from(timeout_ms));

@@ -24,23 +24,30 @@ pub(super) struct Deadlines {
     pub(super) sample: Option<Instant>,
     /// The working set is asked for, result or not.
     pub(super) record: Option<Instant>,
+    /// The next step of the way to rest.
+    pub(super) rest: Option<Instant>,
 }
 
 impl Deadlines {
     /// The first of them.
     pub(super) fn next(&self) -> Option<Instant> {
         let step = self.step.map(|(at, ..)| at);
-        [step, self.timeout, self.kill, self.pressure, self.usage, self.sample, self.record]
-            .into_iter()
-            .flatten()
-            .min()
+        let others =
+            [self.timeout, self.kill, self.pressure, self.usage, self.sample, self.record, self.rest];
+        [step].into_iter().chain(others).flatten().min()
     }
 
     /// Gives all but the room's timeout this much more.
     pub(super) fn put_off(&mut self, by: Duration) {
         let step = self.step.as_mut().map(|(at, ..)| at);
-        let others =
-            [&mut self.kill, &mut self.pressure, &mut self.usage, &mut self.sample, &mut self.record];
+        let others = [
+            &mut self.kill,
+            &mut self.pressure,
+            &mut self.usage,
+            &mut self.sample,
+            &mut self.record,
+            &mut self.rest,
+        ];
         step.into_iter().chain(others.into_iter().flatten()).for_each(|at| *at += by);
     }
 }

@@ -74,8 +74,8 @@ impl Room {
         let ran = matches!(self.record.phase, Phase::Running | Phase::Draining);
         self.enter(Phase::Ending, None);
         match self.pressure {
-            // What ran is asked for its last report; what never ran has none.
-            None if ran && !mute && self.control.is_some() => self.shut_down(),
+            // What ran is asked for its last report; what never ran has none, and who rests gave it before.
+            None if ran && !mute && !self.is_paused() && self.control.is_some() => self.shut_down(),
             None | Some(Pressure::Asked) => {
                 self.pressure = Some(Pressure::Asked);
                 self.press();

@@ -28,6 +28,7 @@ impl Room {
     pub(super) fn record_working_set(&mut self) {
         self.deadlines.record = None;
         let Some(file) = self.working_set.take() else { return };
+        self.recording = true;
         let request = RecordWorkingSet { file: Descriptor(0) };
         if let Err(error) = self.vmm.send(&FromOwner::from(request), &[file.as_fd()]) {
             tracing::debug!(error = %chain(&error), "no working set is recorded");

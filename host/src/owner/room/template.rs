@@ -98,7 +98,7 @@ impl Room {
         self.give_up(Outcome::Saved { state_bytes, memory_bytes });
     }
 
-    /// The VMM refuses what it was asked. Nothing but a saving asks it for anything that it may refuse.
+    /// The VMM refuses what it was asked. A saving that fails ends the room; a balloon that can't be had doesn't.
     pub(super) fn not_saved(&mut self, reason: &str) {
         if self.record.phase == Phase::Saving {
             self.give_up(Outcome::OwnerFailed {
@@ -122,7 +122,8 @@ impl Room {
         self.give_up(Outcome::OwnerFailed { message: format!("the guest was not saved: {why}") });
     }
 
-    fn tell_vmm(&mut self, request: &FromOwner, files: Option<&Saved>) {
+    /// A room whose VMM can't be told what it must do ends.
+    pub(super) fn tell_vmm(&mut self, request: &FromOwner, files: Option<&Saved>) {
         let sent = match files {
             None => self.vmm.send(request, &[]).map_err(|e| chain(&e)),
             Some(Saved { state, memory }) => launch::open_kvm().map_err(|e| chain(&e)).and_then(|kvm| {

@@ -14,6 +14,7 @@ mod hostile;
 mod initialised;
 mod invocations;
 mod recording;
+mod resting;
 mod returning;
 
 use super::*;
@@ -116,6 +117,7 @@ fn begin_recording(
         lock: lock.into(),
         patience,
         starting: None,
+        resting: Resting::default(),
     };
     let (life, held) = UnixStream::pair().unwrap();
     let child = testing::stand_in(held.as_fd());
@@ -215,7 +217,7 @@ impl Guest {
             }
         }
         let usage = GuestUsage { wall_us: 77, ..GuestUsage::default() };
-        self.say(Usage { containers: BTreeMap::from([(0, usage)]), last: true });
+        self.say(Usage { containers: BTreeMap::from([(0, usage)]), spare_bytes: 0, last: true });
         self.end(End::Reset);
     }
 
@@ -419,7 +421,7 @@ fn usage_is_asked_of_the_guest_and_merged_with_the_hosts() {
     let command = std::thread::spawn(move || session.usage());
     let FromHost::ReportUsage(_) = guest.hear() else { panic!("not asked") };
     let usage = GuestUsage { wall_us: 5, ..GuestUsage::default() };
-    guest.say(Usage { containers: BTreeMap::from([(0, usage.clone())]), last: false });
+    guest.say(Usage { containers: BTreeMap::from([(0, usage.clone())]), spare_bytes: 0, last: false });
     let report = command.join().unwrap().unwrap();
     assert_eq!((report.room.as_str(), report.name.as_deref()), ("0123456789ab", Some("desk")));
     assert_eq!(report.guest, Some(usage));

@@ -27,7 +27,7 @@ fn must_be_well(place: &Place, guest: &mut Guest) {
     let command = std::thread::spawn(move || session.usage());
     while !matches!(guest.hear(), FromHost::ReportUsage(_)) {}
     let usage = GuestUsage { wall_us: 4321, ..GuestUsage::default() };
-    guest.say(Usage { containers: BTreeMap::from([(0, usage)]), last: false });
+    guest.say(Usage { containers: BTreeMap::from([(0, usage)]), spare_bytes: 0, last: false });
     assert_eq!(command.join().unwrap().unwrap().guest.unwrap().wall_us, 4321);
 }
 
@@ -97,7 +97,7 @@ fn what_is_said_of_things_that_there_are_not_is_nothing() {
         response_bytes: u64::MAX,
     });
     let usage = GuestUsage { wall_us: 1, ..GuestUsage::default() };
-    guest.say(Usage { containers: BTreeMap::from([(9, usage)]), last: true });
+    guest.say(Usage { containers: BTreeMap::from([(9, usage)]), spare_bytes: 0, last: true });
     must_be_well(&place, &mut guest);
     assert_eq!(place.record().unwrap().phase, Phase::Running);
     let session = place.session;
@@ -116,7 +116,8 @@ fn a_flood_of_reports_is_heard_at_a_pace_and_the_room_heeds_its_commands() {
     let mut flooding = guest.control.try_clone().unwrap();
     let flood = std::thread::spawn(move || {
         let begun = Instant::now();
-        let usage = Usage { containers: BTreeMap::from([(0, GuestUsage::default())]), last: false };
+        let usage =
+            Usage { containers: BTreeMap::from([(0, GuestUsage::default())]), spare_bytes: 0, last: false };
         let message = FromAgent::from(usage);
         let sent = (0..2500).take_while(|_| message.write_to(&mut flooding).is_ok()).count();
         (sent, begun.elapsed())
@@ -313,6 +314,7 @@ fn a_command_is_told_why_its_room_could_not_begin() {
     };
     let ownership = Ownership {
         starting: None,
+        resting: Resting::default(),
         id: "0123456789ab".parse().unwrap(),
         spec: spec(false),
         task: Task::Run,

@@ -9,7 +9,7 @@ use crate::spec::FunctionSpec;
 
 const ID: &str = "8476a536-e9f4-11e8-9739-2dfe598c3fcd";
 
-fn function() -> RoomSpec {
+pub(super) fn function() -> RoomSpec {
     let function = FunctionSpec {
         name: "f".into(),
         memory_mb: 128,
@@ -68,7 +68,7 @@ fn invoke_often(place: Place, times: usize) -> (JoinHandle<Often>, File, File) {
     (command, kept, log)
 }
 
-fn invoked(outcome: Answer) -> Invoked {
+pub(super) fn invoked(outcome: Answer) -> Invoked {
     Invoked {
         id: ID.into(),
         outcome,
@@ -79,7 +79,7 @@ fn invoked(outcome: Answer) -> Invoked {
     }
 }
 
-fn response() -> Answer {
+pub(super) fn response() -> Answer {
     Answer::Response { content_type: "application/json".into() }
 }
 
