@@ -144,12 +144,12 @@ impl Patience {
         self.of(1)
     }
 
-    /// From one piece of memory that a guest gives up to the next: a MiB takes less than a millisecond, and some tens of them in an emulated host, when that is not busy.
+    /// From one piece of memory that a guest gives up to the next: a MiB takes some 10 ms in an emulated host, when that is not busy.
     pub(crate) fn give_on(self) -> Duration {
         self.of(1)
     }
 
-    /// All that a guest gives up before it rests: what a hostile one can have of its CPUs by giving page after page. In an emulated host some 500 MiB.
+    /// All that a guest gives up before it rests: what a hostile one can have of its CPUs by giving page after page. In an emulated host that is a GiB.
     pub(crate) fn give(self) -> Duration {
         self.of(10)
     }
