@@ -283,6 +283,12 @@ fn a_functions_room_at_rest_has_given_back_memory_takes_no_time_and_goes_on_wher
     let anonymous = || keyed(&cgroup, "memory.stat", "anon ");
     // Longer than the period of samples.
     let time = || (keyed(&cgroup, "cpu.stat", "usage_usec"), sleeps(&pool));
+    // It is counted when its VMM is told; what that has under way comes to its end.
+    wait_for("a guest that stands still", || {
+        let now = time();
+        std::thread::sleep(Duration::from_millis(500));
+        (time() == now).then_some(())
+    });
     let before = time();
     std::thread::sleep(Duration::from_secs(7));
     assert_eq!(time(), before, "µs of CPU time, and sleeps of its owner");
