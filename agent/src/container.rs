@@ -2,8 +2,10 @@
 //!
 //! ```text
 //!  agent ── fork (clone3 into the cgroup, new mount, pid, ipc, uts namespaces) ──▶ init, PID 1 of the container
-//!    │                                                         │ root: mounts, pivot_root
-//!    │ ◀══ seqpacket: Terminal, Started | Failed, Ended ═══════╡ fork ──▶ workload: user, capabilities, seccomp, exec
+//!    │ ◀══ seqpacket: Created ═════════════════════════════════╡ root: pivot_root, mounts
+//!    ╎                                                         ╎ (a template may be made here)
+//!    │ ═══ order, pipes ══════════════════════════════════════▶│ names, settings, volumes
+//!    │ ◀══ Terminal, Started | Failed, Ended ══════════════════╡ fork ──▶ workload: user, capabilities, seccomp, exec
 //!    │ ═══ signals ═══════════════════════════════════════════▶│ reaps; ends when the workload does, and with it all others
 //!    │
 //!    └─── fork (clone3 into the cgroup, setns into the init's) ─▶ keeper: as the init, for one exec

@@ -29,7 +29,7 @@ use tokio::task::spawn_local;
 use tokio::time::MissedTickBehavior;
 
 use crate::container::cgroup::{self, Cgroup};
-use crate::container::launch::Live;
+use crate::container::launch::{self, Live};
 use crate::control::Control;
 use crate::disk::Disk;
 use crate::function::Function;
@@ -70,6 +70,8 @@ pub(crate) struct Room {
     host: Host,
     disk: tokio::sync::Mutex<Option<Disk>>,
     containers: RefCell<BTreeMap<ContainerId, State>>,
+    /// Of those that wait for their start: what is there of them already.
+    created: RefCell<BTreeMap<ContainerId, Created>>,
     /// Those that run.
     processes: RefCell<BTreeMap<ProcessId, Rc<Live>>>,
     /// All that ever were asked for.
@@ -118,6 +120,14 @@ enum State {
     Ended(Rc<Container>),
 }
 
+/// A container whose init waits to be told what to run: made when it is started, or for a template's clones before that.
+#[derive(Debug)]
+struct Created {
+    init: launch::Created,
+    cgroup: Cgroup,
+    meter: Meter,
+}
+
 /// A container that was started.
 #[derive(Debug)]
 pub(crate) struct Container {
@@ -141,6 +151,7 @@ impl Room {
             disk: host.disk.take().into(),
             host,
             containers: RefCell::default(),
+            created: RefCell::default(),
             processes: RefCell::default(),
             known: RefCell::default(),
             at_work: RefCell::default(),

@@ -65,25 +65,17 @@ impl Tree {
         Self { containers: containers.to_owned() }
     }
 
-    /// Makes a container's cgroup with its limits.
+    /// Makes a container's cgroup, without limits of the container's own.
     ///
     /// # Errors
     ///
-    /// It exists, or a limit can't be set.
-    pub(crate) fn make(&self, id: ContainerId, surroundings: &Surroundings) -> io::Result<Cgroup> {
+    /// It exists, or can't be made.
+    pub(crate) fn make(&self, id: ContainerId) -> io::Result<Cgroup> {
         let path = self.containers.join(id.0.to_string());
         fs::create_dir(&path)?;
         let group = Cgroup { path };
-        group.limit("cgroup.max.descendants", &BELOW.to_string())?;
-        group.limit("pids.max", &surroundings.processes.unwrap_or(PROCESSES).to_string())?;
-        if let Some(bytes) = surroundings.memory_bytes {
-            group.limit("memory.max", &bytes.to_string())?;
-        }
-        if let Some(millis) = surroundings.cpu_millis {
-            // The kernel takes no quota below 1 ms.
-            let quota = (u64::from(millis) * PERIOD_US / 1000).max(1000);
-            group.limit("cpu.max", &format!("{quota} {PERIOD_US}"))?;
-        }
+        group.set("cgroup.max.descendants", &BELOW.to_string())?;
+        group.set("pids.max", &PROCESSES.to_string())?;
         Ok(group)
     }
 }
@@ -95,8 +87,32 @@ impl Cgroup {
         Self { path: path.to_owned() }
     }
 
-    /// A limit whose controller isn't there can't be kept, and is an error.
-    fn limit(&self, file: &str, value: &str) -> io::Result<()> {
+    /// Sets the limits that a container was asked for with.
+    ///
+    /// # Errors
+    ///
+    /// One can't be set: a limit whose controller isn't there can't be kept.
+    pub(crate) fn limit(&self, surroundings: &Surroundings) -> io::Result<()> {
+        if let Some(processes) = surroundings.processes {
+            self.set("pids.max", &processes.to_string())?;
+        }
+        if let Some(bytes) = surroundings.memory_bytes {
+            self.set("memory.max", &bytes.to_string())?;
+        }
+        if let Some(millis) = surroundings.cpu_millis {
+            // The kernel takes no quota below 1 ms.
+            let quota = (u64::from(millis) * PERIOD_US / 1000).max(1000);
+            self.set("cpu.max", &format!("{quota} {PERIOD_US}"))?;
+        }
+        Ok(())
+    }
+
+    /// Removes it, when nothing is in it.
+    pub(crate) fn remove(&self) {
+        let _ = fs::remove_dir(&self.path);
+    }
+
+    fn set(&self, file: &str, value: &str) -> io::Result<()> {
         fs::write(self.path.join(file), value)
     }
 
@@ -171,7 +187,8 @@ mod tests {
     fn made(surroundings: &Surroundings) -> (TempDir, Cgroup) {
         let folder = TempDir::new().unwrap();
         let tree = Tree { containers: folder.path().to_owned() };
-        let group = tree.make(ContainerId(3), surroundings).unwrap();
+        let group = tree.make(ContainerId(3)).unwrap();
+        group.limit(surroundings).unwrap();
         (folder, group)
     }
 
@@ -211,10 +228,10 @@ mod tests {
     fn a_container_is_made_once() {
         let folder = TempDir::new().unwrap();
         let tree = Tree { containers: folder.path().to_owned() };
-        tree.make(ContainerId(0), &Surroundings::default()).unwrap();
-        let again = tree.make(ContainerId(0), &Surroundings::default()).unwrap_err();
+        tree.make(ContainerId(0)).unwrap();
+        let again = tree.make(ContainerId(0)).unwrap_err();
         assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
-        tree.make(ContainerId(1), &Surroundings::default()).unwrap();
+        tree.make(ContainerId(1)).unwrap();
     }
 
     #[test]

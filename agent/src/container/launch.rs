@@ -2,12 +2,12 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 
 use carrel_protocol::agent::{ExitStatus, Failure, Process, TerminalSize};
 
 use super::cgroup::Cgroup;
-use super::report::{self, Report, Reports};
-use super::root::Root;
+use super::report::{self, Along, Order, Report, Reporter, Reports};
 use super::supervise::{self, Job};
 use super::{StartError, seccomp};
 use crate::fork::{self, Child, Separate};
@@ -22,15 +22,29 @@ impl From<StartError> for Refusal {
     }
 }
 
-/// A process to launch.
+/// A container's init that has its namespaces and its root, and waits to be told what to run (OCI runtime-spec, runtime.md, *created*). It ends when
+/// this is dropped.
 #[derive(Debug)]
-pub(crate) struct Launch<'a> {
-    pub(crate) dialler: &'a Dialler,
+pub(crate) struct Created {
+    init: Child,
+    reports: Reports,
+}
+
+/// A process's streams on the agent's side, before its start.
+struct Streams {
+    /// For a terminal, which its supervisor makes.
+    connections: Option<Connections>,
+    pumps: Option<Pumps>,
+}
+
+/// One more process in a container.
+#[derive(Debug)]
+pub(crate) struct Further<'a> {
     pub(crate) cgroup: &'a Cgroup,
     pub(crate) process: &'a Process,
     pub(crate) hostname: &'a str,
-    /// Added to its environment.
-    pub(crate) extra: &'a [(String, String)],
+    /// A pidfd of the container's init.
+    pub(crate) init: BorrowedFd<'a>,
 }
 
 /// A process that runs.
@@ -40,88 +54,140 @@ pub(crate) struct Live {
     pumps: Option<Pumps>,
 }
 
-impl Launch<'_> {
-    /// Starts a container's first process, below an init of the container's own.
+impl Created {
+    /// Forks a container's init, and waits until what every container has around it is there.
     ///
     /// # Errors
     ///
-    /// Why it doesn't run.
-    pub(crate) async fn first(&self, root: &Root<'_>) -> Result<(Child, Live), Refusal> {
+    /// Why it isn't.
+    pub(crate) async fn new(cgroup: &Cgroup, rootfs: &Path) -> Result<Self, Refusal> {
         let namespaces = libc::CLONE_NEWNS | libc::CLONE_NEWPID | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS;
-        self.run(namespaces, |job| supervise::init(job, root)).await
+        let forked = fork(cgroup, namespaces, |reporter| supervise::init(reporter, rootfs));
+        let (init, reports) = forked.map_err(StartError::step("forking the container's init"))?;
+        match reports.next().await {
+            Some((Report::Created, _)) => Ok(Self { init, reports }),
+            other => Err(refused(init, other.map(|(report, _)| report)).await),
+        }
     }
 
-    /// Starts one more process in the container of `init` (a pidfd).
+    /// Has it run a process.
+    ///
+    /// # Errors
+    ///
+    /// Why that doesn't run; the container is gone then.
+    pub(crate) async fn start(
+        self,
+        dialler: &Dialler,
+        order: &Order,
+        clone_socket: Option<OwnedFd>,
+    ) -> Result<(Child, Live), Refusal> {
+        let Self { init, reports } = self;
+        let ordered = async {
+            let (streams, pipes) = Streams::dial(dialler, &order.process).await?;
+            let along = Along { pipes, clone_socket };
+            reports
+                .order(order, &along)
+                .map_err(StartError::step("telling the container's init what to run"))?;
+            Ok(streams)
+        };
+        match ordered.await {
+            Ok(streams) => streams.await_start(init, reports).await,
+            Err(error) => {
+                discard(init).await;
+                Err(StartError::into(error))
+            }
+        }
+    }
+
+    /// Ends it, with all that it made.
+    pub(crate) async fn discard(self) {
+        discard(self.init).await;
+    }
+}
+
+impl Further<'_> {
+    /// Starts it.
     ///
     /// # Errors
     ///
     /// Why it doesn't run.
-    pub(crate) async fn further(&self, init: BorrowedFd<'_>) -> Result<(Child, Live), Refusal> {
-        self.run(0, |job| supervise::keeper(job, init)).await
+    pub(crate) async fn start(&self, dialler: &Dialler) -> Result<(Child, Live), Refusal> {
+        let Self { cgroup, process, hostname, init } = *self;
+        let filters = seccomp::programs().map_err(io::Error::other);
+        let filters = filters.map_err(StartError::step("compiling filters"))?;
+        let (streams, pipes) = Streams::dial(dialler, process).await?;
+        let mut pipes = Some(pipes);
+        let forked = fork(cgroup, 0, |reporter| {
+            let pipes = pipes.take().unwrap_or_default();
+            let job = Job { process, hostname, extra: &[], filters: &filters, reporter, pipes };
+            supervise::keeper(job, init)
+        });
+        // The process's ends are its own alone.
+        drop(pipes);
+        let (keeper, reports) = forked.map_err(StartError::step("forking the process's keeper"))?;
+        streams.await_start(keeper, reports).await
     }
+}
 
-    async fn run(&self, namespaces: i32, body: impl FnOnce(Job<'_>) -> u8) -> Result<(Child, Live), Refusal> {
-        let connections = Connections::dial(self.dialler, &self.process.stdio)
-            .await
-            .map_err(StartError::step("dialling the host for the standard streams"))?;
-        let (mut connections, mut pumps, pipes) = match self.process.stdio.terminal {
-            Some(_) => (Some(connections), None, [None, None, None]),
+/// Forks a supervisor.
+fn fork(
+    cgroup: &Cgroup,
+    namespaces: i32,
+    body: impl FnOnce(&Reporter) -> u8,
+) -> io::Result<(Child, Reports)> {
+    let (reports, reporter) = report::pair()?;
+    let cgroup = cgroup.open()?;
+    let child = fork::fork(Separate { namespaces, cgroup: Some(cgroup.as_fd()) }, || body(&reporter))?;
+    Ok((child, reports))
+}
+
+async fn discard(supervisor: Child) {
+    supervisor.kill();
+    let _ = supervisor.wait().await;
+}
+
+/// A supervisor whose process doesn't begin: what it said last, and its end.
+async fn refused(supervisor: Child, last: Option<Report>) -> Refusal {
+    if let Some(Report::Failed { failure, message }) = last {
+        let _ = supervisor.wait().await;
+        return Refusal { failure, message };
+    }
+    supervisor.kill();
+    let status = supervisor.wait().await;
+    let message = format!("the container's init ended before the process began ({status:?})");
+    Refusal::new(Failure::System, message)
+}
+
+impl Streams {
+    /// Connects with the host; returns the process's ends of its pipes as well.
+    async fn dial(dialler: &Dialler, process: &Process) -> Result<(Self, [Option<OwnedFd>; 3]), StartError> {
+        let connections = Connections::dial(dialler, &process.stdio).await;
+        let connections =
+            connections.map_err(StartError::step("dialling the host for the standard streams"))?;
+        match process.stdio.terminal {
+            Some(_) => Ok((Self { connections: Some(connections), pumps: None }, [None, None, None])),
             None => {
                 let (pumps, pipes) = connections.through_pipes().map_err(StartError::step("making pipes"))?;
-                (None, Some(pumps), pipes)
+                Ok((Self { connections: None, pumps: Some(pumps) }, pipes))
             }
-        };
-        let (child, reports) =
-            self.fork(namespaces, pipes, body).map_err(StartError::step("forking the container's init"))?;
+        }
+    }
+
+    /// Until the process runs, or doesn't.
+    async fn await_start(self, supervisor: Child, reports: Reports) -> Result<(Child, Live), Refusal> {
+        let Self { mut connections, mut pumps } = self;
         loop {
             match reports.next().await {
-                Some((Report::Started, _)) => {
-                    return Ok((child, Live { reports, pumps }));
-                }
+                Some((Report::Started, _)) => return Ok((supervisor, Live { reports, pumps })),
                 Some((Report::Terminal, Some(master))) => {
                     pumps = match connections.take().map(|all| all.through_terminal(master)) {
                         Some(made) => Some(made.map_err(StartError::step("joining the terminal"))?),
                         None => pumps,
                     };
                 }
-                Some((Report::Failed { failure, message }, _)) => {
-                    let _ = child.wait().await;
-                    return Err(Refusal { failure, message });
-                }
-                Some((Report::Terminal | Report::Ended(_), _)) | None => {
-                    child.kill();
-                    let status = child.wait().await;
-                    let message = format!("the container's init ended before the process began ({status:?})");
-                    return Err(Refusal::new(Failure::System, message));
-                }
+                other => return Err(refused(supervisor, other.map(|(report, _)| report)).await),
             }
         }
-    }
-
-    /// Forks the supervisor. The pipes' ends, and its own, are closed here when this returns.
-    fn fork(
-        &self,
-        namespaces: i32,
-        pipes: [Option<OwnedFd>; 3],
-        body: impl FnOnce(Job<'_>) -> u8,
-    ) -> io::Result<(Child, Reports)> {
-        let filters = seccomp::programs().map_err(io::Error::other)?;
-        let (reports, reporter) = report::pair()?;
-        let cgroup = self.cgroup.open()?;
-        let separate = Separate { namespaces, cgroup: Some(cgroup.as_fd()) };
-        let mut pipes = Some(pipes);
-        let child = fork::fork(separate, || {
-            let pipes = pipes.take().unwrap_or_default();
-            body(Job {
-                process: self.process,
-                hostname: self.hostname,
-                extra: self.extra,
-                filters: &filters,
-                reporter: &reporter,
-                pipes,
-            })
-        })?;
-        Ok((child, reports))
     }
 }
 
@@ -161,7 +227,7 @@ impl Live {
         let told = loop {
             match self.reports.next().await {
                 Some((Report::Ended(status), _)) => break Some(status),
-                Some((Report::Terminal | Report::Started | Report::Failed { .. }, _)) => {}
+                Some((Report::Created | Report::Terminal | Report::Started | Report::Failed { .. }, _)) => {}
                 None => break None,
             }
         };

@@ -1,12 +1,15 @@
 //! What an init or a keeper tells the agent, over a seqpacket socket, one JSON document a packet; the other way come
-//! signals, one byte each.
+//! an init's order, once, and signals, one byte each.
 
+use std::fs::File;
 use std::io;
-use std::io::{IoSlice, IoSliceMut};
+use std::io::{IoSlice, IoSliceMut, Read, Seek};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use carrel_protocol::agent::{ExitStatus, Failure};
+use carrel_protocol::agent::{ExitStatus, Failure, Process, Surroundings};
+use rustix::fs::MemfdFlags;
+use rustix::io::retry_on_intr;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
@@ -14,9 +17,13 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
+use super::root::SetIds;
+
 /// A packet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Report {
+    /// The container is there, and its init waits for an [`Order`].
+    Created,
     /// The terminal's master comes beside this.
     Terminal,
     /// `execve` succeeded.
@@ -32,9 +39,39 @@ pub(crate) enum Report {
     Ended(ExitStatus),
 }
 
+/// What a container's init is to run, and what its process is to find around it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Order {
+    pub(crate) process: Process,
+    pub(crate) surroundings: Surroundings,
+    /// Of what happens to set-user-ID bits: see `root::SetIds`.
+    pub(crate) set_ids: SetIds,
+    pub(crate) hostname: String,
+    /// Added to the environment.
+    pub(crate) extra: Vec<(String, String)>,
+}
+
+/// What goes along with an order.
+#[derive(Debug, Default)]
+pub(crate) struct Along {
+    /// The process's ends of its pipes.
+    pub(crate) pipes: [Option<OwnedFd>; 3],
+    /// The clone socket's directory, a mount of no place yet (open_tree(2)).
+    pub(crate) clone_socket: Option<OwnedFd>,
+}
+
+impl Along {
+    fn all(&self) -> [Option<&OwnedFd>; 4] {
+        let [stdin, stdout, stderr] = &self.pipes;
+        [stdin, stdout, stderr, &self.clone_socket].map(Option::as_ref)
+    }
+}
+
 /// A packet is no larger than this; messages are cut.
 const LARGEST: usize = 8 << 10;
 const LONGEST_MESSAGE: usize = 4 << 10;
+/// An order's packet: for each descriptor that may go along, whether it does.
+const PRESENT: usize = 4;
 
 /// The supervisor's end. Blocks.
 #[derive(Debug)]
@@ -79,6 +116,35 @@ impl Reporter {
         Ok(())
     }
 
+    /// Waits for the order that an init gets first of all; `None` if the agent wants none to be carried out, or is gone.
+    pub(crate) fn order(&self) -> io::Result<Option<(Order, Along)>> {
+        let mut present = [0; PRESENT];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1 + PRESENT))];
+        let mut beside = RecvAncillaryBuffer::new(&mut space);
+        let mut slices = [IoSliceMut::new(&mut present)];
+        let received = retry_on_intr(|| {
+            rustix::net::recvmsg(&self.0, &mut slices, &mut beside, RecvFlags::CMSG_CLOEXEC)
+        })?;
+        if received.bytes != PRESENT {
+            return Ok(None);
+        }
+        let mut descriptors = Vec::with_capacity(1 + PRESENT);
+        for message in beside.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                descriptors.extend(rights);
+            }
+        }
+        let mut descriptors = descriptors.into_iter();
+        let missing = || io::Error::other("an order came without its text");
+        let mut file = File::from(descriptors.next().ok_or_else(missing)?);
+        let mut text = Vec::new();
+        file.rewind()?;
+        file.read_to_end(&mut text)?;
+        let [stdin, stdout, stderr, clone_socket] =
+            present.map(|present| if present == 0 { None } else { descriptors.next() });
+        Ok(Some((serde_json::from_slice(&text)?, Along { pipes: [stdin, stdout, stderr], clone_socket })))
+    }
+
     /// A signal that the agent passes on; `None` once the agent is gone. Call when readable.
     pub(crate) fn signal(&self) -> Option<u8> {
         let mut byte = [0];
@@ -99,7 +165,7 @@ fn shortened(report: &Report) -> Report {
             let message = message.chars().take(LONGEST_MESSAGE / 8).collect();
             Report::Failed { failure: *failure, message }
         }
-        Report::Terminal | Report::Started | Report::Ended(_) => report.clone(),
+        Report::Created | Report::Terminal | Report::Started | Report::Ended(_) => report.clone(),
     }
 }
 
@@ -113,6 +179,27 @@ impl Reports {
                 Err(_would_block) => {}
             }
         }
+    }
+
+    /// Tells an init that waits for it what to do. Arguments and variables can be longer than any packet, so they go in a file of memory.
+    ///
+    /// # Errors
+    ///
+    /// The init is gone, or there is no memory for the file.
+    pub(crate) fn order(&self, order: &Order, along: &Along) -> io::Result<()> {
+        let text = rustix::fs::memfd_create("order", MemfdFlags::CLOEXEC)?;
+        let mut text = File::from(text);
+        io::Write::write_all(&mut text, &serde_json::to_vec(order)?)?;
+        let all = along.all();
+        let present = all.map(|one| u8::from(one.is_some()));
+        let descriptors: Vec<BorrowedFd<'_>> =
+            [text.as_fd()].into_iter().chain(all.into_iter().flatten().map(AsFd::as_fd)).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1 + PRESENT))];
+        let mut beside = SendAncillaryBuffer::new(&mut space);
+        beside.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let fd = self.0.get_ref();
+        rustix::net::sendmsg(fd, &[IoSlice::new(&present)], &mut beside, SendFlags::NOSIGNAL)?;
+        Ok(())
     }
 
     /// Passes a signal on. That the supervisor is gone is no error: so is its process.
@@ -138,4 +225,53 @@ fn receive(from: BorrowedFd<'_>) -> io::Result<Option<(Report, Option<OwnedFd>)>
     }
     let report = serde_json::from_slice(body.get(..received.bytes).unwrap_or_default())?;
     Ok(Some((report, descriptor)))
+}
+
+#[cfg(test)]
+mod tests {
+    use carrel_protocol::agent::{ProcessId, Stdio};
+
+    use super::*;
+
+    fn order(environment: Vec<String>) -> Order {
+        let process = Process {
+            id: ProcessId(7),
+            arguments: vec!["true".into()],
+            environment,
+            working_directory: "/".into(),
+            user: String::new(),
+            stdio: Stdio::default(),
+        };
+        let extra = vec![("A".to_owned(), "b".to_owned())];
+        let surroundings = Surroundings { read_only_root: true, ..Surroundings::default() };
+        Order { process, surroundings, set_ids: SetIds::Ignored, hostname: "room".into(), extra }
+    }
+
+    #[tokio::test]
+    async fn an_order_longer_than_any_packet_comes_whole_and_its_descriptors_to_their_places() {
+        let order = order((0..32).map(|number| format!("V{number}={}", "x".repeat(100 << 10))).collect());
+        let (reports, reporter) = pair().unwrap();
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let along = Along { pipes: [None, Some(writer), None], clone_socket: None };
+        reports.order(&order, &along).unwrap();
+        drop(along);
+        // A signal right behind is not taken for a part of it.
+        reports.signal(15);
+        let (came, along) = reporter.order().unwrap().unwrap();
+        assert_eq!(came, order);
+        assert!(along.clone_socket.is_none());
+        let [None, Some(writer), None] = along.pipes else { panic!("{:?}", along.pipes) };
+        rustix::io::write(&writer, b"here").unwrap();
+        let mut said = [0; 4];
+        rustix::io::read(&reader, &mut said).unwrap();
+        assert_eq!(&said, b"here");
+        assert_eq!(reporter.signal(), Some(15));
+    }
+
+    #[tokio::test]
+    async fn who_is_wanted_no_more_gets_no_order() {
+        let (reports, reporter) = pair().unwrap();
+        drop(reports);
+        assert!(reporter.order().unwrap().is_none());
+    }
 }

@@ -1,5 +1,6 @@
-//! What a container's processes find around them: its root, `/proc`, `/sys`, `/dev`, volumes, tmpfs mounts, names, kernel
-//! settings. Runs in the init, in its own namespaces; the order of the steps is the order in which they depend on each other.
+//! What a container's processes find around them: first what every container has (its root, `/proc`, `/sys`, `/dev`), which a template's clones
+//! share; then what one is asked for with (names, kernel settings, volumes, tmpfs mounts, the root's flags). Runs in the init, in its own
+//! namespaces; the order of the steps is the order in which they depend on each other.
 //!
 //! All paths of the image are resolved after the root has been changed, so that its symbolic links lead nowhere else.
 
@@ -15,6 +16,7 @@ use rustix::mount::{
     MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags, mount, mount_bind,
     mount_bind_recursive, mount_change, mount_remount, move_mount, open_tree, unmount,
 };
+use serde::{Deserialize, Serialize};
 
 use super::{StartError, devices, tmpfs};
 
@@ -61,10 +63,11 @@ const MASKED: [&str; 8] = [
     "/sys/firmware",
 ];
 /// Read-only, likewise.
-const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", SETTINGS, "/proc/sysrq-trigger"];
+const SETTINGS: &str = "/proc/sys";
 
 /// What files with set-user-ID bits or capabilities do when they are executed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum SetIds {
     /// As anywhere.
     Honoured,
@@ -75,22 +78,47 @@ pub(crate) enum SetIds {
 /// A container's root, as it is to be.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Root<'a> {
-    /// Where its files are.
-    pub(crate) rootfs: &'a Path,
     pub(crate) surroundings: &'a Surroundings,
     pub(crate) set_ids: SetIds,
     pub(crate) hostname: &'a str,
-    /// The directory with the socket that is [`CLONE_SOCKET`] inside.
-    pub(crate) clone_socket: Option<&'a Path>,
+    /// The directory with the socket that is [`CLONE_SOCKET`] inside, from [`take_along`].
+    pub(crate) clone_socket: Option<&'a OwnedFd>,
 }
 
-/// Puts the calling process into the container's root.
+/// A directory of the agent's that a container is to see: its own root will be out of reach from there.
+///
+/// # Errors
+///
+/// open_tree(2)'s.
+pub(crate) fn take_along(folder: &Path) -> io::Result<OwnedFd> {
+    Ok(open_tree(CWD, folder, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?)
+}
+
+/// Puts the calling process into a container's root, whose files are in `rootfs`, with the mounts that every container has.
 ///
 /// # Errors
 ///
 /// Which step failed, in words.
-pub(crate) fn enter(root: &Root<'_>) -> Result<(), StartError> {
-    let Root { rootfs, surroundings, set_ids, hostname, clone_socket } = *root;
+pub(crate) fn enter(rootfs: &Path) -> Result<(), StartError> {
+    pivot(rootfs).map_err(StartError::step("changing to the container's root"))?;
+    for row in &MOUNTS {
+        directory(Path::new(row.at))?;
+        mount(row.kind, row.at, row.kind, row.flags, row.options)
+            .map_err(StartError::step(format!("mounting {} at {}", row.kind, row.at)))?;
+        if row.at == "/dev" {
+            devices::fill().map_err(StartError::step("making the devices"))?;
+        }
+    }
+    cover()
+}
+
+/// Makes the root what it was asked to be.
+///
+/// # Errors
+///
+/// Which step failed, in words.
+pub(crate) fn furnish(root: &Root<'_>) -> Result<(), StartError> {
+    let Root { surroundings, set_ids, hostname, clone_socket } = *root;
     let options = surroundings
         .tmpfs
         .iter()
@@ -101,30 +129,20 @@ pub(crate) fn enter(root: &Root<'_>) -> Result<(), StartError> {
         .iter()
         .map(|path| Ok((absolute(path, "volume")?, None)))
         .collect::<Result<Vec<_>, StartError>>()?;
-
     let flags = match set_ids {
         SetIds::Honoured => MountFlags::BIND,
         SetIds::Ignored => MountFlags::BIND | MountFlags::NOSUID,
     };
-    // Taken along, since the agent's own root is out of reach from there.
-    let clone_socket = clone_socket
-        .map(|at| open_tree(CWD, at, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC))
-        .transpose()
-        .map_err(StartError::step("taking the clone socket along"))?;
-    pivot(rootfs, flags).map_err(StartError::step("changing to the container's root"))?;
-    for row in &MOUNTS {
-        directory(Path::new(row.at))?;
-        mount(row.kind, row.at, row.kind, row.flags, row.options)
-            .map_err(StartError::step(format!("mounting {} at {}", row.kind, row.at)))?;
-        if row.at == "/dev" {
-            devices::fill().map_err(StartError::step("making the devices"))?;
-        }
+    if flags != MountFlags::BIND {
+        // Before volumes, which take it over.
+        restrict(flags)?;
     }
     names(hostname)?;
     settings(surroundings)?;
     // Outer ones first, so that none hides another.
     let mut extra: Vec<_> = volumes.into_iter().chain(options).collect();
     extra.sort_by_key(|(path, _)| path.components().count());
+    let uncovers = !extra.is_empty();
     for (path, options) in extra {
         let step = format!("mounting a volume or tmpfs at {}", path.display());
         let made = directory(&path);
@@ -139,16 +157,24 @@ pub(crate) fn enter(root: &Root<'_>) -> Result<(), StartError> {
         made?;
         place(&path, options).map_err(StartError::step(step))?;
     }
-    if let Some(folder) = &clone_socket {
+    if uncovers {
+        // A volume that is /proc, or a link to it, shows it without what is mounted in it.
+        cover()?;
+    }
+    if let Some(folder) = clone_socket {
         let at = Path::new(CLONE_SOCKET).parent().unwrap_or(Path::new("/"));
         directory(at)?;
         show(folder, at).map_err(StartError::step("mounting the clone socket"))?;
     }
     if surroundings.read_only_root {
-        mount_remount("/", flags | MountFlags::RDONLY, c"")
-            .map_err(StartError::step("making the root read-only"))?;
+        restrict(flags | MountFlags::RDONLY)?;
     }
-    cover().map_err(StartError::step("covering parts of /proc and /sys"))
+    Ok(())
+}
+
+/// Mounts the root with these flags.
+fn restrict(flags: MountFlags) -> Result<(), StartError> {
+    mount_remount("/", flags, c"").map_err(StartError::step("restricting the root"))
 }
 
 fn absolute(path: &str, what: &str) -> Result<PathBuf, StartError> {
@@ -163,13 +189,10 @@ fn absolute(path: &str, what: &str) -> Result<PathBuf, StartError> {
     }
 }
 
-/// Makes `rootfs` the root, mounted with these flags, and leaves nothing of the old one.
-fn pivot(rootfs: &Path, flags: MountFlags) -> io::Result<()> {
+/// Makes `rootfs` the root, and leaves nothing of the old one.
+fn pivot(rootfs: &Path) -> io::Result<()> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)?;
     mount_bind_recursive(rootfs, rootfs)?;
-    if flags != MountFlags::BIND {
-        mount_remount(rootfs, flags, c"")?;
-    }
     std::env::set_current_dir(rootfs)?;
     // Both roots at one place (pivot_root(2), *pivot_root(".", ".")*); the old one lies on top.
     rustix::process::pivot_root(".", ".")?;
@@ -241,7 +264,7 @@ fn untouched(path: &str, content: &str) -> io::Result<bool> {
 
 /// Kernel settings that belong to a namespace of the container's, or, for `net.`, of the room's.
 fn settings(surroundings: &Surroundings) -> Result<(), StartError> {
-    for (name, value) in &surroundings.sysctls {
+    for name in surroundings.sysctls.keys() {
         let own = ["kernel.shm", "kernel.msg", "fs.mqueue.", "net."].iter().any(|own| name.starts_with(own))
             || name == "kernel.sem"
             || name == "kernel.domainname";
@@ -251,10 +274,19 @@ fn settings(surroundings: &Surroundings) -> Result<(), StartError> {
                 "the kernel setting '{name}' is not a container's; there are kernel.shm*, kernel.msg*, kernel.sem, kernel.domainname, fs.mqueue.* and net.*"
             )));
         }
-        fs::write(format!("/proc/sys/{}", name.replace('.', "/")), value)
+    }
+    if surroundings.sysctls.is_empty() {
+        return Ok(());
+    }
+    // Nothing of the container's runs yet.
+    let flags = MountFlags::BIND | QUIET;
+    mount_remount(SETTINGS, flags, c"").map_err(StartError::step("uncovering the kernel's settings"))?;
+    for (name, value) in &surroundings.sysctls {
+        fs::write(Path::new(SETTINGS).join(name.replace('.', "/")), value)
             .map_err(StartError::step(format!("setting {name} to '{value}'")))?;
     }
-    Ok(())
+    mount_remount(SETTINGS, flags | MountFlags::RDONLY, c"")
+        .map_err(StartError::step("covering the kernel's settings"))
 }
 
 /// A tmpfs, or a volume: a directory of the image mounted onto itself, which stays writable when the root doesn't.
@@ -271,21 +303,24 @@ fn show(taken: &OwnedFd, at: &Path) -> io::Result<()> {
     Ok(mount_remount(at, MountFlags::BIND | MountFlags::RDONLY | QUIET, c"")?)
 }
 
-fn cover() -> io::Result<()> {
-    for path in READ_ONLY.map(Path::new) {
-        if path.exists() {
-            mount_bind_recursive(path, path)?;
-            mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | QUIET, c"")?;
+fn cover() -> Result<(), StartError> {
+    let cover = || -> io::Result<()> {
+        for path in READ_ONLY.map(Path::new) {
+            if path.exists() {
+                mount_bind_recursive(path, path)?;
+                mount_remount(path, MountFlags::BIND | MountFlags::RDONLY | QUIET, c"")?;
+            }
         }
-    }
-    for path in MASKED.map(Path::new) {
-        if path.is_dir() {
-            mount("tmpfs", path, "tmpfs", QUIET | MountFlags::RDONLY, c"size=0k")?;
-        } else if path.exists() {
-            mount_bind("/dev/null", path)?;
+        for path in MASKED.map(Path::new) {
+            if path.is_dir() {
+                mount("tmpfs", path, "tmpfs", QUIET | MountFlags::RDONLY, c"size=0k")?;
+            } else if path.exists() {
+                mount_bind("/dev/null", path)?;
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    };
+    cover().map_err(StartError::step("covering parts of /proc and /sys"))
 }
 
 #[cfg(test)]

@@ -2,13 +2,18 @@
 //! whatever loses its parent, and tells the agent how the workload ended.
 //!
 //! ```text
-//!  forked ─▶ surroundings ─▶ terminal ─▶ fork ─▶ waiting for execve ─▶ running ─▶ Ended ─▶ gone
-//!              │ fails         │ fails            │ fails                 │ agent gone
-//!              └───────────────┴──▶ Failed ◀──────┘                       └─▶ gone, and with an init its whole namespace
+//!  init:    forked ─▶ namespaces, root ─▶ Created ─Order─▶ names, mounts ─┐
+//!  keeper:  forked ─▶ joins the container ────────────────────────────────┴▶ terminal ─▶ fork ─▶ waiting for execve ─▶ running ─▶ Ended ─▶ gone
+//!              │ fails                       │ agent gone    │ fails           │ fails            │ fails                 │ agent gone
+//!              └──────────────▶ Failed ◀─────┼───────────────┴─────────────────┴──────────────────┘                       └─▶ gone, and with an init its whole namespace
+//!                                            └─▶ gone
 //! ```
+//!
+//! An init that waits for its order knows nothing yet of what it will run, so it can be part of a template.
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
 
 use carrel_protocol::agent::{ExitStatus, Process, TerminalSize};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -18,10 +23,10 @@ use rustix::pty::OpenptFlags;
 use rustix::thread::{ThreadNameSpaceType, UnshareFlags, move_into_thread_name_spaces, unshare_unsafe};
 use seccompiler::BpfProgram;
 
-use super::StartError;
 use super::program::{Program, Streams};
-use super::report::{Report, Reporter};
+use super::report::{Along, Order, Report, Reporter};
 use super::root::{self, Root};
+use super::{StartError, seccomp};
 use crate::fork::{self, Separate};
 
 /// What a supervisor starts and whom it tells.
@@ -36,12 +41,27 @@ pub(crate) struct Job<'a> {
     pub(crate) pipes: [Option<OwnedFd>; 3],
 }
 
-/// A container's init: makes the surroundings, then supervises. Returns the status with which the process ends.
-pub(crate) fn init(job: Job<'_>, root: &Root<'_>) -> u8 {
-    live(job, None, |_| {
-        unshare_cgroup()?;
-        root::enter(root)
-    })
+/// A container's init: makes the surroundings, waits for its order, then supervises. Returns the status with which the process ends.
+pub(crate) fn init(reporter: &Reporter, rootfs: &Path) -> u8 {
+    fork::close_all_but(&[reporter.as_fd()]);
+    conclude(reporter, live_as_init(reporter, rootfs))
+}
+
+fn live_as_init(reporter: &Reporter, rootfs: &Path) -> Result<Option<ExitStatus>, StartError> {
+    hide()?;
+    unshare_cgroup()?;
+    root::enter(rootfs)?;
+    let filters =
+        seccomp::programs().map_err(io::Error::other).map_err(StartError::step("compiling filters"))?;
+    if reporter.tell(&Report::Created, None).is_err() {
+        return Ok(None);
+    }
+    let order = reporter.order().map_err(StartError::step("reading what to run"))?;
+    let Some((order, Along { pipes, clone_socket })) = order else { return Ok(None) };
+    let Order { process, surroundings, set_ids, hostname, extra } = &order;
+    let clone_socket = clone_socket.as_ref();
+    root::furnish(&Root { surroundings, set_ids: *set_ids, hostname, clone_socket })?;
+    supervise(Job { process, hostname, extra, filters: &filters, reporter, pipes }, true)
 }
 
 /// The cgroup namespace is made by the child itself: clone3(2) would root it in the parent's cgroup.
@@ -53,29 +73,27 @@ fn unshare_cgroup() -> Result<(), StartError> {
 /// An exec's keeper: joins the container of `init`, then supervises. It stays in the agent's PID namespace, unseen; its
 /// children are born into the container's.
 pub(crate) fn keeper(job: Job<'_>, init: BorrowedFd<'_>) -> u8 {
-    live(job, Some(init), |_| {
+    let reporter = job.reporter;
+    // Of the agent's own: its end of a pipe, held here, would keep that pipe open for ever.
+    let pipes = job.pipes.iter().flatten().map(AsFd::as_fd);
+    fork::close_all_but(&pipes.chain([reporter.as_fd(), init]).collect::<Vec<_>>());
+    let join = || {
         let all = ThreadNameSpaceType::MOUNT
             | ThreadNameSpaceType::PROCESS_ID
             | ThreadNameSpaceType::INTER_PROCESS_COMMUNICATION
             | ThreadNameSpaceType::HOST_NAME_AND_NIS_DOMAIN_NAME
             | ThreadNameSpaceType::CONTROL_GROUP;
         move_into_thread_name_spaces(init, all).map_err(StartError::step("joining the container"))
-    })
+    };
+    conclude(reporter, hide().and_then(|()| join()).and_then(|()| supervise(job, false)))
 }
 
-fn live(
-    job: Job<'_>,
-    kept: Option<BorrowedFd<'_>>,
-    surround: impl FnOnce(&Job<'_>) -> Result<(), StartError>,
-) -> u8 {
-    let reporter = job.reporter;
-    // Of the agent's own: its end of a pipe, held here, would keep that pipe open for ever.
-    let pipes = job.pipes.iter().flatten().map(AsFd::as_fd);
-    fork::close_all_but(&pipes.chain([reporter.as_fd()]).chain(kept).collect::<Vec<_>>());
-    // The workload's user may be ours: it shall not look into this process.
-    let hidden =
-        set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(StartError::step("hiding the init"));
-    let ended = hidden.and_then(|()| surround(&job)).and_then(|()| supervise(job, kept.is_none()));
+/// The workload's user may be ours: it shall not look into this process.
+fn hide() -> Result<(), StartError> {
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).map_err(StartError::step("hiding the init"))
+}
+
+fn conclude(reporter: &Reporter, ended: Result<Option<ExitStatus>, StartError>) -> u8 {
     let report = match ended {
         Ok(Some(status)) => Report::Ended(status),
         Ok(None) => return 1,

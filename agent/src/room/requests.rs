@@ -10,11 +10,13 @@ use carrel_protocol::agent::{
 };
 use tokio::task::spawn_local;
 
-use super::{AtWork, Container, Room, State};
+use super::{AtWork, Container, Created, Room, State};
 use crate::collect;
 use crate::container::StartError;
-use crate::container::launch::{Launch, Live};
-use crate::container::root::{Root, SetIds};
+use crate::container::cgroup::Cgroup;
+use crate::container::launch::{self, Further, Live};
+use crate::container::report::Order;
+use crate::container::root::{self, SetIds};
 use crate::fork::Child;
 use crate::function::Function;
 use crate::hook::Hook;
@@ -64,15 +66,34 @@ impl Room {
         if started.is_err() {
             // What it is made of is still there, but its cgroup has been used.
             self.containers.borrow_mut().remove(&id);
+            let created = self.created.borrow_mut().remove(&id);
+            if let Some(created) = created {
+                created.init.discard().await;
+            }
         }
         started
+    }
+
+    /// Makes what a prepared container needs before it is known what will run there, unless that is there.
+    pub(super) async fn create(&self, id: ContainerId) -> Result<Cgroup, Refusal> {
+        if let Some(created) = self.created.borrow().get(&id) {
+            return Ok(created.cgroup.clone());
+        }
+        let cgroup = self.host.cgroups.make(id);
+        let cgroup = cgroup.map_err(StartError::step("making the container's cgroup"))?;
+        let init = launch::Created::new(&cgroup, &self.rootfs(id)).await.inspect_err(|_| cgroup.remove())?;
+        let mut meter = Meter::new(cgroup.clone());
+        // What its init used until now is nobody's.
+        meter.inherit(Instant::now());
+        self.created.borrow_mut().insert(id, Created { init, cgroup: cgroup.clone(), meter });
+        Ok(cgroup)
     }
 
     async fn start_prepared(self: &Rc<Self>, request: &Start, work: AtWork) -> Result<(), Refusal> {
         let id = request.container;
         let surroundings = &request.surroundings;
-        let cgroup = self.host.cgroups.make(id, surroundings);
-        let cgroup = cgroup.map_err(StartError::step("making the container's cgroup"))?;
+        let cgroup = self.create(id).await?;
+        cgroup.limit(surroundings).map_err(StartError::step("limiting the container's cgroup"))?;
         let named = self.named.borrow().clone();
         let hostname = surroundings.hostname.clone().unwrap_or(named.hostname);
         let function = match &request.function {
@@ -86,15 +107,19 @@ impl Room {
             true => Some(self.hook(id, request.process.id, named.id)?),
             false => None,
         };
-        let extra = function.as_ref().map(|function| function.environment()).unwrap_or_default();
-        let launch = Launch {
-            dialler: &self.host.dialler,
-            cgroup: &cgroup,
-            process: &request.process,
-            hostname: &hostname,
-            extra: &extra,
+        let taken = hook.as_ref().map(|hook| root::take_along(hook.folder())).transpose();
+        let clone_socket = taken.map_err(StartError::step("taking the clone socket along"))?;
+        let order = Order {
+            process: request.process.clone(),
+            surroundings: surroundings.clone(),
+            // On Lambda nobody is root, whatever the image brings.
+            set_ids: if function.is_some() { SetIds::Ignored } else { SetIds::Honoured },
+            hostname: hostname.clone(),
+            extra: function.as_ref().map(|function| function.environment()).unwrap_or_default(),
         };
-        let mut meter = Meter::new(cgroup.clone());
+        let created = self.created.borrow_mut().remove(&id);
+        let gone = || Refusal::new(Failure::System, "the container's init is gone");
+        let Created { init, cgroup, mut meter } = created.ok_or_else(gone)?;
         meter.begin(Instant::now());
         if let Some(function) = &function {
             function.begin();
@@ -107,17 +132,7 @@ impl Room {
                 }
             });
         }
-        // On Lambda nobody is root, whatever the image brings.
-        let set_ids = if function.is_some() { SetIds::Ignored } else { SetIds::Honoured };
-        let rootfs = self.rootfs(id);
-        let root = Root {
-            rootfs: &rootfs,
-            surroundings,
-            set_ids,
-            hostname: &hostname,
-            clone_socket: hook.as_ref().map(|hook| hook.folder()),
-        };
-        let (init, live) = launch.first(&root).await?;
+        let (init, live) = init.start(&self.host.dialler, &order, clone_socket).await?;
         let container = Rc::new(Container {
             init: init.pidfd().try_clone_to_owned().ok(),
             hostname: hostname.into(),
@@ -160,14 +175,13 @@ impl Room {
         let gone = || Refusal::new(Failure::System, "the container's init is gone");
         let init = container.init.as_ref().ok_or_else(gone)?;
         let hostname = container.hostname.borrow().clone();
-        let launch = Launch {
-            dialler: &self.host.dialler,
+        let further = Further {
             cgroup: &container.cgroup,
             process: &request.process,
             hostname: &hostname,
-            extra: &[],
+            init: init.as_fd(),
         };
-        let (keeper, live) = launch.further(init.as_fd()).await?;
+        let (keeper, live) = further.start(&self.host.dialler).await?;
         let (status, out_of_memory) = self.accompany(request.process.id, &container, keeper, live).await;
         self.tell(Exited { process: request.process.id, status, out_of_memory });
         Ok(())

@@ -1,7 +1,7 @@
 //! A room's sleep: frozen for a snapshot, and awake again as somebody else.
 //!
 //! ```text
-//!  awake ─Freeze─▶ cgroups frozen ─▶ output sent ─▶ streams parted ─▶ written back ─▶ Frozen ─▶ asleep
+//!  awake ─Freeze─▶ inits created ─▶ cgroups frozen ─▶ output sent ─▶ streams parted ─▶ written back ─▶ Frozen ─▶ asleep
 //!    ▲                │ an exec, an event, … at work; a process that can't be stopped; output that nobody takes
 //!    ├──── Failed ◀───┘                                                                           │
 //!    │                                     the connection is lost: a clone. Dials, Hello, Welcome ┤
@@ -78,6 +78,7 @@ impl Room {
             let settled = disk.settled().await;
             settled.map_err(|error| Refusal::new(Failure::System, carrel_protocol::chain(&error)))?;
         }
+        self.create_prepared().await;
         let running = self.running();
         let lives: Vec<Rc<Live>> = self.processes.borrow().values().cloned().collect();
         let stopped = stop(&running, &lives).await;
@@ -97,6 +98,16 @@ impl Room {
         self.sample();
         self.write_back();
         Ok(())
+    }
+
+    /// Has the inits of containers that are not started yet wait for what they will run: each clone finds them there. One that can't be made is
+    /// made again by who starts it, and said then.
+    async fn create_prepared(&self) {
+        let prepared = |(id, state): (&ContainerId, &State)| matches!(state, State::Prepared).then_some(*id);
+        let prepared: Vec<ContainerId> = self.containers.borrow().iter().filter_map(prepared).collect();
+        for id in prepared {
+            let _ = self.create(id).await;
+        }
     }
 
     /// From Frozen to Awake, or to the end.

@@ -1,5 +1,6 @@
 //! The pure parts, and a whole root, entered by a thread with a mount namespace of its own. The latter needs root.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 
 use carrel_protocol::agent::{Failure, Tmpfs};
@@ -73,13 +74,10 @@ fn entered_with(
         let own = UnshareFlags::NEWNS | UnshareFlags::NEWUTS | UnshareFlags::NEWIPC;
         // SAFETY: no table of descriptors is unshared.
         unsafe { unshare_unsafe(own) }.unwrap();
-        look(enter(&Root {
-            rootfs: &rootfs,
-            surroundings: &surroundings,
-            set_ids,
-            hostname: "reading-room",
-            clone_socket: clone_socket.as_deref(),
-        }));
+        let taken = clone_socket.map(|folder| take_along(&folder).unwrap());
+        let (hostname, clone_socket) = ("reading-room", taken.as_ref());
+        let root = Root { surroundings: &surroundings, set_ids, hostname, clone_socket };
+        look(enter(&rootfs).and_then(|()| furnish(&root)));
     });
     if let Err(panic) = done.join() {
         std::panic::resume_unwind(panic);
@@ -267,12 +265,13 @@ fn a_setting_of_the_containers_own_is_made() {
         done.unwrap();
         assert_eq!(fs::read_to_string("/proc/sys/kernel/shmmni").unwrap(), "4001\n");
         assert_eq!(fs::read_to_string("/proc/sys/fs/mqueue/msg_max").unwrap(), "11\n");
+        assert_eq!(refuses("/proc/sys/kernel/shmmni"), Some(libc::EROFS));
     });
     assert_ne!(fs::read_to_string("/proc/sys/kernel/shmmni").unwrap(), "4001\n");
 }
 
 #[test]
-fn a_wrong_request_is_refused_before_the_root_is_changed() {
+fn a_wrong_request_is_refused_before_anything_is_made_of_it() {
     let image = TempDir::new().unwrap();
     for surroundings in [
         Surroundings { volumes: vec!["/..".into()], ..Surroundings::default() },
@@ -281,13 +280,14 @@ fn a_wrong_request_is_refused_before_the_root_is_changed() {
             ..Surroundings::default()
         },
     ] {
-        let old_root = image.path().to_owned();
         entered(&image, surroundings, move |done| {
             assert_eq!(done.unwrap_err().failure(), Failure::BadRequest);
-            assert!(old_root.exists());
         });
     }
-    assert_eq!(fs::read_dir(image.path()).unwrap().count(), 0);
+    // What every container has is mounted somewhere; of names, volumes and tmpfs there is nothing.
+    let made: BTreeSet<_> =
+        fs::read_dir(image.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(made, ["dev", "proc", "sys"].map(Into::into).into());
 }
 
 #[test]
@@ -367,4 +367,19 @@ fn a_name_is_not_written_through_what_a_workload_put_in_its_place() {
     });
     done.join().unwrap();
     assert_eq!(fs::read_to_string(kept).unwrap(), "old\n");
+}
+
+#[test]
+fn a_volume_that_leads_to_proc_uncovers_nothing() {
+    let image = TempDir::new().unwrap();
+    symlink("/proc", image.path().join("data")).unwrap();
+    symlink("/sys", image.path().join("more")).unwrap();
+    let volumes = ["/data".to_owned(), "/more".to_owned()].into();
+    entered(&image, Surroundings { volumes, ..Surroundings::default() }, |done| {
+        done.unwrap();
+        for place in ["/proc", "/data"] {
+            assert_eq!(refuses(&format!("{place}/sys/kernel/core_pattern")), Some(libc::EROFS), "{place}");
+        }
+        assert_eq!(fs::read_dir("/more/firmware").map_or(0, Iterator::count), 0);
+    });
 }
