@@ -23,7 +23,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 use std::time::Duration;
 
-use carrel_protocol::agent::{Stdio, TerminalSize};
+use carrel_protocol::agent::{Stdio, Stream, TerminalSize};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{JoinHandle, spawn_local};
@@ -39,6 +39,10 @@ const GRACE: Duration = Duration::from_millis(250);
 /// The connections of a process's streams.
 #[derive(Debug, Default)]
 pub(crate) struct Connections([Option<Socket>; 3]);
+
+/// The agent's ends of a process's pipes.
+#[derive(Debug, Default)]
+pub(crate) struct Pipes([Option<OwnedFd>; 3]);
 
 /// A process's streams at work.
 #[derive(Debug)]
@@ -71,6 +75,33 @@ enum Order {
     Join(Option<Socket>),
 }
 
+impl Pipes {
+    /// One for each stream that the request names, and the process's ends of them. None for a terminal.
+    ///
+    /// # Errors
+    ///
+    /// No more descriptors.
+    pub(crate) fn new(stdio: &Stdio) -> io::Result<(Self, [Option<OwnedFd>; 3])> {
+        let (mut ours, mut theirs) = ([None, None, None], [None, None, None]);
+        if stdio.terminal.is_some() {
+            return Ok((Self(ours), theirs));
+        }
+        if stdio.stdin.is_some() {
+            let (reader, writer) = pipe()?;
+            (ours[0], theirs[0]) = (Some(writer), Some(reader));
+        }
+        for (number, stream) in [(1, &stdio.stdout), (2, &stdio.stderr)] {
+            if let (Some(_), Some(ours), Some(theirs)) =
+                (stream, ours.get_mut(number), theirs.get_mut(number))
+            {
+                let (reader, writer) = pipe()?;
+                (*ours, *theirs) = (Some(reader), Some(writer));
+            }
+        }
+        Ok((Self(ours), theirs))
+    }
+}
+
 impl Connections {
     /// Dials what the request names.
     ///
@@ -78,37 +109,34 @@ impl Connections {
     ///
     /// The host doesn't answer.
     pub(crate) async fn dial(dialler: &Dialler, stdio: &Stdio) -> io::Result<Self> {
-        let mut connections = [None, None, None];
-        for (connection, stream) in connections.iter_mut().zip([&stdio.stdin, &stdio.stdout, &stdio.stderr]) {
-            if let Some(stream) = stream {
-                *connection = Some(dialler.open(stream).await?);
-            }
-        }
-        Ok(Self(connections))
+        let open = async |stream: &Option<Stream>| match stream {
+            Some(stream) => dialler.open(stream).await.map(Some),
+            None => Ok(None),
+        };
+        // At once: a connection is a round trip to the host.
+        let (stdin, stdout, stderr) =
+            tokio::try_join!(open(&stdio.stdin), open(&stdio.stdout), open(&stdio.stderr))?;
+        Ok(Self([stdin, stdout, stderr]))
     }
 
-    /// Joins each with a pipe. Returns the process's ends.
+    /// Joins each with its pipe.
     ///
     /// # Errors
     ///
-    /// No more descriptors.
-    pub(crate) fn through_pipes(self) -> io::Result<(Pumps, [Option<OwnedFd>; 3])> {
+    /// A pipe can't be waited for.
+    pub(crate) fn through_pipes(self, pipes: Pipes) -> io::Result<Pumps> {
         let Self([stdin, stdout, stderr]) = self;
+        let Pipes([input, output, errors]) = pipes;
         let mut pumps = Pumps::new(None);
-        let mut ends = [None, None, None];
-        if let Some(host) = stdin {
-            let (reader, writer) = pipe()?;
+        if let (Some(host), Some(writer)) = (stdin, input) {
             pumps.add_input(host, Rc::new(Socket::new(writer)?));
-            ends[0] = Some(reader);
         }
-        for (number, host) in [(1, stdout), (2, stderr)] {
-            if let (Some(host), Some(end)) = (host, ends.get_mut(number)) {
-                let (reader, writer) = pipe()?;
+        for (number, host, reader) in [(1, stdout, output), (2, stderr, errors)] {
+            if let (Some(host), Some(reader)) = (host, reader) {
                 pumps.add_output(number, host, Rc::new(Socket::new(reader)?));
-                *end = Some(writer);
             }
         }
-        Ok((pumps, ends))
+        Ok(pumps)
     }
 
     /// Joins standard input and output with a terminal's master.

@@ -13,7 +13,7 @@ use super::{StartError, seccomp};
 use crate::fork::{self, Child, Separate};
 use crate::refusal::Refusal;
 use crate::socket::Dialler;
-use crate::streams::{Connections, Pumps};
+use crate::streams::{Connections, Pipes, Pumps};
 use carrel_protocol::chain;
 
 impl From<StartError> for Refusal {
@@ -28,13 +28,6 @@ impl From<StartError> for Refusal {
 pub(crate) struct Created {
     init: Child,
     reports: Reports,
-}
-
-/// A process's streams on the agent's side, before its start.
-struct Streams {
-    /// For a terminal, which its supervisor makes.
-    connections: Option<Connections>,
-    pumps: Option<Pumps>,
 }
 
 /// One more process in a container.
@@ -82,19 +75,19 @@ impl Created {
         clone_socket: Option<OwnedFd>,
     ) -> Result<(Child, Live), Refusal> {
         let Self { init, reports } = self;
-        let ordered = async {
-            let (streams, pipes) = Streams::dial(dialler, &order.process).await?;
+        let ordered = || {
+            let (ours, pipes) = Pipes::new(&order.process.stdio).map_err(StartError::step("making pipes"))?;
             let along = Along { pipes, clone_socket };
             reports
                 .order(order, &along)
                 .map_err(StartError::step("telling the container's init what to run"))?;
-            Ok(streams)
+            Ok::<_, StartError>(ours)
         };
-        match ordered.await {
-            Ok(streams) => streams.await_start(init, reports).await,
+        match ordered() {
+            Ok(pipes) => connect(dialler, &order.process, pipes, init, reports).await,
             Err(error) => {
                 discard(init).await;
-                Err(StartError::into(error))
+                Err(error.into())
             }
         }
     }
@@ -115,7 +108,7 @@ impl Further<'_> {
         let Self { cgroup, process, hostname, init } = *self;
         let filters = seccomp::programs().map_err(io::Error::other);
         let filters = filters.map_err(StartError::step("compiling filters"))?;
-        let (streams, pipes) = Streams::dial(dialler, process).await?;
+        let (ours, pipes) = Pipes::new(&process.stdio).map_err(StartError::step("making pipes"))?;
         let mut pipes = Some(pipes);
         let forked = fork(cgroup, 0, |reporter| {
             let pipes = pipes.take().unwrap_or_default();
@@ -125,7 +118,7 @@ impl Further<'_> {
         // The process's ends are its own alone.
         drop(pipes);
         let (keeper, reports) = forked.map_err(StartError::step("forking the process's keeper"))?;
-        streams.await_start(keeper, reports).await
+        connect(dialler, process, ours, keeper, reports).await
     }
 }
 
@@ -158,35 +151,40 @@ async fn refused(supervisor: Child, last: Option<Report>) -> Refusal {
     Refusal::new(Failure::System, message)
 }
 
-impl Streams {
-    /// Connects with the host; returns the process's ends of its pipes as well.
-    async fn dial(dialler: &Dialler, process: &Process) -> Result<(Self, [Option<OwnedFd>; 3]), StartError> {
-        let connections = Connections::dial(dialler, &process.stdio).await;
-        let connections =
-            connections.map_err(StartError::step("dialling the host for the standard streams"))?;
-        match process.stdio.terminal {
-            Some(_) => Ok((Self { connections: Some(connections), pumps: None }, [None, None, None])),
-            None => {
-                let (pumps, pipes) = connections.through_pipes().map_err(StartError::step("making pipes"))?;
-                Ok((Self { connections: None, pumps: Some(pumps) }, pipes))
-            }
+/// Connects a process's streams with the host while its supervisor makes it, until it runs, or doesn't.
+async fn connect(
+    dialler: &Dialler,
+    process: &Process,
+    pipes: Pipes,
+    supervisor: Child,
+    reports: Reports,
+) -> Result<(Child, Live), Refusal> {
+    let dialled = Connections::dial(dialler, &process.stdio).await;
+    let dialled = dialled.map_err(StartError::step("dialling the host for the standard streams"));
+    let streams = dialled.and_then(|connections| match process.stdio.terminal {
+        Some(_) => Ok((Some(connections), None)),
+        None => {
+            let pumps = connections.through_pipes(pipes).map_err(StartError::step("joining the pipes"))?;
+            Ok((None, Some(pumps)))
         }
-    }
-
-    /// Until the process runs, or doesn't.
-    async fn await_start(self, supervisor: Child, reports: Reports) -> Result<(Child, Live), Refusal> {
-        let Self { mut connections, mut pumps } = self;
-        loop {
-            match reports.next().await {
-                Some((Report::Started, _)) => return Ok((supervisor, Live { reports, pumps })),
-                Some((Report::Terminal, Some(master))) => {
-                    pumps = match connections.take().map(|all| all.through_terminal(master)) {
-                        Some(made) => Some(made.map_err(StartError::step("joining the terminal"))?),
-                        None => pumps,
-                    };
-                }
-                other => return Err(refused(supervisor, other.map(|(report, _)| report)).await),
+    });
+    let (mut connections, mut pumps) = match streams {
+        Ok(streams) => streams,
+        Err(error) => {
+            discard(supervisor).await;
+            return Err(error.into());
+        }
+    };
+    loop {
+        match reports.next().await {
+            Some((Report::Started, _)) => return Ok((supervisor, Live { reports, pumps })),
+            Some((Report::Terminal, Some(master))) => {
+                pumps = match connections.take().map(|all| all.through_terminal(master)) {
+                    Some(made) => Some(made.map_err(StartError::step("joining the terminal"))?),
+                    None => pumps,
+                };
             }
+            other => return Err(refused(supervisor, other.map(|(report, _)| report)).await),
         }
     }
 }

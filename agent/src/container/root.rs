@@ -8,6 +8,7 @@ use std::ffi::CStr;
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use carrel_protocol::agent::{CLONE_SOCKET, Surroundings};
@@ -65,6 +66,8 @@ const MASKED: [&str; 8] = [
 /// Read-only, likewise.
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", SETTINGS, "/proc/sysrq-trigger"];
 const SETTINGS: &str = "/proc/sys";
+const HOSTNAME: &str = "/etc/hostname";
+const HOSTS: &str = "/etc/hosts";
 
 /// What files with set-user-ID bits or capabilities do when they are executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,7 +102,7 @@ pub(crate) fn take_along(folder: &Path) -> io::Result<OwnedFd> {
 /// # Errors
 ///
 /// Which step failed, in words.
-pub(crate) fn enter(rootfs: &Path) -> Result<(), StartError> {
+pub(crate) fn enter(rootfs: &Path) -> Result<Names, StartError> {
     pivot(rootfs).map_err(StartError::step("changing to the container's root"))?;
     for row in &MOUNTS {
         directory(Path::new(row.at))?;
@@ -109,7 +112,8 @@ pub(crate) fn enter(rootfs: &Path) -> Result<(), StartError> {
             devices::fill().map_err(StartError::step("making the devices"))?;
         }
     }
-    cover()
+    cover()?;
+    names()
 }
 
 /// Makes the root what it was asked to be.
@@ -117,7 +121,7 @@ pub(crate) fn enter(rootfs: &Path) -> Result<(), StartError> {
 /// # Errors
 ///
 /// Which step failed, in words.
-pub(crate) fn furnish(root: &Root<'_>) -> Result<(), StartError> {
+pub(crate) fn furnish(root: &Root<'_>, names: Names) -> Result<(), StartError> {
     let Root { surroundings, set_ids, hostname, clone_socket } = *root;
     let options = surroundings
         .tmpfs
@@ -137,7 +141,7 @@ pub(crate) fn furnish(root: &Root<'_>) -> Result<(), StartError> {
         // Before volumes, which take it over.
         restrict(flags)?;
     }
-    names(hostname)?;
+    names.tell(hostname)?;
     settings(surroundings)?;
     // Outer ones first, so that none hides another.
     let mut extra: Vec<_> = volumes.into_iter().chain(options).collect();
@@ -208,21 +212,35 @@ fn directory(path: &Path) -> Result<(), StartError> {
     fs::create_dir_all(path).map_err(StartError::at(path, "a directory"))
 }
 
-/// `/etc/hostname` and `/etc/hosts` belong to the container alone, so they are written rather than mounted: programs that
+/// The files that tell a container's hostname, empty as yet.
+#[derive(Debug)]
+pub(crate) struct Names([fs::File; 2]);
+
+/// `/etc/hostname` and `/etc/hosts` belong to the container alone, so they are files of its own rather than mounted: programs that
 /// replace them by renaming can.
-fn names(hostname: &str) -> Result<(), StartError> {
-    rustix::system::sethostname(hostname.as_bytes()).map_err(StartError::step("setting the hostname"))?;
+fn names() -> Result<Names, StartError> {
     directory(Path::new("/etc"))?;
-    for (path, content) in name_files(hostname) {
+    let file = |path: &str| {
         // Not through a link, and not into a file that has other names.
         let removed = match fs::remove_file(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             other => other,
         };
-        let written = removed.and_then(|()| fs::write(path, content));
-        written.map_err(StartError::at(Path::new(path), "a file"))?;
+        let made = removed.and_then(|()| fs::File::create_new(path));
+        made.map_err(StartError::at(Path::new(path), "a file"))
+    };
+    Ok(Names([file(HOSTNAME)?, file(HOSTS)?]))
+}
+
+impl Names {
+    /// Closes them, too: a root whose files are open to write can't be made read-only.
+    fn tell(self, hostname: &str) -> Result<(), StartError> {
+        rustix::system::sethostname(hostname.as_bytes()).map_err(StartError::step("setting the hostname"))?;
+        for (file, (path, content)) in self.0.iter().zip(name_files(hostname)) {
+            file.write_all_at(content.as_bytes(), 0).map_err(StartError::step(format!("writing {path}")))?;
+        }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The files that tell a hostname.
@@ -230,7 +248,7 @@ fn name_files(hostname: &str) -> [(&'static str, String); 2] {
     let hosts = format!(
         "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\nff02::1\tip6-allnodes\nff02::2\tip6-allrouters\n127.0.1.1\t{hostname}\n"
     );
-    [("/etc/hostname", format!("{hostname}\n")), ("/etc/hosts", hosts)]
+    [(HOSTNAME, format!("{hostname}\n")), (HOSTS, hosts)]
 }
 
 /// Gives a running container another hostname: that of the UTS namespace that the calling process is in, and in the files below `rootfs`, which

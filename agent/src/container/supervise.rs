@@ -50,7 +50,7 @@ pub(crate) fn init(reporter: &Reporter, rootfs: &Path) -> u8 {
 fn live_as_init(reporter: &Reporter, rootfs: &Path) -> Result<Option<ExitStatus>, StartError> {
     hide()?;
     unshare_cgroup()?;
-    root::enter(rootfs)?;
+    let names = root::enter(rootfs)?;
     let filters =
         seccomp::programs().map_err(io::Error::other).map_err(StartError::step("compiling filters"))?;
     if reporter.tell(&Report::Created, None).is_err() {
@@ -60,7 +60,7 @@ fn live_as_init(reporter: &Reporter, rootfs: &Path) -> Result<Option<ExitStatus>
     let Some((order, Along { pipes, clone_socket })) = order else { return Ok(None) };
     let Order { process, surroundings, set_ids, hostname, extra } = &order;
     let clone_socket = clone_socket.as_ref();
-    root::furnish(&Root { surroundings, set_ids: *set_ids, hostname, clone_socket })?;
+    root::furnish(&Root { surroundings, set_ids: *set_ids, hostname, clone_socket }, names)?;
     supervise(Job { process, hostname, extra, filters: &filters, reporter, pipes }, true)
 }
 

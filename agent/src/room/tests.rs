@@ -18,7 +18,7 @@ use crate::container::report::{self, Report, Reporter};
 use crate::fork::{self, Separate};
 use crate::identity::tests::{Calls, Invented, identity};
 use crate::socket::Socket;
-use crate::streams::Connections;
+use crate::streams::{Connections, Pipes};
 use crate::usage::Meter;
 
 const PROCESS: ProcessId = ProcessId(0);
@@ -191,7 +191,8 @@ impl Bench {
         let (stdio, listeners) = self.agree(1);
         let connections = Connections::dial(&self.room.host.dialler, &stdio).await.unwrap();
         let hosts = listeners.map(|listener| accept(&listener));
-        let (pumps, ends) = connections.through_pipes().unwrap();
+        let (pipes, ends) = Pipes::new(&stdio).unwrap();
+        let pumps = connections.through_pipes(pipes).unwrap();
         let (reports, reporter) = report::pair().unwrap();
         let (room, container) = (Rc::clone(&self.room), Rc::clone(container));
         let supervisor = fork::fork(Separate::default(), || 0).unwrap();

@@ -73,11 +73,17 @@ fn noise(length: usize) -> Vec<u8> {
     (0..length).map(step).collect()
 }
 
+/// Connections and pipes for what the request names, and the process's ends of these.
+async fn piped(host: &Host, stdio: &Stdio) -> (Pumps, [Option<OwnedFd>; 3]) {
+    let (pipes, ends) = Pipes::new(stdio).unwrap();
+    let connections = Connections::dial(&host.dialler(), stdio).await.unwrap();
+    (connections.through_pipes(pipes).unwrap(), ends)
+}
+
 /// Three connections, and the process's ends of their pipes.
 async fn joined(host: &Host) -> (Pumps, [UnixStream; 3], [File; 3]) {
-    let connections = Connections::dial(&host.dialler(), &all()).await.unwrap();
+    let (pumps, ends) = piped(host, &all()).await;
     let hosts = [0, 1, 2].map(|port| host.accept(port));
-    let (pumps, ends) = connections.through_pipes().unwrap();
     (pumps, hosts, ends.map(|end| File::from(end.unwrap())))
 }
 
@@ -122,8 +128,7 @@ fn what_the_request_leaves_out_is_nothing() {
     on_one_thread(async {
         let host = Host::new();
         let stdio = Stdio { stdout: stream(1), ..Stdio::default() };
-        let connections = Connections::dial(&host.dialler(), &stdio).await.unwrap();
-        let (pumps, ends) = connections.through_pipes().unwrap();
+        let (pumps, ends) = piped(&host, &stdio).await;
         assert!(matches!(ends, [None, Some(_), None]));
         drop(ends);
         pumps.finish().await;
@@ -139,7 +144,8 @@ fn a_host_that_does_not_answer_is_an_error() {
         let nowhere = Dialler::Unix("/nonexistent/host".into());
         assert!(Connections::dial(&nowhere, &all()).await.is_err());
         let none = Connections::dial(&nowhere, &Stdio::default()).await.unwrap();
-        assert!(matches!(none.through_pipes().unwrap().1, [None, None, None]));
+        assert!(matches!(none, Connections([None, None, None])));
+        assert!(matches!(Pipes::new(&Stdio::default()).unwrap().1, [None, None, None]));
     });
 }
 
@@ -417,9 +423,8 @@ fn streams_that_are_over_or_never_were_are_ended_at_once() {
     on_one_thread(async {
         let host = Host::new();
         let stdio = Stdio { stdout: stream(1), ..Stdio::default() };
-        let connections = Connections::dial(&host.dialler(), &stdio).await.unwrap();
+        let (pumps, [_, output, _]) = piped(&host, &stdio).await;
         let first = host.accept(1);
-        let (pumps, [_, output, _]) = connections.through_pipes().unwrap();
         // The process closes its output; later it is frozen.
         drop(output);
         assert!(rest(first).await.is_empty());

@@ -77,7 +77,7 @@ fn entered_with(
         let taken = clone_socket.map(|folder| take_along(&folder).unwrap());
         let (hostname, clone_socket) = ("reading-room", taken.as_ref());
         let root = Root { surroundings: &surroundings, set_ids, hostname, clone_socket };
-        look(enter(&rootfs).and_then(|()| furnish(&root)));
+        look(enter(&rootfs).and_then(|names| furnish(&root, names)));
     });
     if let Err(panic) = done.join() {
         std::panic::resume_unwind(panic);
@@ -284,10 +284,10 @@ fn a_wrong_request_is_refused_before_anything_is_made_of_it() {
             assert_eq!(done.unwrap_err().failure(), Failure::BadRequest);
         });
     }
-    // What every container has is mounted somewhere; of names, volumes and tmpfs there is nothing.
+    // What every container has, it has; volumes and tmpfs there are none.
     let made: BTreeSet<_> =
         fs::read_dir(image.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(made, ["dev", "proc", "sys"].map(Into::into).into());
+    assert_eq!(made, ["dev", "etc", "proc", "sys"].map(Into::into).into());
 }
 
 #[test]
