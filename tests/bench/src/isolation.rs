@@ -266,9 +266,11 @@ impl Options {
                 continue;
             }
             let named = match subject {
-                Subject::Carrel | Subject::CarrelClone | Subject::CarrelPool | Subject::CarrelWarm => {
-                    carrel.as_ref()
-                }
+                Subject::Carrel
+                | Subject::CarrelClone
+                | Subject::CarrelPool
+                | Subject::CarrelResident
+                | Subject::CarrelWarm => carrel.as_ref(),
                 Subject::Firecracker | Subject::FirecrackerSnapshot | Subject::FirecrackerResident => {
                     self.firecracker.as_ref()
                 }

@@ -64,9 +64,9 @@ use Subject::{Carrel, Firecracker, QemuMicrovm};
 
 /// Everyone.
 const ALL: &[Subject] = Subject::ALL;
-/// Who has a room of its own for each start: all but the warm room.
+/// Who has a room of its own for each start: all but the warm room. (The resident's clock knows of no rooms at once.)
 const STARTED: &[Subject] = match ALL {
-    [rest @ .., Subject::CarrelWarm] => rest,
+    [rest @ .., Subject::CarrelResident, Subject::CarrelWarm] => rest,
     _ => &[],
 };
 /// Who runs a program as it is (a process, a container), and who goes on where one was ready.
@@ -77,6 +77,7 @@ const IMPORTED: &[Subject] = &[
     Subject::Crun,
     Subject::CarrelClone,
     Subject::CarrelPool,
+    Subject::CarrelResident,
 ];
 /// Whose idle rooms can be weighed each by itself. (A pool owns no detached room; its attached ones are clones like the others.)
 const WEIGHED: &[Subject] = match STARTED {
@@ -97,7 +98,7 @@ pub(crate) const METRICS: &[Metric] = &[
     row("first-instruction", "start to first guest instruction", "ms", Lower, Instruction, VMMS,
         "from just before the VMM's fork to the byte that a guest of three instructions writes to its serial port; carrel's is carrel-vmm by itself, confined"),
     row("start-true", "start to first output of true", "ms", Lower, True, ALL,
-        "from just before fork, or for a resident snapshot from just before the request, to one byte written by a static program in the room"),
+        "from just before fork, or for a resident snapshot or pool from the request, to one byte written by a static program in the room"),
     row("start-python", "start to first output of python3", "ms", Lower, Python, ALL,
         "the same with `python3 -c 'print(1)'`, from the one root file system that all share; carrel unpacks it from an OCI image at each cold start, and once for a template"),
     row("start-imports", "start to first output of python3 that has imports", "ms", Lower, Imports, IMPORTED,
@@ -162,6 +163,15 @@ pub(crate) fn named(name: &str) -> Option<&'static Metric> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_list_leaves_out_what_it_says() {
+        for list in [STARTED, WEIGHED] {
+            assert!(list.contains(&Carrel) && !list.contains(&Subject::CarrelWarm), "{list:?}");
+            assert!(!list.contains(&Subject::CarrelResident), "{list:?}");
+        }
+        assert!(STARTED.contains(&Subject::CarrelPool) && !WEIGHED.contains(&Subject::CarrelPool));
+    }
 
     #[test]
     fn names_are_unique_and_fit_for_files() {

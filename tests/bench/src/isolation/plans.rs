@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use super::image::{WORK, copy_sparse};
-use super::room::{Expect, Leave, Plan};
+use super::room::{Clock, Expect, Leave, Plan};
 use super::snapshot::Restore;
 use super::stage::{GUEST_MIB, Stage};
 use super::subjects::Subject;
@@ -96,6 +96,7 @@ pub(crate) fn plan(stage: &Stage, subject: Subject, work: Work) -> Result<Plan> 
         root: None,
         restore: None,
         leave: if work.ends() { Leave::Alone } else { Leave::Killed },
+        clock: Clock::Fork,
         folder: stage.room_folder()?,
         cgroup: stage.tree.room()?,
     };
@@ -140,8 +141,9 @@ pub(crate) fn plan(stage: &Stage, subject: Subject, work: Work) -> Result<Plan> 
             // Its guest goes on listening.
             plan.leave = Leave::Killed;
         }
-        Subject::Carrel | Subject::CarrelClone | Subject::CarrelPool => {
+        Subject::Carrel | Subject::CarrelClone | Subject::CarrelPool | Subject::CarrelResident => {
             plan.command = carrel(stage, subject, work)?;
+            plan.clock = if subject == Subject::CarrelResident { Clock::Resident } else { plan.clock };
             plan.leave = if work == Work::Idle { Leave::Alone } else { plan.leave };
         }
         Subject::CarrelWarm => {
@@ -194,6 +196,7 @@ pub(crate) fn tiny(stage: &Stage, subject: Subject) -> Result<Plan> {
         | Subject::FirecrackerResident
         | Subject::CarrelClone
         | Subject::CarrelPool
+        | Subject::CarrelResident
         | Subject::CarrelWarm => bail!("{} starts no guest of its own", subject.name()),
     };
     Ok(plan)
@@ -320,7 +323,7 @@ fn qemu(stage: &Stage, kernel: &Path, work: Option<Work>, folder: &Path) -> Resu
 fn command_of(stage: &Stage, subject: Subject) -> Result<Command> {
     let mut command = Command::new(stage.program(subject)?);
     command.arg("--home").arg(&stage.home).env("CARREL_ASSETS", &stage.assets);
-    if subject != Subject::CarrelPool {
+    if !matches!(subject, Subject::CarrelPool | Subject::CarrelResident) {
         // The pool of another subject may be there.
         command.env("CARREL_POOL", "off");
     }
@@ -328,10 +331,13 @@ fn command_of(stage: &Stage, subject: Subject) -> Result<Command> {
 }
 
 fn carrel(stage: &Stage, subject: Subject, work: Work) -> Result<Command> {
-    if subject == Subject::CarrelPool {
+    if matches!(subject, Subject::CarrelPool | Subject::CarrelResident) {
         stage.start_pool()?;
     }
     let mut command = run_of(stage, subject)?;
+    if subject == Subject::CarrelResident {
+        command.arg("--timeline");
+    }
     if subject == Subject::Carrel {
         command.arg("--cold");
     } else if work == Work::Imports {
@@ -356,6 +362,7 @@ pub(crate) fn waiting(stage: &Stage, work: Work, name: &str) -> Result<Plan> {
         root: None,
         restore: None,
         leave: Leave::Alone,
+        clock: Clock::Fork,
         folder: stage.room_folder()?,
         cgroup: stage.tree.room()?,
     })

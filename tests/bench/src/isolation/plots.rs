@@ -185,6 +185,7 @@ fn color(series: &Series) -> RGBAColor {
         Subject::Carrel => [30, 132, 73],
         Subject::CarrelClone => [88, 190, 120],
         Subject::CarrelPool => [20, 184, 166],
+        Subject::CarrelResident => [6, 182, 212],
         Subject::CarrelWarm => [134, 239, 172],
     };
     RGBColor(red, green, blue).to_rgba()

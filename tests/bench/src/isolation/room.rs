@@ -103,6 +103,15 @@ pub(crate) enum Leave {
     Killed,
 }
 
+/// Whose clock a start is measured by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Clock {
+    /// Ours, from just before the fork.
+    Fork,
+    /// The marks of a `--timeline`, from where the resident owner had read the request; a start without one is a failure.
+    Resident,
+}
+
 /// A room that can be started. All that needs no clock has been done.
 pub(crate) struct Plan {
     /// What to execute.
@@ -113,6 +122,8 @@ pub(crate) struct Plan {
     pub(crate) restore: Option<Restore>,
     /// How it is left.
     pub(crate) leave: Leave,
+    /// What it is measured by.
+    pub(crate) clock: Clock,
     /// Its files.
     pub(crate) folder: tempfile::TempDir,
     /// Its cgroup.
@@ -169,8 +180,13 @@ impl Plan {
             }
             Some(restore) => restore.run(room.folder.path(), expect, patience, &mut began),
         };
-        let took = began.elapsed();
+        let mut took = began.elapsed();
         let said = said.map_err(|error| error.context(room.last_words()))?;
+        if self.clock == Clock::Resident {
+            room.hear_again(Expect::End, patience)?;
+            room.child.wait()?;
+            took = between("request read", "first output", &fs::read(room.folder.path().join("stderr"))?)?;
+        }
         room.leave = self.leave;
         Ok(Started { took, said, room })
     }
@@ -213,6 +229,19 @@ impl Room {
             text.trim().chars().rev().take(300).collect::<Vec<_>>().into_iter().rev().collect();
         if words.is_empty() { "it wrote no error".into() } else { format!("it wrote: {words}") }
     }
+}
+
+/// The time between two marks of a `--timeline`: lines of when, how long, and what was done then.
+fn between(first: &str, last: &str, timeline: &[u8]) -> Result<Duration> {
+    let timeline = String::from_utf8_lossy(timeline);
+    let at = |mark: &str| {
+        let line = timeline.lines().find(|line| line.trim_end().ends_with(mark));
+        let ms = line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok());
+        ms.with_context(|| format!("its timeline has no '{mark}': {timeline}"))
+    };
+    let ms = at(last)? - at(first)?;
+    ensure!(ms >= 0.0, "its timeline has '{last}' before '{first}': {timeline}");
+    Ok(Duration::from_secs_f64(ms / 1e3))
 }
 
 /// Reads from a stream until what is expected was said.
@@ -307,6 +336,15 @@ mod tests {
         let error = said_by("echo no", Expect::One, Duration::from_secs(20)).unwrap_err();
         assert!(error.to_string().contains("no"), "{error:#}");
         assert!(said_by("echo so", Expect::End, Duration::from_secs(20)).is_ok());
+    }
+
+    #[test]
+    fn a_timelines_marks_are_told_apart() {
+        let text = b"start: clone\n        AT        TOOK  DONE\n  0.000 ms    0.000 ms  command begun\n117.833 ms   33.210 ms  request read\n1234.500 ms   43.099 ms  first output\n";
+        assert_eq!(between("request read", "first output", text).unwrap(), Duration::from_micros(1_116_667));
+        assert!(between("first output", "request read", text).unwrap_err().to_string().contains("before"));
+        assert!(between("request", "first output", text).is_err(), "a mark's end is another mark's");
+        assert!(between("request read", "first output", b"start: clone\n").is_err());
     }
 
     #[test]

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::plans::{Work, command_line};
-use super::room::{Expect, Leave, Patience, Plan, read_until};
+use super::room::{Clock, Expect, Leave, Patience, Plan, read_until};
 use super::stage::{GUEST_MIB, Stage};
 use crate::engine::{Disk, try_connect};
 use crate::vsock::PORT;
@@ -64,6 +64,7 @@ impl Snapshot {
                 resident: false,
             }),
             leave: Leave::Killed,
+            clock: Clock::Fork,
             folder,
             cgroup: stage.tree.room()?,
         };

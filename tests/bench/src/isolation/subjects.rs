@@ -32,6 +32,8 @@ pub(crate) enum Subject {
     CarrelClone,
     /// The same through `carrel pool`
     CarrelPool,
+    /// The same, from when the pool had read the request
+    CarrelResident,
     /// `carrel exec` in a room that waits
     CarrelWarm,
 }
@@ -50,6 +52,7 @@ impl Subject {
         Self::Carrel,
         Self::CarrelClone,
         Self::CarrelPool,
+        Self::CarrelResident,
         Self::CarrelWarm,
     ];
 
@@ -67,13 +70,17 @@ impl Subject {
             Self::Carrel => "carrel",
             Self::CarrelClone => "carrel-clone",
             Self::CarrelPool => "carrel-pool",
+            Self::CarrelResident => "carrel-resident",
             Self::CarrelWarm => "carrel-warm",
         }
     }
 
     /// Whether it is a way to use the `carrel` command.
     pub(crate) fn is_carrel(self) -> bool {
-        matches!(self, Self::Carrel | Self::CarrelClone | Self::CarrelPool | Self::CarrelWarm)
+        matches!(
+            self,
+            Self::Carrel | Self::CarrelClone | Self::CarrelPool | Self::CarrelResident | Self::CarrelWarm
+        )
     }
 
     /// How it is set up here, in a sentence.
@@ -107,6 +114,9 @@ impl Subject {
             Self::CarrelPool => {
                 "the same command with carrel pool there: its owner is that process, its VMM one that was prepared ahead (8 ready, replaced when no room is starting); the command's own process start is in its time"
             }
+            Self::CarrelResident => {
+                "the same, by the marks of its --timeline: from when the pool had read the request to when the command had the first byte of output"
+            }
             Self::CarrelWarm => {
                 "carrel exec in a room of carrel run --detach that is there and idle: one more process in a guest that others were in before"
             }
@@ -122,7 +132,9 @@ impl Subject {
             Self::Crun => Some("crun"),
             Self::QemuMicrovm => Some("qemu-system-x86_64"),
             Self::Firecracker | Self::FirecrackerSnapshot | Self::FirecrackerResident => Some("firecracker"),
-            Self::Carrel | Self::CarrelClone | Self::CarrelPool | Self::CarrelWarm => Some("carrel"),
+            Self::Carrel | Self::CarrelClone | Self::CarrelPool | Self::CarrelResident | Self::CarrelWarm => {
+                Some("carrel")
+            }
         }
     }
 
@@ -137,6 +149,7 @@ impl Subject {
             | Self::Carrel
             | Self::CarrelClone
             | Self::CarrelPool
+            | Self::CarrelResident
             | Self::CarrelWarm => true,
         }
     }
