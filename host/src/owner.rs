@@ -30,7 +30,7 @@ use crate::launch::{self, LaunchError, Launched};
 use crate::outcome::Outcome;
 use crate::packet::{Connection, PacketError};
 use crate::patience::Patience;
-use crate::resident::{Resting, Starting};
+use crate::resident::{Admitted, Resting, Starting};
 use crate::session::socket_address;
 use crate::spec::RoomId;
 use crate::timestamp::mark;
@@ -76,15 +76,7 @@ pub fn run(directory: &Path) -> Result<(), OwnerError> {
     let creator = Connection::from(io::stdin().as_fd().try_clone_to_owned()?);
     let order = read_order(directory)?;
     let supplies = supplies(&creator, order.patience).map_err(OwnerError::NoCreator)?;
-    let assignment = Assignment {
-        directory,
-        order,
-        supplies,
-        creator,
-        timeline,
-        starting: None,
-        resting: Resting::default(),
-    };
+    let assignment = Assignment { directory, order, supplies, creator, timeline, held: Held::default() };
     assignment.own(|order, id, template| {
         let verbose = tracing::enabled!(tracing::Level::DEBUG);
         launch::launch(order, id, directory, verbose, template)
@@ -100,8 +92,16 @@ pub(crate) struct Assignment<'a> {
     pub(crate) supplies: Vec<OwnedFd>,
     pub(crate) creator: Connection,
     pub(crate) timeline: Vec<Mark>,
-    /// Held until the workload runs.
+    pub(crate) held: Held,
+}
+
+/// What a resident owner has of a room while it is there; nothing where a process owns one room alone.
+#[derive(Debug, Default)]
+pub(crate) struct Held {
+    /// Until the workload runs: what the resident owner does beside waits for that.
     pub(crate) starting: Option<Starting>,
+    /// Taken back before the room's end is told: whoever heard of that may ask for another.
+    pub(crate) promised: Option<Admitted>,
     /// Where it is counted while it rests.
     pub(crate) resting: Resting,
 }
@@ -112,7 +112,7 @@ impl Assignment<'_> {
     where
         L: FnOnce(&Order, &RoomId, Option<TemplateFiles>) -> Result<Launched, LaunchError>,
     {
-        let Self { directory, order, supplies, creator, mut timeline, starting, resting } = self;
+        let Self { directory, order, supplies, creator, mut timeline, held } = self;
         let mut supplies = supplies.into_iter();
         let mut next = || supplies.next().ok_or(OwnerError::NoCreator(PacketError::Truncated));
         let lock = next()?;
@@ -127,10 +127,12 @@ impl Assignment<'_> {
         timeline.push(mark("VMM launched"));
         let Order { spec, task, patience, .. } = order;
         let directory = directory.to_owned();
-        let ownership =
-            Ownership { id, spec, task, directory, blobs, lock, patience, timeline, starting, resting };
+        let ownership = Ownership { id, spec, task, directory, blobs, lock, patience, timeline, held };
         match launched {
             Ok(launched) => {
+                if let (Some(promised), Some(cgroup)) = (&ownership.held.promised, &launched.cgroup) {
+                    promised.meter(cgroup);
+                }
                 if let Some(room) = Room::begin(ownership, launched, creator) {
                     room.serve();
                 }
@@ -146,13 +148,12 @@ impl Assignment<'_> {
 
     /// Ends it before it has begun.
     pub(crate) fn refuse(self, outcome: Outcome) -> Result<(), OwnerError> {
-        let Self { directory, order, supplies, creator, timeline, starting, resting } = self;
+        let Self { directory, order, supplies, creator, timeline, held } = self;
         let lock = supplies.into_iter().next().ok_or(OwnerError::NoCreator(PacketError::Truncated))?;
         let Order { spec, task, patience, .. } = order;
         let id = spec.id.clone().ok_or_else(|| io::Error::other("the room has no id"))?;
         let (directory, blobs) = (directory.to_owned(), Vec::new());
-        let ownership =
-            Ownership { id, spec, task, directory, blobs, lock, patience, timeline, starting, resting };
+        let ownership = Ownership { id, spec, task, directory, blobs, lock, patience, timeline, held };
         room::end_without_vmm(ownership, &creator, outcome);
         Ok(())
     }

@@ -33,7 +33,7 @@ use crate::function::invocation;
 use crate::home::{Home, Order, Task, TemplateFiles};
 use crate::launch::{self, LaunchError, Launched};
 use crate::outcome::Outcome;
-use crate::owner::{self, Assignment};
+use crate::owner::{self, Assignment, Held};
 use crate::packet::{Connection, Packet, PacketError};
 use crate::patience::Patience;
 use crate::session::{self, Session, SessionError};
@@ -46,12 +46,13 @@ mod demand;
 mod shelf;
 mod warm;
 
+pub(crate) use admission::Admitted;
 pub use admission::{Factor, Overcommit, OvercommitError};
 pub use shelf::Ready;
 pub(crate) use shelf::Starting;
 pub(crate) use warm::{Resting, Rests};
 
-use admission::{Admission, Admitted, Refusal};
+use admission::{Admission, Refusal};
 use api::{FromResident, Keep, Kept, Look, Looked, Mine, Own, ToResident, VERSION, Wake, Woken};
 use shelf::{Shape, Shelf};
 use warm::Warm;
@@ -456,17 +457,15 @@ impl Shared {
         // From here on the room is this process's, whatever comes.
         creator.send(&FromResident::from(Mine {}), &[]).map_err(|e| chain(&e))?;
         self.given.fetch_add(1, Ordering::Relaxed);
-        let admitted = self.admit(&order.spec.machine);
-        let resting = self.resting.clone();
-        let assignment =
-            Assignment { directory: &directory, order, supplies, creator, timeline, starting, resting };
-        let owned = match admitted {
-            Ok(admitted) => assignment.own(|order, id, template| {
-                let launched = self.launch(order, id, &directory, template)?;
-                launched.cgroup.iter().for_each(|cgroup| admitted.meter(cgroup));
-                Ok(launched)
-            }),
-            Err(refusal) => {
+        let (promised, refusal) = match self.admit(&order.spec.machine) {
+            Ok(promised) => (Some(promised), None),
+            Err(refusal) => (None, Some(refusal)),
+        };
+        let held = Held { starting, promised, resting: self.resting.clone() };
+        let assignment = Assignment { directory: &directory, order, supplies, creator, timeline, held };
+        let owned = match refusal {
+            None => assignment.own(|order, id, template| self.launch(order, id, &directory, template)),
+            Some(refusal) => {
                 self.refused.fetch_add(1, Ordering::Relaxed);
                 assignment.refuse(Outcome::NoCapacity { message: refusal.to_string() })
             }

@@ -16,6 +16,7 @@ use carrel_protocol::vmm::{DeviceStopReason, Ended, FromOwner, FromVmm, Mark, Re
 
 use self::deadlines::{Deadlines, stood_still};
 use self::rest::Rest;
+use super::Held;
 use super::api::{self, StreamKind};
 use super::blobs;
 use super::events::{ClientId, Event, Events, Teller};
@@ -29,7 +30,6 @@ use crate::outcome::{Outcome, Step, clean};
 use crate::packet::{Connection, Packet};
 use crate::patience::Patience;
 use crate::record::{Phase, ProcessMark, Record, Remains};
-use crate::resident::{Resting, Starting};
 use crate::spec::{RoomId, RoomSpec, WORKLOAD};
 use crate::threads;
 use crate::timestamp::{mark, now_ms};
@@ -72,10 +72,7 @@ pub(crate) struct Ownership {
     pub(crate) patience: Patience,
     /// What happened when in its start.
     pub(crate) timeline: Vec<Mark>,
-    /// Held until the workload runs: what the resident owner does beside waits for that.
-    pub(crate) starting: Option<Starting>,
-    /// Where it is counted while it rests.
-    pub(crate) resting: Resting,
+    pub(crate) held: Held,
 }
 
 /// A process in the guest: the workload, or an exec.
@@ -300,7 +297,7 @@ impl Room {
         tracing::debug!(?phase, "the room enters a phase");
         self.record.phase = phase;
         if matches!(phase, Phase::Running | Phase::Ending) {
-            self.own.starting = None;
+            self.own.held.starting = None;
         }
         self.deadlines.step = step.map(|(step, time)| (Instant::now() + time, step, time));
         self.write_record();

@@ -9,6 +9,7 @@ use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
@@ -18,6 +19,10 @@ use crate::spec::Machine;
 
 /// Memory that the host must have left when a room begins, bytes.
 const RESERVE_BYTES: u64 = 192 << 20;
+/// What a room takes in its first moments, which the host's figure doesn't show yet: its VMM, page tables, what its guest writes on its way to the workload. Bytes.
+const YOUNG_BYTES: u64 = 24 << 20;
+/// How long a room is young.
+const YOUTH: Duration = Duration::from_secs(2);
 
 /// The host's memory or CPUs are not to be had, or a factor is none.
 #[derive(Debug, Error)]
@@ -133,9 +138,26 @@ struct Accounts {
     memory: Account,
     /// Thousandths of a CPU.
     cpu: Account,
-    /// Each room that was admitted, by a number, with its meter once it has one.
-    rooms: BTreeMap<u64, Option<Cgroup>>,
+    /// Each room that was admitted, by a number.
+    rooms: BTreeMap<u64, Promised>,
     next: u64,
+}
+
+#[derive(Debug)]
+struct Promised {
+    since: Instant,
+    /// Once there is one.
+    meter: Option<Cgroup>,
+}
+
+impl Accounts {
+    /// What rooms that were admitted a moment ago are about to take.
+    fn pending(&self, now: Instant) -> u64 {
+        // Numbers are given in order of time.
+        let young =
+            self.rooms.values().rev().take_while(|room| now.saturating_duration_since(room.since) < YOUTH);
+        u64::try_from(young.count()).unwrap_or(u64::MAX).saturating_mul(YOUNG_BYTES)
+    }
 }
 
 /// What rooms are promised.
@@ -171,16 +193,16 @@ impl Admission {
 
     /// Promises a room what it may take.
     pub(crate) fn admit(&self, machine: &Machine) -> Result<Admitted, Refusal> {
-        // Where the kernel doesn't say, the promises alone must do.
-        let available = meminfo("MemAvailable:").unwrap_or(u64::MAX);
+        self.promise(available(), launch::limits(machine).memory_bytes, u64::from(machine.cpu_millis))
+    }
+
+    fn promise(&self, available: u64, memory: u64, cpu: u64) -> Result<Admitted, Refusal> {
+        let mut accounts = lock(&self.0);
+        let now = Instant::now();
+        let available = available.saturating_sub(accounts.pending(now));
         if available < RESERVE_BYTES {
             return Err(Refusal::Exhausted { available: available >> 20, reserve: RESERVE_BYTES >> 20 });
         }
-        self.promise(launch::limits(machine).memory_bytes, u64::from(machine.cpu_millis))
-    }
-
-    fn promise(&self, memory: u64, cpu: u64) -> Result<Admitted, Refusal> {
-        let mut accounts = lock(&self.0);
         let Accounts { memory: of_memory, cpu: of_cpu, rooms, next } = &mut *accounts;
         if !of_memory.has(memory) {
             let Account { promised, limit } = *of_memory;
@@ -198,7 +220,7 @@ impl Admission {
         of_cpu.promised += cpu;
         let room = *next;
         *next += 1;
-        rooms.insert(room, None);
+        rooms.insert(room, Promised { since: now, meter: None });
         Ok(Admitted { accounts: Arc::clone(&self.0), room, memory, cpu })
     }
 
@@ -210,7 +232,8 @@ impl Admission {
     /// What rooms take now that nobody else could have instead, bytes: what they wrote of their memory, and the kernel's for them. A template's pages are the page
     /// cache's, and whatever a guest gave back is not in it any more (cgroups(7), `memory.stat`).
     pub(crate) fn taken(&self) -> u64 {
-        let meters: Vec<Cgroup> = lock(&self.0).rooms.values().flatten().cloned().collect();
+        let meters: Vec<Cgroup> =
+            lock(&self.0).rooms.values().filter_map(|room| room.meter.clone()).collect();
         let of = |cgroup: &Cgroup| -> u64 {
             ["anon", "shmem", "kernel"].iter().filter_map(|key| cgroup.keyed("memory.stat", key)).sum()
         };
@@ -227,8 +250,8 @@ impl Admission {
 impl Admitted {
     /// By which what the room takes is known.
     pub(crate) fn meter(&self, cgroup: &Cgroup) {
-        if let Some(meter) = lock(&self.accounts).rooms.get_mut(&self.room) {
-            *meter = Some(cgroup.clone());
+        if let Some(room) = lock(&self.accounts).rooms.get_mut(&self.room) {
+            room.meter = Some(cgroup.clone());
         }
     }
 }
@@ -247,6 +270,16 @@ fn lock(accounts: &Mutex<Accounts>) -> MutexGuard<'_, Accounts> {
     accounts.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What the host has left, bytes. Where the kernel doesn't say, the promises alone must do.
+fn available() -> u64 {
+    meminfo("MemAvailable:").unwrap_or(u64::MAX)
+}
+
+/// Whether the host has memory for what nobody has asked for yet.
+pub(crate) fn has_memory_to_spare() -> bool {
+    available() >= 2 * RESERVE_BYTES
+}
+
 /// A line of `/proc/meminfo` (proc(5)), bytes.
 fn meminfo(key: &str) -> io::Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;
@@ -259,24 +292,41 @@ fn meminfo(key: &str) -> io::Result<u64> {
 mod tests {
     use super::*;
 
+    const PLENTY: u64 = 1 << 40;
+
+    #[test]
+    fn who_asks_at_the_same_moment_is_not_promised_the_same_memory() {
+        let admission = Admission::with(1 << 40, 1 << 40);
+        let available = RESERVE_BYTES + 2 * YOUNG_BYTES + (1 << 20);
+        let rooms: Vec<_> = (0..3).map(|_| admission.promise(available, 1, 1).unwrap()).collect();
+        let refused = admission.promise(available, 1, 1).unwrap_err();
+        assert_eq!(refused, Refusal::Exhausted { available: 192 + 1 - 24, reserve: 192 });
+        assert!(!refused.is_for_ever());
+        // What is over takes nothing.
+        drop(rooms);
+        admission.promise(available, 1, 1).unwrap();
+        let later = Instant::now() + YOUTH;
+        assert_eq!(lock(&admission.0).pending(later), 0);
+    }
+
     #[test]
     fn promises_are_kept_within_their_bounds_and_taken_back() {
         let admission = Admission::with(100 << 20, 1500);
-        let first = admission.promise(60 << 20, 1000).unwrap();
-        let refused = admission.promise(60 << 20, 100).unwrap_err();
+        let first = admission.promise(PLENTY, 60 << 20, 1000).unwrap();
+        let refused = admission.promise(PLENTY, 60 << 20, 100).unwrap_err();
         assert_eq!(refused, Refusal::Memory { asked: 60, promised: 60, limit: 100 });
-        let refused = admission.promise(1 << 20, 1000).unwrap_err();
+        let refused = admission.promise(PLENTY, 1 << 20, 1000).unwrap_err();
         assert_eq!(refused, Refusal::Cpu { asked: 1000, promised: 1000, limit: 1500 });
         assert_eq!(admission.rooms(), 1);
         assert_eq!(admission.promised().0.promised, 60 << 20, "a refused room is promised nothing");
         drop(first);
         assert_eq!(admission.promised().1, Account { promised: 0, limit: 1500 });
-        admission.promise(100 << 20, 1500).unwrap();
-        let refused =
-            [(101, 100), (100, 1501)].map(|(mib, cpu)| admission.promise(mib << 20, cpu).unwrap_err());
+        admission.promise(PLENTY, 100 << 20, 1500).unwrap();
+        let refused = [(101, 100), (100, 1501)]
+            .map(|(mib, cpu)| admission.promise(PLENTY, mib << 20, cpu).unwrap_err());
         assert!(refused.iter().all(Refusal::is_for_ever));
-        let first = admission.promise(60 << 20, 1000).unwrap();
-        assert!(!admission.promise(100 << 20, 1500).unwrap_err().is_for_ever());
+        let first = admission.promise(PLENTY, 60 << 20, 1000).unwrap();
+        assert!(!admission.promise(PLENTY, 100 << 20, 1500).unwrap_err().is_for_ever());
         drop(first);
     }
 

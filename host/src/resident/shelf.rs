@@ -16,6 +16,7 @@ use carrel_protocol::chain;
 use carrel_protocol::units::{MemoryMib, VcpuCount};
 use serde::{Deserialize, Serialize};
 
+use super::admission;
 use super::demand::Demand;
 use crate::home::{self, Order};
 use crate::launch::{self, LaunchError, Prepared};
@@ -201,6 +202,11 @@ impl Shelf {
     /// Keeps the shelf full until it is closed. VMMs die with the thread that started them (PR_SET_PDEATHSIG), so this one must live as long as its process.
     pub(crate) fn keep(&self) {
         while let Some(shape) = self.next_wanted() {
+            // Rooms that were asked for come first.
+            if !admission::has_memory_to_spare() {
+                self.rest(AGAIN);
+                continue;
+            }
             match prepare(&shape) {
                 Ok(prepared) => self.put(&shape, prepared),
                 Err(error) => {

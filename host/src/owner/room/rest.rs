@@ -198,7 +198,7 @@ impl Room {
         if let Rest::Giving(Balloon { spare, .. }) = self.rest {
             self.left = self.taken(spare);
         }
-        self.rest = Rest::Paused { _counted: self.own.resting.one() };
+        self.rest = Rest::Paused { _counted: self.own.held.resting.one() };
         (self.deadlines.rest, self.deadlines.sample) = (None, None);
         self.tell_vmm(&Pause {}.into(), None);
         self.meter.sample();

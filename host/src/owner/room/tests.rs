@@ -116,8 +116,7 @@ fn begin_recording(
         blobs: vec![blob],
         lock: lock.into(),
         patience,
-        starting: None,
-        resting: Resting::default(),
+        held: Held::default(),
     };
     let (life, held) = UnixStream::pair().unwrap();
     let child = testing::stand_in(held.as_fd());

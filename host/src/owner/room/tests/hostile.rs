@@ -313,8 +313,7 @@ fn a_command_is_told_why_its_room_could_not_begin() {
         record: None,
     };
     let ownership = Ownership {
-        starting: None,
-        resting: Resting::default(),
+        held: Held::default(),
         id: "0123456789ab".parse().unwrap(),
         spec: spec(false),
         task: Task::Run,
