@@ -225,6 +225,15 @@ def test_workers_have_rooms_too(pytester, rooms):
     assert len(rooms.log()) == 7
 
 
+def test_settings_that_ask_for_workers_do_so_here_and_in_no_room(pytester, rooms):
+    pytest.importorskip("xdist")
+    pytester.makeini("[pytest]\naddopts = -n 2 -v")
+    pytester.makepyfile("def test_alone(testrun_uid, request): assert not hasattr(request.config, 'workerinput')")
+    rooms().assert_outcomes(passed=1)
+    (room,) = rooms.log()
+    assert "'-n0'" in room
+
+
 def test_without_the_option_nothing_changes(pytester, rooms):
     pytester.makepyfile("def test_one(): pass")
     pytester.runpytest_subprocess("-p", "carrel_pytest.plugin").assert_outcomes(passed=1)

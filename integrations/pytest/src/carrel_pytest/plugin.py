@@ -146,6 +146,8 @@ class Outside:
             # Tests that are selected by what failed here are named one by one: the room has no memory of its own.
             *["-o", "cache_dir=/tmp/carrel-pytest-cache", f"--rootdir={config.rootpath}"],
             *self.arguments(),
+            # A project's own settings may ask for workers: a room's tests have one another's company alone.
+            *(["-n0"] if config.pluginmanager.hasplugin("xdist") else []),
             *[os.path.join(config.rootpath, nodeid) for nodeid in nodeids],
         ]
 
