@@ -123,12 +123,15 @@ pub fn prepare(
 }
 
 impl Prepared {
-    /// Waits until what was begun here is done: threads put themselves under their filters meanwhile.
+    /// Waits until what was begun here is done: threads put themselves under their filters meanwhile. What is to come is code that has not run yet: it
+    /// is mapped now, so that no page of it is a fault then.
     ///
     /// # Errors
     ///
     /// A filter could not be installed.
     pub fn settle(&self) -> Result<(), StartError> {
+        // What can't be mapped ahead is mapped when it is run.
+        ahead::map_program();
         Ok(self.crew.filtered()?)
     }
 
