@@ -10,7 +10,8 @@
 //! ```
 //!
 //! A line says who the program is at that moment, so one that is late is no worse: a `subscribe` that was on its way when the room froze is answered in the clone, with
-//! the clone's identity. What is written before the thaw is found by a program that looks without waiting.
+//! the clone's identity. From Frozen on nobody is answered until the room knows who it is: a clone's generator is its template's until then. What is written before the
+//! thaw is found by a program that looks without waiting.
 
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -54,6 +55,8 @@ struct Call {
     listening: RefCell<BTreeMap<u64, Rc<UnixStream>>>,
     announced: Cell<bool>,
     cloned: Cell<bool>,
+    /// The room is frozen, or is a clone that wasn't told yet who it is.
+    asleep: Cell<bool>,
 }
 
 impl Hook {
@@ -82,6 +85,7 @@ impl Hook {
             listening: RefCell::default(),
             announced: false.into(),
             cloned: false.into(),
+            asleep: false.into(),
         });
         let server = spawn_local(accept(listener, Rc::clone(&call))).abort_handle();
         Ok(Self { call, folder: folder.to_owned(), server })
@@ -97,8 +101,14 @@ impl Hook {
         self.call.announce();
     }
 
+    /// The room is frozen: whoever asks now is answered by [`Hook::cloned`].
+    pub(crate) fn sleep(&self) {
+        self.call.asleep.set(true);
+    }
+
     /// The room is another one now: tells all that listen.
     pub(crate) fn cloned(&self, id: &str) {
+        self.call.asleep.set(false);
         self.call.cloned.set(true);
         self.call.id.replace(id.to_owned());
         let all: Vec<u64> = self.call.listening.borrow().keys().copied().collect();
@@ -163,7 +173,7 @@ impl Call {
         if listens {
             self.listening.borrow_mut().insert(number, Rc::clone(program));
         }
-        if answer {
+        if answer && !self.asleep.get() {
             self.tell(number);
         }
         listens

@@ -73,6 +73,28 @@ fn ready() -> FromAgent {
 }
 
 #[test]
+fn who_asks_a_room_that_sleeps_is_answered_when_it_knows_who_it_is() {
+    test(async {
+        let bench = Bench::new();
+        let (mut first, mut second) = (bench.program().await, bench.program().await);
+        first.say("subscribe\n").await;
+        assert_eq!(first.cloned().await.id, "template");
+        bench.hook.sleep();
+        first.say("subscribe\n").await;
+        second.say("ready\n").await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!((first.now(), second.now()), (None, None));
+        bench.hook.cloned("clone");
+        for program in [&mut first, &mut second] {
+            assert_eq!(program.cloned().await.id, "clone");
+            assert_eq!(program.now(), None, "once");
+        }
+        second.say("subscribe\n").await;
+        assert_eq!(second.cloned().await.id, "clone");
+    });
+}
+
+#[test]
 fn who_is_ready_hears_in_the_clone_who_it_is() {
     test(async {
         let mut bench = Bench::new();

@@ -97,6 +97,9 @@ impl Room {
         }
         self.sample();
         self.write_back();
+        for hook in running.iter().filter_map(|(_, container)| container.hook.as_ref()) {
+            hook.sleep();
+        }
         Ok(())
     }
 
