@@ -240,7 +240,7 @@ fn base() -> PathBuf {
 }
 
 /// The command's program.
-pub(crate) fn binary() -> PathBuf {
+pub fn binary() -> PathBuf {
     std::env::var_os("CARREL_BIN").map_or_else(|| PathBuf::from("carrel"), PathBuf::from)
 }
 

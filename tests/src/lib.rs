@@ -28,7 +28,7 @@ pub mod processes;
 pub mod pty;
 pub mod registry;
 
-pub use carrel::{Carrel, Done, Running};
+pub use carrel::{Carrel, Done, Running, binary};
 
 use std::time::{Duration, Instant};
 

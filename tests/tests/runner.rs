@@ -140,6 +140,88 @@ fn a_program_begins_as_a_clone_whatever_it_is_told() {
     assert_eq!(templates[0]["description"]["domain"], "domain tests", "{templates:?}");
 }
 
+/// A virtual environment with pytest and the plugin and nothing else, as if they had been installed there; its interpreter.
+fn environment(folder: &Path) -> PathBuf {
+    let run = |line: &mut Command| {
+        let done = line.output().unwrap_or_else(|error| panic!("{line:?}: {error}"));
+        assert!(done.status.success(), "{line:?}: {done:?}");
+    };
+    run(Command::new("/usr/bin/python3").args(["-m", "venv", "--without-pip"]).arg(folder));
+    let python = folder.join("bin/python");
+    let site =
+        Command::new(&python).args(["-c", "import site; print(site.getsitepackages()[0])"]).output().unwrap();
+    let site = PathBuf::from(String::from_utf8(site.stdout).unwrap().trim());
+    let debian = Path::new("/usr/lib/python3/dist-packages");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../integrations/pytest/src/carrel_pytest");
+    // What pytest 7 imports, and the plugin, whose folder has a link in it here.
+    for package in ["_pytest", "pytest", "pluggy", "iniconfig", "packaging", "attr", "attrs", "py"] {
+        run(Command::new("cp").args(["-rL", "--"]).arg(debian.join(package)).arg(&site));
+    }
+    run(Command::new("cp").args(["-rL", "--"]).arg(&source).arg(&site));
+    python
+}
+
+/// pytest's plugin with real rooms; what it makes of reports is tested with itself. Each is a clone of one in which pytest had collected.
+#[test]
+fn pytests_tests_have_a_kernel_and_a_process_of_their_own() {
+    const TESTS: &str = "import os, random\n\
+        SEEN = []\n\
+        def tell():\n    \
+            SEEN.append(1)\n    \
+            print('drew', random.random(), os.urandom(8).hex(), os.uname().release)\n    \
+            assert len(SEEN) == 1\n\
+        def test_one(): tell()\n\
+        def test_two(): tell()\n\
+        def test_fails(): assert 1 + 1 == 3, 'arithmetic'\n";
+    let carrel = Carrel::with_own_store();
+    let project = carrel.scratch().join("project");
+    fs::create_dir(&project).unwrap();
+    fs::write(project.join("test_rooms.py"), TESTS).unwrap();
+    let python = environment(&carrel.scratch().join("venv"));
+    let mut command = runner(&carrel, &[]);
+    let variables: Vec<_> =
+        command.get_envs().map(|(name, value)| (name.to_owned(), value.map(ToOwned::to_owned))).collect();
+    command = Command::new(python);
+    for (name, value) in variables {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command.env("PYTHONDONTWRITEBYTECODE", "1").current_dir(&project);
+    command.args([
+        "-m",
+        "pytest",
+        "-p",
+        "carrel_pytest.plugin",
+        "-p",
+        "no:cacheprovider",
+        "-rA",
+        "--color=no",
+    ]);
+    command
+        .args(["--carrel", "--carrel-initialised"])
+        .arg(format!("--carrel-runner={} runner", carrel_tests::binary().display()));
+    let done = Running::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()))
+        .done()
+        .ends_with(1);
+    assert!(done.text().contains("1 failed, 2 passed") && done.text().contains("arithmetic"), "{done:?}");
+    let drawn: Vec<&str> = done.text().lines().filter(|line| line.starts_with("drew ")).collect();
+    assert_eq!(drawn.len(), 2, "{done:?}");
+    assert!(drawn.iter().all(|line| line.ends_with("-carrel")), "not a room's kernel: {done:?}");
+    for word in [1, 2] {
+        let words: BTreeSet<_> = drawn.iter().filter_map(|line| line.split(' ').nth(word)).collect();
+        assert_eq!(words.len(), 2, "two clones drew the same: {done:?}");
+    }
+    let templates = carrel.json(&["template", "ls", "--json"]);
+    let templates = templates.as_array().unwrap();
+    assert_eq!(
+        (templates.len(), &templates[0]["point"]),
+        (1, &serde_json::json!("initialised")),
+        "{templates:?}"
+    );
+}
+
 #[test]
 fn whoever_waits_sees_the_signal_that_ended_the_program() {
     let carrel = Carrel::new();

@@ -107,6 +107,10 @@ pub(crate) struct RunnerOptions {
     /// Begin with a boot, not as a clone of the program's template
     #[arg(long, env = "CARREL_COLD", value_parser = clap::builder::BoolishValueParser::new(), action = clap::ArgAction::SetTrue)]
     pub(crate) cold: bool,
+    /// Begin as a clone of the program itself, taken where it said at /run/carrel/clone.sock that it was ready; its arguments and variables are
+    /// part of what a template is made for, its input is each room's own. See docs/snapshots.md
+    #[arg(long, visible_alias = "initialized")]
+    pub(crate) initialised: bool,
     /// Who may share templates, and with them pages of memory, with this room: rooms of the same domain [default: this user]
     #[arg(long, value_name = "NAME", env = "CARREL_DOMAIN")]
     pub(crate) domain: Option<String>,
@@ -152,6 +156,7 @@ impl RunnerOptions {
             kernel: path("KERNEL"),
             unconfined: text("UNCONFINED"),
             cold: flag("COLD"),
+            initialised: flag("INITIALISED"),
             domain: text("DOMAIN"),
             timeline: flag("TIMELINE"),
             quiet: flag("QUIET"),
@@ -178,6 +183,7 @@ impl RunnerOptions {
             kernel: self.kernel.or(others.kernel),
             unconfined: self.unconfined.or(others.unconfined),
             cold: self.cold || others.cold,
+            initialised: self.initialised || others.initialised,
             domain: self.domain.or(others.domain),
             timeline: self.timeline || others.timeline,
             quiet: self.quiet || others.quiet,

@@ -99,7 +99,7 @@ pub(crate) fn runner(args: &RunnerArgs, configuration: &Configuration) -> Result
         detached: false,
         without: without(machine_args.unconfined.as_ref()),
         function: None,
-        initialised: false,
+        initialised: options.initialised,
     };
     // The rooms have its blobs open: nobody can take them away any more.
     drop(lease);
@@ -108,7 +108,7 @@ pub(crate) fn runner(args: &RunnerArgs, configuration: &Configuration) -> Result
     let attached = Attached { terminal: terminal.is_some(), keys };
     let begin = BeginArgs {
         cold: options.cold,
-        initialised: false,
+        initialised: options.initialised,
         domain: options.domain.clone(),
         timeline: options.timeline,
     };

@@ -21,7 +21,7 @@ while arguments:
         folder = value
     elif name == "--fail":
         sys.exit(int(value))
-    elif name not in ("--quiet", "--with"):
+    elif name not in ("--quiet", "--with", "--initialised", "--unset-env"):
         sys.exit(125)
 with open(os.environ["FAKE_ROOMS"], "a", encoding="utf-8") as log:
     log.write(repr(arguments) + "\n")

@@ -186,8 +186,9 @@ def test_what_is_no_report_is_a_failure_of_its_test(pytester, rooms, part):
     forged = json.dumps({**SOUND, **part})
     pytester.makepyfile(
         test_it="import os\n"
-        "def test_forges():\n"
-        f"    open(os.environ['CARREL_PYTEST_REPORT'], 'a').write({forged!r} + '\\n')\n"
+        "def test_forges(pytestconfig):\n"
+        "    path = pytestconfig.pluginmanager.get_plugin('carrel-inside').file.name\n"
+        f"    open(path, 'a').write({forged!r} + '\\n')\n"
         "    os._exit(0)\n"
     )
     result = rooms("-rA")
@@ -232,6 +233,38 @@ def test_settings_that_ask_for_workers_do_so_here_and_in_no_room(pytester, rooms
     rooms().assert_outcomes(passed=1)
     (room,) = rooms.log()
     assert "'-n0'" in room
+
+
+def test_rooms_that_have_collected_get_their_tests_afterwards(pytester, rooms):
+    pytester.makepyfile(KINDS)
+    result = rooms("--carrel-initialised")
+    result.assert_outcomes(passed=3, failed=1, errors=1, skipped=1, xfailed=1)
+    result.stdout.fnmatch_lines(["carrel: *a clone of one that has collected*", "*said before it failed*"])
+    # A template is made for a line: nothing in it tells one test from another.
+    log = rooms.log()
+    assert len(log) == 7 and len(set(log)) == 1
+    rooms("--carrel-initialised", "-k", "passes or c::d").assert_outcomes(passed=2, deselected=5)
+    rooms("--carrel-initialised", "--carrel-scope=module").assert_outcomes(passed=3, failed=1, errors=1, skipped=1, xfailed=1)
+
+
+def test_a_test_that_a_room_does_not_find_fails(pytester, rooms):
+    pytester.makepyfile("import os\nif not os.environ.get('FAKE_INSIDE'):\n    def test_here(): pass\ndef test_both(): pass\n")
+    result = rooms("--carrel-initialised", "--carrel-option=--env=FAKE_INSIDE=1")
+    result.assert_outcomes(passed=1, errors=1)
+    result.stdout.fnmatch_lines(["*said nothing of this test*"])
+
+
+@pytest.mark.parametrize("more", [(), ("--carrel-initialised",)])
+def test_pytest_that_a_test_runs_is_its_own(pytester, rooms, more):
+    pytester.makeconftest("pytest_plugins = 'pytester'")
+    pytester.makepyfile(
+        "import pytest\n"
+        "@pytest.mark.parametrize('how', ['inprocess', 'subprocess'])\n"
+        "def test_inner(pytester, how):\n"
+        "    pytester.makepyfile('def test_one(): pass\\ndef test_two(): assert False')\n"
+        "    getattr(pytester, 'runpytest_' + how)('-p', 'carrel_pytest.plugin').assert_outcomes(passed=1, failed=1)\n"
+    )
+    rooms(*more).assert_outcomes(passed=2)
 
 
 def test_without_the_option_nothing_changes(pytester, rooms):

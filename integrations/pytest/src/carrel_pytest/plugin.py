@@ -4,6 +4,9 @@
         └─ carrel runner … python -m pytest NODEIDS ──▶ in the room: Inside writes each report as a line of JSON
     this process: ◀── the file comes back ── reports ──▶ pytest_runtest_logreport
 
+With --carrel-initialised every room is a clone of one in which pytest has collected: what is to run there comes through standard input, for a
+clone's arguments and variables are those of the room that it was taken from.
+
 Reports are made and read by pytest's own hooks for that (pytest_report_to_serializable), which pytest-xdist uses too. They are text from a
 stranger: nothing of them is executed, whatever pytest relies on is looked at first, and a line that is no report is a failure of its test.
 """
@@ -19,7 +22,13 @@ import tempfile
 
 import pytest
 
+from . import carrel_clone
+
 INSIDE = "CARREL_PYTEST_REPORT"
+# That a room asks for its tests when it has collected.
+ASKS = "CARREL_PYTEST_ASKS"
+# Where it asks: standard input, which capturing takes away before any hook could have it.
+TESTS = os.dup(0) if os.environ.pop(ASKS, None) else None
 REPORT = "/tmp/carrel-pytest-report.jsonl"
 # More of what a room said is cut from a failure's text.
 TAIL = 8000
@@ -37,6 +46,12 @@ def pytest_addoption(parser):
         help="what has a microVM together (default: test)",
     )
     group.addoption(
+        "--carrel-initialised",
+        "--carrel-initialized",
+        action="store_true",
+        help="collect once: every microVM begins as a clone of one in which the tests are imported",
+    )
+    group.addoption(
         "--carrel-option",
         action="append",
         default=[],
@@ -52,7 +67,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    inside = os.environ.get(INSIDE)
+    # Once: tests may run pytest themselves.
+    inside = os.environ.pop(INSIDE, None)
     if inside:
         config.pluginmanager.register(Inside(config, inside), "carrel-inside")
     elif config.getoption("carrel"):
@@ -62,11 +78,23 @@ def pytest_configure(config):
 
 
 class Inside:
-    """In the room: writes down what is reported."""
+    """In the room: asks for its tests, if it has to, and writes down what is reported."""
 
     def __init__(self, config, path):
         self.config = config
         self.file = open(path, "w", encoding="utf-8")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session):
+        """Everything is imported, and nothing has run: here clones are taken."""
+        if TESTS is None:
+            return
+        await_clone()
+        with open(TESTS, "rb") as asked:
+            wanted = json.loads(asked.readline())
+        items = {item.nodeid: item for item in session.items}
+        # One that is not there has no report, which is said outside.
+        session.items[:] = [items[nodeid] for nodeid in wanted if nodeid in items]
 
     def pytest_runtest_logreport(self, report):
         data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
@@ -85,11 +113,13 @@ class Outside:
         self.config = config
         self.runner = shlex.split(config.getoption("carrel_runner"))
         self.scope = config.getoption("carrel_scope")
+        self.initialised = config.getoption("carrel_initialised")
         # Of one group: its key, reports by node ID, what went wrong, the node ID of its last test.
         self.results = None
 
     def pytest_report_header(self):
-        return f"carrel: a microVM for each {self.scope}, by `{shlex.join(self.runner)}`"
+        begun = ", a clone of one that has collected" if self.initialised else ""
+        return f"carrel: a microVM for each {self.scope}{begun}, by `{shlex.join(self.runner)}`"
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item, nextitem):
@@ -124,8 +154,9 @@ class Outside:
             command = self.command(nodeids, back)
             live = self.config.getoption("capture") == "no"
             streams = {} if live else {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            asked = {"input": json.dumps(nodeids).encode() + b"\n"} if self.initialised else {"stdin": subprocess.DEVNULL}
             try:
-                done = subprocess.run(command, stdin=subprocess.DEVNULL, **streams)
+                done = subprocess.run(command, **asked, **streams)
             except OSError as error:
                 raise pytest.UsageError(f"carrel can't be run ({error}): install it, or see --carrel-runner")
             said = (done.stdout or b"").decode("utf-8", "replace")
@@ -137,18 +168,26 @@ class Outside:
 
     def command(self, nodeids, back):
         config = self.config
+        begin, tests = [], [os.path.join(config.rootpath, nodeid) for nodeid in nodeids]
+        if self.initialised:
+            # The same for all: it is what the template is made for.
+            begin = ["--initialised", f"--env={ASKS}=1", "--unset-env=PYTEST_XDIST_*"]
+            tests = config.option.file_or_dir
         return [
             *self.runner,
             *["--quiet", f"--with={config.rootpath}", f"--dir={config.invocation_params.dir}"],
             *[f"--env={INSIDE}={REPORT}", f"--return={REPORT}:{back}"],
+            *begin,
             *config.getoption("carrel_option"),
             *["--", sys.executable, "-m", "pytest", "-p", "carrel_pytest.plugin"],
             # Tests that are selected by what failed here are named one by one: the room has no memory of its own.
-            *["-o", "cache_dir=/tmp/carrel-pytest-cache", f"--rootdir={config.rootpath}"],
+            # Without the plugin the setting is unknown, and may be an error.
+            *(["-o", "cache_dir=/tmp/carrel-pytest-cache"] if config.pluginmanager.hasplugin("cacheprovider") else []),
+            f"--rootdir={config.rootpath}",
             *self.arguments(),
             # A project's own settings may ask for workers: a room's tests have one another's company alone.
             *(["-n0"] if config.pluginmanager.hasplugin("xdist") else []),
-            *[os.path.join(config.rootpath, nodeid) for nodeid in nodeids],
+            *tests,
         ]
 
     def arguments(self):
@@ -205,6 +244,22 @@ class Outside:
             when=when,
         )
         return [*reports, failure]
+
+
+def await_clone():
+    """Comes back in each clone, with generators of random numbers seeded anew; where this is not going to be cloned, at once (docs/agent.md, "The call")."""
+    if not os.path.exists(carrel_clone.SOCKET):
+        return
+    connection = carrel_clone.Connection()
+    connection.socket.sendall(b"ready\n")
+    who = None
+    while who is None:
+        # However long it takes until there is a clone.
+        connection.socket.setblocking(True)
+        connection.receive()
+        connection.socket.setblocking(False)
+        who = connection.cloned()
+    carrel_clone.reseed(bytes.fromhex(who["entropy"]))
 
 
 def checked(data):

@@ -1,0 +1,1 @@
+../../../../rootfs/runtimes/carrel_clone.py
