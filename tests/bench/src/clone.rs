@@ -18,6 +18,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::engine::Machine;
 use crate::{
@@ -84,6 +85,9 @@ struct Clones<'a> {
 
 /// Measures the parts and prints what came out.
 pub(crate) fn run(options: &crate::Options) -> Result<()> {
+    // A clone that stays has a handful of descriptors here.
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     let folder = tempfile::tempdir()?;
     let binary = stage(&options.carrel_vmm, folder.path(), "carrel-vmm")?;
     let firecracker = stage(&options.firecracker, folder.path(), "firecracker")?;

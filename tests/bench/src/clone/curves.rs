@@ -11,8 +11,8 @@ use crate::{Metric, Series};
 /// Sizes of templates, MiB; the first is what the others are compared with.
 const SIZES: [(&str, u32); 5] =
     [("64 MiB", 64), ("128 MiB", 128), ("256 MiB", 256), ("512 MiB", 512), ("1024 MiB", 1024)];
-/// Rooms that are there.
-const LEVELS: [u32; 3] = [10, 50, 100];
+/// Rooms that are there, as far as `--clones` goes.
+const LEVELS: [u32; 7] = [10, 50, 100, 500, 1000, 2000, 4000];
 /// Host memory that is left alone, MiB.
 const RESERVE_MIB: u64 = 512;
 
@@ -39,6 +39,7 @@ pub(super) fn rooms(clones: &Clones<'_>, guest: &str, machine: &Machine) -> Resu
     let none = level(clones, &template)?;
     let mut there: Vec<Room> = Vec::new();
     let mut metrics = Vec::new();
+    let before = available_mib()?;
     let most = clones.options.clone.clones;
     for rooms in LEVELS.into_iter().filter(|level| *level <= most) {
         while there.len() < usize::try_from(rooms)? {
@@ -49,6 +50,8 @@ pub(super) fn rooms(clones: &Clones<'_>, guest: &str, machine: &Machine) -> Resu
             there.push(clones.bed.ready(Side::Prepared, &template, &[])?.start(&template)?.room);
         }
         std::thread::sleep(super::weight::REST);
+        let taken = before.saturating_sub(available_mib()?) * 1024 / u64::from(rooms);
+        eprintln!("rooms: {rooms} are there; the host has {taken} KiB less for each");
         let measured = level(clones, &template)?;
         let metric = format!("request to first tick, {guest}, prepared, beside {rooms} rooms");
         metrics.extend(clones.compare(
