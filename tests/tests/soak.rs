@@ -81,6 +81,59 @@ fn clones_that_come_and_go_leave_nothing() {
     assert!(more < 128, "{more} more open files on the host after {cycles} cycles");
 }
 
+/// Rooms of a resident owner that come and go, every third one by a kill of its command, leave it as it was after the first few.
+#[test]
+fn a_resident_owners_rooms_that_come_and_go_leave_it_as_it_was() {
+    let carrel = Carrel::with_own_store();
+    let mut chance = Chance::new();
+    let pool = carrel.start(&["pool", "--ready", "1"]);
+    wait_for("the resident owner", || (carrel.run(&["pool", "status"]).status == 0).then_some(()));
+    let folder = PathBuf::from(format!("/proc/{}", pool.pid().as_raw_nonzero()));
+    // Descriptors and threads, when no room is there and one VMM is ready: what begins and ends meanwhile takes a moment.
+    let at_rest = || {
+        wait_for("an owner at rest", || {
+            let status = carrel.json(&["pool", "status", "--json"]);
+            let none = ["rooms", "starting", "memory_promised"].iter().all(|name| status[*name] == 0);
+            let kinds = status["ready"].as_array()?.iter().filter(|kind| kind["memory_mib"] == 128);
+            let ready: u64 = kinds.filter_map(|kind| kind["count"].as_u64()).sum();
+            let entries = |name: &str| fs::read_dir(folder.join(name)).map_or(0, Iterator::count);
+            if !(none && ready == 1) {
+                println!("{status}");
+                return None;
+            }
+            Some((entries("fd"), entries("task")))
+        })
+    };
+    for n in 0..3 {
+        echo(&carrel, &format!("first {n}"));
+    }
+    let (before, folders) = (at_rest(), [carrel.home().to_owned(), carrel.store().to_owned()]);
+    let disk = Disk::of(&folders);
+    let cycles = times(12, 1000);
+    for n in 0..cycles {
+        if n % 3 != 2 {
+            assert_eq!(start(&echo(&carrel, &format!("cycle {n}"))), "clone", "cycle {n}");
+            continue;
+        }
+        let moment = Duration::from_micros(chance.below(1_500_000).try_into().unwrap());
+        let mut command = carrel.command(&["run", "-i", "-m", MEMORY, &fixtures::busybox(), "cat"]);
+        let mut running = Running::spawn(command.stdin(std::process::Stdio::piped()));
+        let input = running.stdin();
+        sleep(moment);
+        running.signal(Signal::KILL);
+        drop(input);
+        running.done().ends_with(137);
+        println!("cycle {n}: killed after {moment:?}");
+    }
+    // A thread that has just ended may be there still, one of the library's that is kept for the next room too.
+    let after = at_rest();
+    assert!(after.0 <= before.0 + 4 && after.1 <= before.1 + 4, "{before:?}, after {cycles} rooms {after:?}");
+    assert_eq!(Disk::of(&folders).beyond(&disk), "", "after {cycles} cycles");
+    pool.signal(Signal::TERM);
+    pool.done().succeeds();
+    carrel.expect_nothing_left();
+}
+
 /// Open files of the whole host (proc(5), `file-nr`).
 fn open_files() -> usize {
     let text = fs::read_to_string("/proc/sys/fs/file-nr").unwrap();

@@ -3,8 +3,11 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use carrel_protocol::agent::{ExitStatus, Failure, Process, TerminalSize};
+use carrel_protocol::chain;
+use tokio::time::timeout;
 
 use super::cgroup::Cgroup;
 use super::report::{self, Along, Order, Report, Reporter, Reports};
@@ -14,7 +17,10 @@ use crate::fork::{self, Child, Separate};
 use crate::refusal::Refusal;
 use crate::socket::Dialler;
 use crate::streams::{Connections, Pipes, Pumps};
-use carrel_protocol::chain;
+
+const SIGKILL: u8 = 9;
+/// How long a supervisor may take to end its process.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 impl From<StartError> for Refusal {
     fn from(error: StartError) -> Self {
@@ -134,6 +140,14 @@ fn fork(
     Ok((child, reports))
 }
 
+/// Ends a process that nobody is connected with, through its supervisor: an exec's outlives a keeper that is killed.
+async fn abandon(supervisor: Child, reports: &Reports) {
+    reports.signal(SIGKILL);
+    let gone = async { while reports.next().await.is_some() {} };
+    let _ = timeout(LAST_WORDS, gone).await;
+    discard(supervisor).await;
+}
+
 async fn discard(supervisor: Child) {
     supervisor.kill();
     let _ = supervisor.wait().await;
@@ -171,7 +185,7 @@ async fn connect(
     let (mut connections, mut pumps) = match streams {
         Ok(streams) => streams,
         Err(error) => {
-            discard(supervisor).await;
+            abandon(supervisor, &reports).await;
             return Err(error.into());
         }
     };
@@ -234,6 +248,44 @@ impl Live {
         if let Some(pumps) = &self.pumps {
             pumps.finish().await;
         }
-        told.or(own.ok()).unwrap_or(ExitStatus::Signal(9))
+        told.or(own.ok()).unwrap_or(ExitStatus::Signal(SIGKILL))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+
+    use carrel_protocol::agent::{ProcessId, Stdio, Stream, Token};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_process_that_nobody_can_be_connected_with_is_ended_by_its_supervisor() {
+        let (reports, reporter) = report::pair().unwrap();
+        let (told, tell) = io::pipe().unwrap();
+        let supervisor = fork::fork(Separate::default(), || {
+            fork::close_all_but(&[reporter.as_fd(), tell.as_fd()]);
+            let mut waits = [rustix::event::PollFd::new(&reporter, rustix::event::PollFlags::IN)];
+            let _ = rustix::event::poll(&mut waits, None);
+            let _ = rustix::io::write(&tell, &[reporter.signal().unwrap_or(0)]);
+            0
+        });
+        drop((reporter, tell));
+        let stream = Stream { port: 7, token: Token([0; 16]) };
+        let process = Process {
+            id: ProcessId(1),
+            arguments: vec!["true".into()],
+            environment: Vec::new(),
+            working_directory: "/".into(),
+            user: String::new(),
+            stdio: Stdio { stdout: Some(stream), ..Stdio::default() },
+        };
+        let nowhere = Dialler::Unix("/nonexistent".into());
+        let refusal = connect(&nowhere, &process, Pipes::default(), supervisor.unwrap(), reports).await;
+        assert!(refusal.unwrap_err().message.contains("standard streams"));
+        let mut signals = Vec::new();
+        { told }.read_to_end(&mut signals).unwrap();
+        assert_eq!(signals, [SIGKILL]);
     }
 }

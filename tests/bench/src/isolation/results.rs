@@ -104,6 +104,12 @@ impl Results {
         self.series.sort_by_key(|series| (series.level, series.subject));
     }
 
+    /// Whether it was said already why there is nothing.
+    pub(crate) fn is_skipped(&self, metrics: &[&'static Metric], level: u32, subject: Subject) -> bool {
+        let same = |skip: &Skip| skip.metrics.iter().copied().eq(metrics.iter().map(|metric| metric.name));
+        self.skipped.iter().any(|skip| skip.subject == subject && skip.level == Some(level) && same(skip))
+    }
+
     /// Says why there is nothing.
     pub(crate) fn skip(
         &mut self,
