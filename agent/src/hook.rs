@@ -10,11 +10,12 @@
 //! ```
 //!
 //! A line says who the program is at that moment, so one that is late is no worse: a `subscribe` that was on its way when the room froze is answered in the clone, with
-//! the clone's identity. From Frozen on nobody is answered until the room knows who it is: a clone's generator is its template's until then. What is written before the
-//! thaw is found by a program that looks without waiting.
+//! the clone's identity. From before the first process is stopped nobody is answered until the room knows who it is: a clone's generator is its template's until then, and a
+//! stopped program's line would be read in each clone. (A program that was answered before, and had not read it, reads that first: the newest line is its identity.) What is
+//! written before the thaw is found by a program that looks without waiting.
 
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -55,8 +56,10 @@ struct Call {
     listening: RefCell<BTreeMap<u64, Rc<UnixStream>>>,
     announced: Cell<bool>,
     cloned: Cell<bool>,
-    /// The room is frozen, or is a clone that wasn't told yet who it is.
+    /// The room is being frozen, is frozen, or is a clone that wasn't told yet who it is.
     asleep: Cell<bool>,
+    /// Those that asked meanwhile.
+    owed: RefCell<BTreeSet<u64>>,
 }
 
 impl Hook {
@@ -86,6 +89,7 @@ impl Hook {
             announced: false.into(),
             cloned: false.into(),
             asleep: false.into(),
+            owed: RefCell::default(),
         });
         let server = spawn_local(accept(listener, Rc::clone(&call))).abort_handle();
         Ok(Self { call, folder: folder.to_owned(), server })
@@ -101,14 +105,23 @@ impl Hook {
         self.call.announce();
     }
 
-    /// The room is frozen: whoever asks now is answered by [`Hook::cloned`].
+    /// The room is about to be frozen: whoever asks now is answered by [`Hook::cloned`], or by [`Hook::stay`].
     pub(crate) fn sleep(&self) {
         self.call.asleep.set(true);
+    }
+
+    /// It was not frozen after all.
+    pub(crate) fn stay(&self) {
+        self.call.asleep.set(false);
+        for number in self.call.owed.take() {
+            self.call.tell(number);
+        }
     }
 
     /// The room is another one now: tells all that listen.
     pub(crate) fn cloned(&self, id: &str) {
         self.call.asleep.set(false);
+        self.call.owed.take();
         self.call.cloned.set(true);
         self.call.id.replace(id.to_owned());
         let all: Vec<u64> = self.call.listening.borrow().keys().copied().collect();
@@ -173,8 +186,10 @@ impl Call {
         if listens {
             self.listening.borrow_mut().insert(number, Rc::clone(program));
         }
-        if answer && !self.asleep.get() {
-            self.tell(number);
+        match (answer, self.asleep.get()) {
+            (true, true) => drop(self.owed.borrow_mut().insert(number)),
+            (true, false) => self.tell(number),
+            (false, _) => {}
         }
         listens
     }

@@ -362,8 +362,13 @@ impl Room {
     }
 
     async fn kill_all(&self) {
-        for (_, container) in self.started() {
-            container.cgroup.kill();
+        for (id, state) in &*self.containers.borrow() {
+            match state {
+                State::Running(container) | State::Ended(container) => container.cgroup.kill(),
+                // Its process may run before its streams are there.
+                State::Starting => self.host.cgroups.of(*id).kill(),
+                State::Preparing | State::Prepared => {}
+            }
         }
         // What nobody asked for any more after a freezing isn't waited for.
         for live in self.processes.borrow().values() {

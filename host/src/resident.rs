@@ -430,10 +430,16 @@ impl Shared {
         }
         // One after another, so that one room's end is not taken for several's.
         let _turn = self.ending.lock().unwrap_or_else(PoisonError::into_inner);
+        let patient = Instant::now() + self.home.patience().answer();
         loop {
             let refusal = match self.admission.admit(machine) {
                 Ok(admitted) => return Ok(admitted),
                 Err(refusal) if refusal.is_for_ever() => return Err(refusal),
+                // No room's end would help, and time does.
+                Err(Refusal::Crowded { passes, .. }) if Instant::now() < patient => {
+                    thread::sleep(passes.max(ENDING));
+                    continue;
+                }
                 Err(refusal) => refusal,
             };
             let before = self.admission.rooms();

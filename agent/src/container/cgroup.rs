@@ -65,18 +65,29 @@ impl Tree {
         Self { containers: containers.to_owned() }
     }
 
+    /// A container's cgroup, which may not be there.
+    pub(crate) fn of(&self, id: ContainerId) -> Cgroup {
+        Cgroup { path: self.containers.join(id.0.to_string()) }
+    }
+
     /// Makes a container's cgroup, without limits of the container's own.
     ///
     /// # Errors
     ///
     /// It exists, or can't be made.
     pub(crate) fn make(&self, id: ContainerId) -> io::Result<Cgroup> {
-        let path = self.containers.join(id.0.to_string());
-        fs::create_dir(&path)?;
-        let group = Cgroup { path };
-        group.set("cgroup.max.descendants", &BELOW.to_string())?;
-        group.set("pids.max", &PROCESSES.to_string())?;
-        Ok(group)
+        let group = self.of(id);
+        fs::create_dir(&group.path)?;
+        let limited = group
+            .set("cgroup.max.descendants", &BELOW.to_string())
+            .and_then(|()| group.set("pids.max", &PROCESSES.to_string()));
+        match limited {
+            Ok(()) => Ok(group),
+            Err(error) => {
+                group.remove();
+                Err(error)
+            }
+        }
     }
 }
 

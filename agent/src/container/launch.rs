@@ -193,10 +193,14 @@ async fn connect(
         match reports.next().await {
             Some((Report::Started, _)) => return Ok((supervisor, Live { reports, pumps })),
             Some((Report::Terminal, Some(master))) => {
-                pumps = match connections.take().map(|all| all.through_terminal(master)) {
-                    Some(made) => Some(made.map_err(StartError::step("joining the terminal"))?),
-                    None => pumps,
-                };
+                match connections.take().map(|all| all.through_terminal(master)) {
+                    Some(Ok(made)) => pumps = Some(made),
+                    Some(Err(error)) => {
+                        abandon(supervisor, &reports).await;
+                        return Err(StartError::step("joining the terminal")(error).into());
+                    }
+                    None => {}
+                }
             }
             other => return Err(refused(supervisor, other.map(|(report, _)| report)).await),
         }

@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use carrel_protocol::agent::Process;
-use rustix::fs::{Gid, Mode, Uid};
+use rustix::fs::{Gid, Mode, OFlags, Uid};
 use rustix::process::{Resource, Rlimit, setrlimit};
 use seccompiler::BpfProgram;
 
@@ -134,9 +134,12 @@ fn working_directory(path: &str, who: &user::Identity) -> Result<(), StartError>
 fn make_directories(path: &Path, who: &user::Identity) -> io::Result<()> {
     let missing: Vec<PathBuf> =
         path.ancestors().take_while(|path| !path.exists()).map(Path::to_owned).collect();
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     for path in missing.iter().rev() {
         fs::create_dir(path)?;
-        rustix::fs::chown(path, Some(Uid::from_raw(who.uid)), Some(Gid::from_raw(who.gid)))?;
+        // Not by its path: beside an exec a workload runs, which may have put a link there.
+        let made = rustix::fs::open(path, flags, Mode::empty())?;
+        rustix::fs::fchown(made, Some(Uid::from_raw(who.uid)), Some(Gid::from_raw(who.gid)))?;
     }
     Ok(())
 }

@@ -2,13 +2,14 @@
 //! share; then what one is asked for with (names, kernel settings, volumes, tmpfs mounts, the root's flags). Runs in the init, in its own
 //! namespaces; the order of the steps is the order in which they depend on each other.
 //!
-//! All paths of the image are resolved after the root has been changed, so that its symbolic links lead nowhere else.
+//! All paths of the image are resolved after the root has been changed, so that its symbolic links lead nowhere else; where every container has a file
+//! system of its own, the image may have no link, and no mount may come to lie on the root.
 
 use std::ffi::CStr;
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileExt;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use carrel_protocol::agent::{CLONE_SOCKET, Surroundings};
@@ -88,13 +89,30 @@ pub(crate) struct Root<'a> {
     pub(crate) clone_socket: Option<&'a OwnedFd>,
 }
 
-/// A directory of the agent's that a container is to see: its own root will be out of reach from there.
+/// A directory of the agent's that a container is to see: its own root will be out of reach from there. Who may not write to it may still connect to a
+/// socket in it.
 ///
 /// # Errors
 ///
-/// open_tree(2)'s.
+/// open_tree(2)'s and mount_setattr(2)'s.
 pub(crate) fn take_along(folder: &Path) -> io::Result<OwnedFd> {
-    Ok(open_tree(CWD, folder, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?)
+    let tree = open_tree(CWD, folder, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+    // While it has no place: a path could lead to another mount by then.
+    let flags =
+        libc::MOUNT_ATTR_RDONLY | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    let attributes = libc::mount_attr { attr_set: flags, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    // SAFETY: the path is a C string, and the structure is as large as is said.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done == 0 { Ok(tree) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Puts the calling process into a container's root, whose files are in `rootfs`, with the mounts that every container has.
@@ -105,7 +123,7 @@ pub(crate) fn take_along(folder: &Path) -> io::Result<OwnedFd> {
 pub(crate) fn enter(rootfs: &Path) -> Result<Names, StartError> {
     pivot(rootfs).map_err(StartError::step("changing to the container's root"))?;
     for row in &MOUNTS {
-        directory(Path::new(row.at))?;
+        ground(Path::new(row.at))?;
         mount(row.kind, row.at, row.kind, row.flags, row.options)
             .map_err(StartError::step(format!("mounting {} at {}", row.kind, row.at)))?;
         if row.at == "/dev" {
@@ -149,7 +167,7 @@ pub(crate) fn furnish(root: &Root<'_>, names: Names) -> Result<(), StartError> {
     let uncovers = !extra.is_empty();
     for (path, options) in extra {
         let step = format!("mounting a volume or tmpfs at {}", path.display());
-        let made = directory(&path);
+        let made = directory(&path).and_then(|()| below_root(&path));
         // A tmpfs is the user's wish, a volume the image's own.
         if let Err(StartError::InTheWay { path, .. }) = &made
             && options.is_some()
@@ -161,6 +179,10 @@ pub(crate) fn furnish(root: &Root<'_>, names: Names) -> Result<(), StartError> {
         made?;
         place(&path, options).map_err(StartError::step(step))?;
     }
+    if uncovers && !Path::new("/dev/null").exists() {
+        let message = "a tmpfs can't lie on /dev, where a container's devices are";
+        return Err(StartError::Request(message.into()));
+    }
     if uncovers {
         // A volume that is /proc, or a link to it, shows it without what is mounted in it.
         cover()?;
@@ -168,6 +190,7 @@ pub(crate) fn furnish(root: &Root<'_>, names: Names) -> Result<(), StartError> {
     if let Some(folder) = clone_socket {
         let at = Path::new(CLONE_SOCKET).parent().unwrap_or(Path::new("/"));
         directory(at)?;
+        below_root(at)?;
         show(folder, at).map_err(StartError::step("mounting the clone socket"))?;
     }
     if surroundings.read_only_root {
@@ -210,6 +233,27 @@ fn directory(path: &Path) -> Result<(), StartError> {
         return Ok(());
     }
     fs::create_dir_all(path).map_err(StartError::at(path, "a directory"))
+}
+
+/// A directory that every container has, made if the image has none. A link in its place would lead the mount, and what covers parts of it, somewhere else.
+fn ground(path: &Path) -> Result<(), StartError> {
+    let made = match fs::symlink_metadata(path) {
+        Ok(found) if found.is_dir() => Ok(()),
+        Ok(_) => Err(io::Error::from(ErrorKind::NotADirectory)),
+        Err(error) if error.kind() == ErrorKind::NotFound => fs::create_dir(path),
+        Err(error) => Err(error),
+    };
+    made.map_err(StartError::at(path, "a directory"))
+}
+
+/// That a path doesn't lead to the root itself. What is mounted there lies above what the root is restricted to, and `/..` leads to it.
+fn below_root(path: &Path) -> Result<(), StartError> {
+    let which = |path: &Path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    let differ = which(path).and_then(|there| match there == which(Path::new("/"))? {
+        true => Err(io::Error::from(ErrorKind::ResourceBusy)),
+        false => Ok(()),
+    });
+    differ.map_err(StartError::at(path, "a directory that is not the root"))
 }
 
 /// The files that tell a container's hostname, empty as yet.
@@ -315,10 +359,9 @@ fn place(path: &Path, options: Option<tmpfs::Options>) -> io::Result<()> {
     }
 }
 
-/// Mounts a directory that was taken along. Who may not write to it may still connect to a socket in it.
+/// Mounts a directory that was taken along.
 fn show(taken: &OwnedFd, at: &Path) -> io::Result<()> {
-    move_mount(taken, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
-    Ok(mount_remount(at, MountFlags::BIND | MountFlags::RDONLY | QUIET, c"")?)
+    Ok(move_mount(taken, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
 fn cover() -> Result<(), StartError> {

@@ -73,6 +73,27 @@ fn ready() -> FromAgent {
 }
 
 #[test]
+fn who_asked_while_a_room_was_about_to_sleep_is_answered_when_it_stays_awake() {
+    test(async {
+        let bench = Bench::new();
+        let (mut first, mut second) = (bench.program().await, bench.program().await);
+        bench.hook.sleep();
+        first.say("subscribe\n").await;
+        second.say("ready\n").await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(first.now().is_none());
+        bench.hook.stay();
+        assert_eq!(first.cloned().await.id, "template");
+        // Once, and whoever waits to be cloned waits on.
+        bench.hook.sleep();
+        bench.hook.stay();
+        assert!(first.now().is_none() && second.now().is_none());
+        bench.hook.cloned("clone");
+        assert_eq!((first.cloned().await.id, second.cloned().await.id), ("clone".into(), "clone".into()));
+    });
+}
+
+#[test]
 fn who_asks_a_room_that_sleeps_is_answered_when_it_knows_who_it_is() {
     test(async {
         let bench = Bench::new();

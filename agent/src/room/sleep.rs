@@ -80,6 +80,9 @@ impl Room {
         }
         self.create_prepared().await;
         let running = self.running();
+        let hooks = || running.iter().filter_map(|(_, container)| container.hook.as_ref());
+        // Before the first process is stopped: an answer that it doesn't read any more, each clone would.
+        hooks().for_each(|hook| hook.sleep());
         let lives: Vec<Rc<Live>> = self.processes.borrow().values().cloned().collect();
         let stopped = stop(&running, &lives).await;
         for pumps in lives.iter().filter_map(|live| live.pumps()) {
@@ -93,13 +96,11 @@ impl Room {
                 // What was not frozen need not be thawed; that the kernel doesn't thaw what it froze is unheard of.
                 let _ = container.cgroup.thaw();
             }
+            hooks().for_each(|hook| hook.stay());
             return stopped;
         }
         self.sample();
         self.write_back();
-        for hook in running.iter().filter_map(|(_, container)| container.hook.as_ref()) {
-            hook.sleep();
-        }
         Ok(())
     }
 

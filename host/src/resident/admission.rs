@@ -107,6 +107,18 @@ pub(crate) enum Refusal {
         /// MiB.
         reserve: u64,
     },
+    /// What there is, less what rooms that were just admitted are about to take.
+    #[error(
+        "rooms that began a moment ago are about to take what the host has left: {available} MiB would stay, and {reserve} must; try again"
+    )]
+    Crowded {
+        /// MiB.
+        available: u64,
+        /// MiB.
+        reserve: u64,
+        /// When the first of them has taken it.
+        passes: Duration,
+    },
 }
 
 impl Refusal {
@@ -114,7 +126,7 @@ impl Refusal {
     pub(crate) fn is_for_ever(&self) -> bool {
         match self {
             Self::Memory { asked, limit, .. } | Self::Cpu { asked, limit, .. } => asked > limit,
-            Self::Exhausted { .. } => false,
+            Self::Exhausted { .. } | Self::Crowded { .. } => false,
         }
     }
 }
@@ -151,12 +163,13 @@ struct Promised {
 }
 
 impl Accounts {
-    /// What rooms that were admitted a moment ago are about to take.
-    fn pending(&self, now: Instant) -> u64 {
+    /// What rooms that were admitted a moment ago are about to take, and when the first of them has.
+    fn pending(&self, now: Instant) -> (u64, Duration) {
+        let age = |room: &Promised| now.saturating_duration_since(room.since);
         // Numbers are given in order of time.
-        let young =
-            self.rooms.values().rev().take_while(|room| now.saturating_duration_since(room.since) < YOUTH);
-        u64::try_from(young.count()).unwrap_or(u64::MAX).saturating_mul(YOUNG_BYTES)
+        let young = self.rooms.values().rev().map(age).take_while(|age| *age < YOUTH);
+        let (count, oldest) = young.fold((0_u64, Duration::ZERO), |(count, _), age| (count + 1, age));
+        (count.saturating_mul(YOUNG_BYTES), YOUTH - oldest)
     }
 }
 
@@ -199,9 +212,14 @@ impl Admission {
     fn promise(&self, available: u64, memory: u64, cpu: u64) -> Result<Admitted, Refusal> {
         let mut accounts = lock(&self.0);
         let now = Instant::now();
-        let available = available.saturating_sub(accounts.pending(now));
+        let reserve = RESERVE_BYTES >> 20;
         if available < RESERVE_BYTES {
-            return Err(Refusal::Exhausted { available: available >> 20, reserve: RESERVE_BYTES >> 20 });
+            return Err(Refusal::Exhausted { available: available >> 20, reserve });
+        }
+        let (pending, passes) = accounts.pending(now);
+        let available = available.saturating_sub(pending);
+        if available < RESERVE_BYTES {
+            return Err(Refusal::Crowded { available: available >> 20, reserve, passes });
         }
         let Accounts { memory: of_memory, cpu: of_cpu, rooms, next } = &mut *accounts;
         if !of_memory.has(memory) {
@@ -300,13 +318,18 @@ mod tests {
         let available = RESERVE_BYTES + 2 * YOUNG_BYTES + (1 << 20);
         let rooms: Vec<_> = (0..3).map(|_| admission.promise(available, 1, 1).unwrap()).collect();
         let refused = admission.promise(available, 1, 1).unwrap_err();
-        assert_eq!(refused, Refusal::Exhausted { available: 192 + 1 - 24, reserve: 192 });
-        assert!(!refused.is_for_ever());
+        let Refusal::Crowded { available: 169, reserve: 192, passes } = refused else {
+            panic!("{refused:?}")
+        };
+        assert!(passes <= YOUTH && !refused.is_for_ever());
+        // That they have taken it by then shows in what there is.
+        let exhausted = admission.promise(RESERVE_BYTES - 1, 1, 1).unwrap_err();
+        assert_eq!(exhausted, Refusal::Exhausted { available: 191, reserve: 192 });
         // What is over takes nothing.
         drop(rooms);
         admission.promise(available, 1, 1).unwrap();
         let later = Instant::now() + YOUTH;
-        assert_eq!(lock(&admission.0).pending(later), 0);
+        assert_eq!(lock(&admission.0).pending(later).0, 0);
     }
 
     #[test]

@@ -181,6 +181,53 @@ fn an_image_that_has_something_else_in_the_place_of_a_containers_own_is_at_fault
     }
 }
 
+/// What covers parts of /proc goes by its path, so a link of the image's there would leave it uncovered: on the root, to be reached by `/..`, or below
+/// the container's own /dev, where the kernel takes it for one that may be mounted again.
+#[test]
+fn no_link_of_an_images_leads_a_file_system_elsewhere() {
+    for (name, target) in
+        [("proc", "/"), ("proc", "/dev/shm"), ("proc", "inner"), ("dev", "/"), ("dev", "/proc"), ("sys", "/")]
+    {
+        let image = TempDir::new().unwrap();
+        fs::create_dir_all(image.path().join("dev/shm")).unwrap();
+        fs::create_dir_all(image.path().join("inner")).unwrap();
+        fs::create_dir_all(image.path().join("self")).unwrap();
+        fs::write(image.path().join("self/oom_score_adj"), "0").unwrap();
+        if name == "dev" {
+            fs::remove_dir_all(image.path().join("dev")).unwrap();
+        }
+        symlink(target, image.path().join(name)).unwrap();
+        let surroundings = Surroundings { volumes: vec!["/proc/self".into()], ..Surroundings::default() };
+        entered(&image, surroundings, move |done| {
+            let error = done.unwrap_err();
+            assert_eq!(error.failure(), Failure::BadPayload, "{name} -> {target}: {error}");
+            assert!(error.to_string().contains(&format!(" /{name}: ")), "{error}");
+        });
+    }
+}
+
+#[test]
+fn nothing_is_mounted_on_the_root() {
+    for target in ["/", "/..", "/data/..", "../.."] {
+        let image = TempDir::new().unwrap();
+        fs::create_dir(image.path().join("data")).unwrap();
+        symlink(target, image.path().join("over")).unwrap();
+        let volume = Surroundings { volumes: vec!["/over".into()], ..Surroundings::default() };
+        entered(&image, volume, |done| assert_eq!(done.unwrap_err().failure(), Failure::BadPayload));
+        let tmpfs = vec![Tmpfs { path: "/over".into(), options: String::new() }];
+        entered(&image, Surroundings { tmpfs, ..Surroundings::default() }, |done| {
+            assert_eq!(done.unwrap_err().failure(), Failure::BadRequest);
+        });
+    }
+    let (image, agents) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    fs::create_dir(image.path().join("run")).unwrap();
+    symlink("/", image.path().join("run/carrel")).unwrap();
+    let folder = Some(agents.path().to_owned());
+    entered_with(SetIds::Honoured, folder, &image, Surroundings::default(), |done| {
+        assert_eq!(done.unwrap_err().failure(), Failure::BadPayload);
+    });
+}
+
 #[test]
 fn a_tmpfs_where_the_image_has_a_file_is_a_wrong_request() {
     let image = TempDir::new().unwrap();
@@ -188,6 +235,16 @@ fn a_tmpfs_where_the_image_has_a_file_is_a_wrong_request() {
     let tmpfs = vec![Tmpfs { path: "/data".into(), options: String::new() }];
     entered(&image, Surroundings { tmpfs, ..Surroundings::default() }, |done| {
         assert_eq!(done.unwrap_err().failure(), Failure::BadRequest);
+    });
+}
+
+#[test]
+fn a_tmpfs_on_the_devices_is_a_wrong_request() {
+    let tmpfs = vec![Tmpfs { path: "/dev".into(), options: String::new() }];
+    let surroundings = Surroundings { tmpfs, ..Surroundings::default() };
+    entered(&TempDir::new().unwrap(), surroundings, |done| {
+        let error = done.unwrap_err();
+        assert!(error.failure() == Failure::BadRequest && error.to_string().contains("/dev"), "{error}");
     });
 }
 

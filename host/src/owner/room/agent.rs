@@ -4,12 +4,12 @@ use std::time::{Duration, Instant};
 
 use carrel_protocol::agent::{
     self, Attach, Blob, EndingReason, Entropy, Exited, Failed, FromAgent, FromHost, Hello, Identity, Layer,
-    Prepare, ProcessId, Refused, ReportUsage, Request, Stdio, UnpackLimits, Welcome, Zip,
+    Prepare, ProcessId, Refused, ReportUsage, Request, Signal, Stdio, UnpackLimits, Welcome, Zip,
 };
 
 use super::super::api::{self, StreamKind};
 use super::super::streams::Purpose;
-use super::{Process, Room, SAMPLE, WORKLOAD};
+use super::{Process, Room, SAMPLE, SIGKILL, WORKLOAD};
 use crate::home::{Task, random};
 use crate::launch;
 use crate::outcome::{Outcome, Step, clean};
@@ -236,6 +236,10 @@ impl Room {
         }
         if let Some(client) = process.client.or((id == WORKLOAD).then_some(self.creator)) {
             self.tell_client(client, api::Started {});
+        }
+        if id != WORKLOAD && self.processes.get(&id).is_some_and(|process| process.client.is_none()) {
+            // Its command went away before the agent knew the process, which heard no signal then.
+            self.tell_agent(Signal { process: id, signal: SIGKILL });
         }
         self.resize(id);
         if id != WORKLOAD || self.record.phase != Phase::Starting {
