@@ -14,8 +14,8 @@ use carrel_vmm::arch::current::cpuid;
 use carrel_vmm::arch::current::state::{VcpuState, Wanted};
 use carrel_vmm::owner::Connection;
 use carrel_vmm::snapshot::MachineState;
-use kvm_bindings::{KVM_CAP_SPLIT_IRQCHIP, Msrs, kvm_enable_cap, kvm_msr_entry};
-use kvm_ioctls::Kvm;
+use kvm_bindings::{CpuId, KVM_CAP_SPLIT_IRQCHIP, Msrs, kvm_enable_cap, kvm_msr_entry};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -151,6 +151,48 @@ pub(crate) fn assert_counts(numbers: &[u8], from: u8) {
     }
 }
 
+/// A vCPU of a machine with nothing else in it.
+fn bare_vcpu(kvm: &Kvm, offered: &CpuId) -> (VmFd, VcpuFd) {
+    let vm = kvm.create_vm().unwrap();
+    let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
+    split.args[0] = 24;
+    vm.enable_cap(&split).unwrap();
+    let vcpu = vm.create_vcpu(0).unwrap();
+    vcpu.set_cpuid2(offered).unwrap();
+    (vm, vcpu)
+}
+
+#[test]
+fn a_vcpu_of_another_tsc_rate_is_scaled_or_refused_with_both_rates() {
+    if !has_kvm() {
+        return;
+    }
+    let kvm = Kvm::new().unwrap();
+    let offered = cpuid::for_vcpu(&cpuid::supported(&kvm).unwrap(), &kvm, 0, 1).unwrap();
+    let (_vm, first) = bare_vcpu(&kvm, &offered);
+    let saved = VcpuState::save(&first, 0, &Wanted::of(&kvm, 1).unwrap()).unwrap();
+    let here = first.get_tsc_khz().unwrap();
+    // Two clocks of one rate are measured a little differently at each of the host's boots.
+    for (khz, is_another) in [(here + here / 10_000, false), (here / 2, true), (here + here / 3, true)] {
+        let mut fields = serde_json::to_value(&saved).unwrap();
+        fields["tsc_khz"] = khz.into();
+        let state: VcpuState = serde_json::from_value(fields).unwrap();
+        let (_vm, second) = bare_vcpu(&kvm, &offered);
+        match state.restore(&second) {
+            Ok(()) if is_another => assert_eq!(second.get_tsc_khz().unwrap(), khz),
+            Ok(()) => assert_eq!(second.get_tsc_khz().unwrap(), here),
+            Err(error) => {
+                assert!(is_another && error.is_misfit(), "{error}");
+                let said = error.to_string();
+                assert!(
+                    said.contains(&format!("{khz} kHz")) && said.contains(&format!("{here} kHz")),
+                    "{said}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn a_vcpu_comes_back_with_registers_that_kvm_does_not_name() {
     if !has_kvm() {
@@ -158,15 +200,7 @@ fn a_vcpu_comes_back_with_registers_that_kvm_does_not_name() {
     }
     let kvm = Kvm::new().unwrap();
     let offered = cpuid::for_vcpu(&cpuid::supported(&kvm).unwrap(), &kvm, 0, 1).unwrap();
-    let vcpu = || {
-        let vm = kvm.create_vm().unwrap();
-        let mut split = kvm_enable_cap { cap: KVM_CAP_SPLIT_IRQCHIP, ..Default::default() };
-        split.args[0] = 24;
-        vm.enable_cap(&split).unwrap();
-        let vcpu = vm.create_vcpu(0).unwrap();
-        vcpu.set_cpuid2(&offered).unwrap();
-        (vm, vcpu)
-    };
+    let vcpu = || bare_vcpu(&kvm, &offered);
     let msr = |index, data| kvm_msr_entry { index, data, ..Default::default() };
     // The default memory type; a variable and a fixed range; what errors of the first machine-check bank are enabled.
     let told =
