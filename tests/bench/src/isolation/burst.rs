@@ -106,9 +106,9 @@ struct Wave {
     failed: Option<anyhow::Error>,
 }
 
-/// Starts so many at once. All are prepared first, and all are there until the last has said its word.
+/// Starts so many at once. All are prepared first, and all are there until the last has said its word: none ends in the others' time.
 fn wave(bench: &Bench<'_>, level: u32, subject: Subject) -> Result<Wave> {
-    let plans = (0..level).map(|_| plan(bench.stage, subject, Work::True)).collect::<Result<Vec<_>>>()?;
+    let plans = (0..level).map(|_| plan(bench.stage, subject, Work::Stay)).collect::<Result<Vec<_>>>()?;
     let gate = Barrier::new(plans.len() + 1);
     let patience = bench.patience(level);
     let started: Vec<_> = std::thread::scope(|scope| {
@@ -118,7 +118,7 @@ fn wave(bench: &Bench<'_>, level: u32, subject: Subject) -> Result<Wave> {
                 let (gate, patience) = (&gate, &patience);
                 scope.spawn(move || {
                     gate.wait();
-                    let started = plan.start(Work::True.expect(), patience);
+                    let started = plan.start(Work::Stay.expect(), patience);
                     (started, Instant::now())
                 })
             })

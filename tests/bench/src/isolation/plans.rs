@@ -38,8 +38,10 @@ pub(crate) enum Work {
     Python,
     /// The same after imports.
     Imports,
-    /// Say that it is there, and stay.
+    /// Say that it is there, and stay when whoever started it is gone, where there is a way to ask for that.
     Idle,
+    /// Say that it is there, and stay until it is ended.
+    Stay,
     /// Measure from inside.
     Inside,
     /// Listen on vsock.
@@ -53,7 +55,7 @@ impl Work {
             Self::True => "true",
             Self::Python => "python",
             Self::Imports => "imports",
-            Self::Idle => "idle",
+            Self::Idle | Self::Stay => "idle",
             Self::Inside => "inside",
             Self::Serve => "serve",
         }
@@ -63,7 +65,7 @@ impl Work {
     pub(crate) fn expect(self) -> Expect {
         match self {
             Self::Python | Self::Imports => Expect::One,
-            Self::True | Self::Idle | Self::Inside | Self::Serve => Expect::Ready,
+            Self::True | Self::Idle | Self::Stay | Self::Inside | Self::Serve => Expect::Ready,
         }
     }
 
@@ -72,7 +74,7 @@ impl Work {
         match self {
             Self::Python => vec![PYTHON, "-c", "print(1)"],
             Self::Imports => vec![PYTHON, "-c", IMPORTS],
-            Self::True | Self::Idle | Self::Inside | Self::Serve => vec![WORK, self.name()],
+            Self::True | Self::Idle | Self::Stay | Self::Inside | Self::Serve => vec![WORK, self.name()],
         }
     }
 
@@ -84,7 +86,7 @@ impl Work {
     fn ends(self) -> bool {
         match self {
             Self::True | Self::Python | Self::Imports | Self::Inside => true,
-            Self::Idle | Self::Serve => false,
+            Self::Idle | Self::Stay | Self::Serve => false,
         }
     }
 }
@@ -144,7 +146,12 @@ pub(crate) fn plan(stage: &Stage, subject: Subject, work: Work) -> Result<Plan> 
         Subject::Carrel | Subject::CarrelClone | Subject::CarrelPool | Subject::CarrelResident => {
             plan.command = carrel(stage, subject, work)?;
             plan.clock = if subject == Subject::CarrelResident { Clock::Resident } else { plan.clock };
-            plan.leave = if work == Work::Idle { Leave::Alone } else { plan.leave };
+            plan.leave = match work {
+                Work::Idle => Leave::Alone,
+                // What its owner does at the end is in nobody's time.
+                Work::Stay => Leave::Asked,
+                Work::True | Work::Python | Work::Imports | Work::Inside | Work::Serve => plan.leave,
+            };
         }
         Subject::CarrelWarm => {
             let room = stage.warm_room(work)?;

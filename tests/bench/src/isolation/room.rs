@@ -99,6 +99,8 @@ impl Expect {
 pub(crate) enum Leave {
     /// It ends by itself, and is waited for.
     Alone,
+    /// It is told to end (SIGTERM), and waited for.
+    Asked,
     /// It is killed.
     Killed,
 }
@@ -273,6 +275,11 @@ pub(crate) fn read_until(
 
 impl Drop for Room {
     fn drop(&mut self) {
+        if self.leave == Leave::Asked {
+            let pid = i32::try_from(self.child.id()).map(nix::unistd::Pid::from_raw);
+            // One that has ended by itself doesn't mind: it has not been waited for yet, so the number is its own.
+            let _ = pid.map(|pid| nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM));
+        }
         if self.leave != Leave::Killed {
             let mut output = self.child.stdout.take();
             let until = Instant::now() + GRACE;

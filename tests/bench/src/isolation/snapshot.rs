@@ -107,7 +107,7 @@ impl Restore {
         let asked = match self.work {
             // A new process to be configured: that it answers is all.
             Work::Serve => return Ok(Vec::new()),
-            Work::True | Work::Idle => 0_u64,
+            Work::True | Work::Idle | Work::Stay => 0_u64,
             Work::Python => 1,
             Work::Inside | Work::Imports => {
                 bail!("a restored guest of the bench does no {}", self.work.name())
