@@ -90,6 +90,7 @@ fn live(booted_us: u64) -> Result<(), Box<dyn std::error::Error>> {
         complain(&format!("loopback stays down: {error}"));
     }
     protect_from_out_of_memory();
+    compact_memory_on_demand_alone();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let tasks = tokio::task::LocalSet::new();
     tasks.block_on(&runtime, async {
@@ -162,6 +163,12 @@ pub(crate) fn loopback_up() -> io::Result<()> {
 /// The kernel panics if its init is killed for want of memory, so it never picks the agent; its children reset this.
 fn protect_from_out_of_memory() {
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
+}
+
+/// The kernel looks twice a second whether to compact memory ahead of any need (`compaction_proactiveness`, admin-guide/sysctl/vm.rst): most of what wakes an idle guest. A
+/// host's memory is its own to arrange; on demand the guest's is compacted as ever.
+fn compact_memory_on_demand_alone() {
+    let _ = fs::write("/proc/sys/vm/compaction_proactiveness", "0");
 }
 
 /// CLOCK_MONOTONIC, µs.

@@ -39,7 +39,7 @@ use crate::refusal::Refusal;
 use crate::socket::Dialler;
 use crate::spare;
 use crate::unpack;
-use crate::usage::{Meter, SAMPLE};
+use crate::usage::{Meter, Pace};
 use sleep::{RoomError, Woken};
 
 /// How long killed containers may take to be gone before the room ends without them.
@@ -218,8 +218,9 @@ impl Room {
         control: &mut Control,
         outgoing: &mut mpsc::UnboundedReceiver<FromAgent>,
     ) -> Result<Turn, RoomError> {
-        let mut sample = tokio::time::interval(SAMPLE);
-        sample.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut pace = Pace::often();
+        let sample = tokio::time::sleep(Duration::ZERO);
+        tokio::pin!(sample);
         let mut report: Option<tokio::time::Interval> = None;
         loop {
             tokio::select! {
@@ -248,10 +249,17 @@ impl Room {
                     | FromHost::Resize(_)
                     | FromHost::Attach(_)
                     | FromHost::Invoke(_)
-                    | FromHost::Collect(_)) => self.carry_out(other),
+                    | FromHost::Collect(_)) => {
+                        self.carry_out(other);
+                        pace = Pace::often();
+                        sample.as_mut().reset(tokio::time::Instant::now() + pace.after(true));
+                    }
                 },
                 Some(message) = outgoing.recv() => control.send(&message).await?,
-                _ = sample.tick() => self.sample(),
+                () = &mut sample => {
+                    let gap = pace.after(self.sample());
+                    sample.as_mut().reset(tokio::time::Instant::now() + gap);
+                }
                 () = tick(report.as_mut()) => control.send(&self.usage(false).into()).await?,
             }
         }
@@ -345,11 +353,13 @@ impl Room {
         self.containers.borrow().iter().filter_map(started).collect()
     }
 
-    fn sample(&self) {
+    /// Says whether there was a change worth looking for more, in any of the containers.
+    fn sample(&self) -> bool {
         let now = Instant::now();
-        for (_, container) in self.started() {
-            container.meter.borrow_mut().sample(now);
-        }
+        // Each of them is sampled, whatever those before it say.
+        self.started()
+            .iter()
+            .fold(false, |changed, (_, container)| container.meter.borrow_mut().sample(now) | changed)
     }
 
     fn usage(&self, last: bool) -> Usage {

@@ -7,8 +7,30 @@ use carrel_protocol::usage::{Cpu, GuestUsage, Io, Memory, Network, Processes};
 
 use crate::container::cgroup::Cgroup;
 
-/// How often memory is looked at for its integral.
-pub(crate) const SAMPLE: Duration = Duration::from_millis(200);
+/// How often memory is looked at for its integral while it changes.
+const OFTEN: Duration = Duration::from_millis(200);
+/// And while it does not: where hundreds of rooms only wait, their looking would be most of what the host does.
+const SELDOM: Duration = Duration::from_millis(3_200);
+/// Less than this part of it is no change.
+const NO_CHANGE: u64 = 32;
+
+/// How long from one look at memory to the next: [`OFTEN`], and twice as long after every one that found no change, up to [`SELDOM`].
+#[derive(Debug)]
+pub(crate) struct Pace(Duration);
+
+impl Pace {
+    /// Something has just begun.
+    pub(crate) const fn often() -> Self {
+        Self(OFTEN)
+    }
+
+    /// From a look to the next one.
+    pub(crate) fn after(&mut self, change: bool) -> Duration {
+        let gap = self.0;
+        self.0 = if change { OFTEN } else { (gap * 2).min(SELDOM) };
+        if change { OFTEN } else { gap }
+    }
+}
 
 /// One container's meter.
 #[derive(Debug)]
@@ -48,18 +70,19 @@ impl Meter {
         self.ended = Some(now);
     }
 
-    /// Adds the time since the last sample at the mean of both samples (trapezium rule).
-    pub(crate) fn sample(&mut self, now: Instant) {
+    /// Adds the time since the last sample at the mean of both samples (trapezium rule). Says whether there was a change worth looking for more.
+    pub(crate) fn sample(&mut self, now: Instant) -> bool {
         if self.began.is_none() || self.ended.is_some() {
-            return;
+            return false;
         }
         let current = number(&self.cgroup.read("memory.current"));
-        if let Some((then, before)) = self.sampled {
+        let last = self.sampled.replace((now, current));
+        if let Some((then, before)) = last {
             let mean = u128::from(before).midpoint(u128::from(current));
             let area = mean.saturating_mul(now.saturating_duration_since(then).as_micros());
             self.integral = self.integral.saturating_add(area);
         }
-        self.sampled = Some((now, current));
+        last.is_none_or(|(_, before)| current.abs_diff(before) > before / NO_CHANGE)
     }
 
     /// The room is a clone: what was used until now was the template's. Peaks stay, for they can't be divided.
@@ -236,6 +259,31 @@ mod tests {
         // 1 s at 2 MB on average, then 2 s at 1.5 MB.
         assert_eq!((usage.memory.byte_seconds, usage.wall_us), (5_000_000, 2_500_000));
         assert_eq!(usage.memory.current_bytes, 9_000_000);
+    }
+
+    #[test]
+    fn memory_that_stays_is_looked_at_ever_more_seldom_until_it_changes() {
+        let (folder, mut meter) = metered(&[("memory.current", "3200000\n")]);
+        let mut now = Instant::now();
+        let mut pace = Pace::often();
+        let mut next = |meter: &mut Meter| {
+            let gap = pace.after(meter.sample(now));
+            now += gap;
+            gap.as_millis()
+        };
+        assert_eq!(next(&mut meter), 200, "nothing has begun");
+        meter.begin(Instant::now());
+        let gaps: Vec<_> = (0..6).map(|_| next(&mut meter)).collect();
+        assert_eq!(gaps, [400, 800, 1600, 3200, 3200, 3200]);
+        let write = |bytes: &str| std::fs::write(folder.path().join("memory.current"), bytes).unwrap();
+        write("3300000");
+        assert_eq!(next(&mut meter), 3200, "a thirty-second is no change");
+        write("3600000");
+        assert_eq!((next(&mut meter), next(&mut meter), next(&mut meter)), (200, 200, 400));
+        write("1000000");
+        assert_eq!(next(&mut meter), 200);
+        meter.end(Instant::now());
+        assert_eq!((next(&mut meter), next(&mut meter)), (200, 400), "it is over");
     }
 
     #[test]

@@ -129,7 +129,12 @@ impl Patience {
         self.kill() + self.shut_down() + self.stop_vmm() * 2 + self.of(10)
     }
 
-    /// From a stream's dial to its token, and from a process's end to its last stream's dial.
+    /// From a stream's dial to its token: as long as the start that most of them are of, in which a guest may wait for its CPU between the two.
+    pub(crate) fn token(self) -> Duration {
+        self.start()
+    }
+
+    /// From a process's end to the last of its streams.
     pub(crate) fn identify(self) -> Duration {
         self.of(10)
     }

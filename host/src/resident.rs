@@ -44,6 +44,7 @@ mod admission;
 pub mod api;
 mod demand;
 mod shelf;
+mod starts;
 mod warm;
 
 pub(crate) use admission::Admitted;
@@ -455,19 +456,21 @@ impl Shared {
     }
 
     fn own(&self, creator: Connection, id: &RoomId) -> Result<(), String> {
-        let timeline = vec![mark("request read")];
-        let starting = Some(self.shelf.starting());
+        let mut timeline = vec![mark("request read")];
+        let starting = self.shelf.starting();
         let directory = self.home.directory_of(id);
         let order = owner::read_order(&directory).map_err(|e| chain(&e))?;
         let supplies = owner::supplies(&creator, order.patience).map_err(|e| chain(&e))?;
         // From here on the room is this process's, whatever comes.
         creator.send(&FromResident::from(Mine {}), &[]).map_err(|e| chain(&e))?;
         self.given.fetch_add(1, Ordering::Relaxed);
+        starting.wait_for_its_turn();
+        timeline.push(mark("its turn"));
         let (promised, refusal) = match self.admit(&order.spec.machine) {
             Ok(promised) => (Some(promised), None),
             Err(refusal) => (None, Some(refusal)),
         };
-        let held = Held { starting, promised, resting: self.resting.clone() };
+        let held = Held { starting: Some(starting), promised, resting: self.resting.clone() };
         let assignment = Assignment { directory: &directory, order, supplies, creator, timeline, held };
         let owned = match refusal {
             None => assignment.own(|order, id, template| self.launch(order, id, &directory, template)),

@@ -84,8 +84,7 @@ impl Streams {
             tracing::debug!(port, "the guest dials too much at once");
             return;
         }
-        let (token, waiting, time) =
-            (token.clone(), Arc::clone(&self.unidentified), self.patience.identify());
+        let (token, waiting, time) = (token.clone(), Arc::clone(&self.unidentified), self.patience.token());
         let spawned = teller.spawn("token", move |teller| {
             let socket = UnixStream::from(socket);
             let identified = identify(&socket, &token, time);

@@ -1,15 +1,17 @@
 //! The shelf: VMMs that are ready before anybody asks. Each is a confined process in its own namespaces and cgroup whose VM and vCPUs are made, and which
 //! waits to be told what to go on from.
 //!
-//! A VMM that was taken is replaced when no room is starting, or a moment later where rooms start without end: the one that starts now has the CPUs. Of each kind there are as many
-//! as were lately asked for at once ([`Demand`]).
+//! A VMM that was taken is replaced when no room is starting, or beside those that are once they had their time ([`Starts`]). Of each kind there are as many as were lately asked for
+//! at once ([`Demand`]).
 
 use std::collections::VecDeque;
 use std::fs;
+use std::num::NonZero;
 use std::ops::RangeInclusive;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use carrel_protocol::chain;
@@ -18,6 +20,7 @@ use serde::{Deserialize, Serialize};
 
 use super::admission;
 use super::demand::Demand;
+use super::starts::{Number, Starts};
 use crate::home::{self, Order};
 use crate::launch::{self, LaunchError, Prepared};
 use crate::spec::Part;
@@ -26,8 +29,8 @@ use crate::spec::Part;
 const MOST_SHAPES: usize = 4;
 /// A kind that nobody asked for in this time has no VMMs ready any more, unless it is the last that anybody asked for.
 const FORGOTTEN: Duration = Duration::from_secs(600);
-/// Rooms that start are given this much time before a VMM is prepared beside them.
-const PAUSE: Duration = Duration::from_millis(100);
+/// Nobody waits longer without another look.
+const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// From a VMM that could not be prepared to the next attempt.
 const AGAIN: Duration = Duration::from_secs(5);
 
@@ -90,14 +93,12 @@ struct Kind {
     demand: Demand,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Kinds {
     /// The last asked for first.
     kinds: Vec<Kind>,
     /// Rooms whose workloads do not run yet.
-    starting: u64,
-    /// When VMMs may be prepared though rooms are starting.
-    pause_ends: Option<Instant>,
+    starts: Starts,
     closed: bool,
 }
 
@@ -124,37 +125,53 @@ pub(crate) struct Shelf {
 
 /// A room is starting for as long as this lives.
 #[derive(Debug)]
-pub(crate) struct Starting(Arc<State>);
+pub(crate) struct Starting {
+    state: Arc<State>,
+    number: Number,
+}
 
 impl Drop for Starting {
     fn drop(&mut self) {
-        let mut kinds = self.0.lock();
-        kinds.starting = kinds.starting.saturating_sub(1);
-        self.0.changed.notify_all();
+        self.state.lock().starts.end(self.number);
+        self.state.changed.notify_all();
+    }
+}
+
+impl Starting {
+    /// Waits for the room's turn.
+    pub(crate) fn wait_for_its_turn(&self) {
+        let mut kinds = self.state.lock();
+        while let Err(wait) = kinds.starts.take_turn(self.number, Instant::now()) {
+            let wait = wait.min(LONGEST_WAIT);
+            kinds = self.state.changed.wait_timeout(kinds, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(kinds);
+        // The next one's turn may have come too.
+        self.state.changed.notify_all();
     }
 }
 
 impl Shelf {
     /// One that is to have so many VMMs of each kind, and the fewest of the usual one from the beginning on.
     pub(crate) fn new(bounds: RangeInclusive<usize>, vmm: PathBuf, usual: (VcpuCount, MemoryMib)) -> Self {
-        let kinds = Kinds { kinds: vec![Kind::new(Shape::plain(vmm, usual))], ..Kinds::default() };
+        let cpus = thread::available_parallelism().map_or(1, NonZero::get);
+        let kinds = Kinds {
+            kinds: vec![Kind::new(Shape::plain(vmm, usual))],
+            starts: Starts::new(cpus, Instant::now()),
+            closed: false,
+        };
         Self { state: Arc::new(State { kinds: Mutex::new(kinds), changed: Condvar::new() }), bounds }
     }
 
     /// A room begins to start.
     pub(crate) fn starting(&self) -> Starting {
-        let mut kinds = self.state.lock();
-        // From the first one on: where starts follow each other without end, VMMs are prepared all the same.
-        if kinds.starting == 0 {
-            kinds.pause_ends = Some(Instant::now() + PAUSE);
-        }
-        kinds.starting += 1;
-        Starting(Arc::clone(&self.state))
+        let number = self.state.lock().starts.begin(Instant::now());
+        Starting { state: Arc::clone(&self.state), number }
     }
 
     /// Rooms whose workloads do not run yet.
     pub(crate) fn being_started(&self) -> u64 {
-        self.state.lock().starting
+        self.state.lock().starts.under_way()
     }
 
     /// Takes a VMM of this kind, if one is ready, and has others of the kind prepared from now on.
@@ -233,10 +250,8 @@ impl Shelf {
                 continue;
             }
             let lacking = kinds.kinds.iter().find(|kind| kind.ready.len() < kind.demand.wanted(&self.bounds));
-            let pause =
-                kinds.pause_ends.filter(|_| kinds.starting > 0).map(|end| end.saturating_duration_since(now));
-            let wait = match (lacking, pause) {
-                (Some(kind), None | Some(Duration::ZERO)) => return Some(kind.shape.clone()),
+            let wait = match (lacking, kinds.starts.pause(now)) {
+                (Some(kind), None) => return Some(kind.shape.clone()),
                 (Some(_), Some(pause)) => pause,
                 (None, _) => FORGOTTEN,
             };
