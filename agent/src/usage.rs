@@ -10,7 +10,7 @@ use crate::container::cgroup::Cgroup;
 /// How often memory is looked at for its integral while it changes.
 const OFTEN: Duration = Duration::from_millis(200);
 /// And while it does not: where hundreds of rooms only wait, their looking would be most of what the host does.
-const SELDOM: Duration = Duration::from_millis(3_200);
+const SELDOM: Duration = Duration::from_secs(1);
 /// Less than this part of it is no change.
 const NO_CHANGE: u64 = 32;
 
@@ -274,10 +274,10 @@ mod tests {
         assert_eq!(next(&mut meter), 200, "nothing has begun");
         meter.begin(Instant::now());
         let gaps: Vec<_> = (0..6).map(|_| next(&mut meter)).collect();
-        assert_eq!(gaps, [400, 800, 1600, 3200, 3200, 3200]);
+        assert_eq!(gaps, [400, 800, 1000, 1000, 1000, 1000]);
         let write = |bytes: &str| std::fs::write(folder.path().join("memory.current"), bytes).unwrap();
         write("3300000");
-        assert_eq!(next(&mut meter), 3200, "a thirty-second is no change");
+        assert_eq!(next(&mut meter), 1000, "a thirty-second is no change");
         write("3600000");
         assert_eq!((next(&mut meter), next(&mut meter), next(&mut meter)), (200, 200, 400));
         write("1000000");
