@@ -29,8 +29,6 @@ use crate::spec::Part;
 const MOST_SHAPES: usize = 4;
 /// A kind that nobody asked for in this time has no VMMs ready any more, unless it is the last that anybody asked for.
 const FORGOTTEN: Duration = Duration::from_secs(600);
-/// Nobody waits longer without another look.
-const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// From a VMM that could not be prepared to the next attempt.
 const AGAIN: Duration = Duration::from_secs(5);
 
@@ -138,16 +136,17 @@ impl Drop for Starting {
 }
 
 impl Starting {
-    /// Waits for the room's turn.
+    /// Waits for the room's turn, on the thread that had it begin.
     pub(crate) fn wait_for_its_turn(&self) {
-        let mut kinds = self.state.lock();
-        while let Err(wait) = kinds.starts.take_turn(self.number, Instant::now()) {
-            let wait = wait.min(LONGEST_WAIT);
-            kinds = self.state.changed.wait_timeout(kinds, wait).unwrap_or_else(PoisonError::into_inner).0;
+        loop {
+            // The lock is free before the wait.
+            let taken = self.state.lock().starts.take_turn(self.number, Instant::now());
+            match taken {
+                Ok(()) => return,
+                Err(Duration::MAX) => thread::park(),
+                Err(wait) => thread::park_timeout(wait),
+            }
         }
-        drop(kinds);
-        // The next one's turn may have come too.
-        self.state.changed.notify_all();
     }
 }
 
@@ -346,4 +345,35 @@ fn prepare(shape: &Shape) -> Result<Prepared, LaunchError> {
     let id = home::fresh_id()?;
     let limits = launch::limits_of(shape.vcpus, shape.memory_mib);
     launch::prepare(&id, &shape.without, &shape.vmm, limits, shape.vcpus, shape.memory_mib)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn every_one_of_many_has_its_turn_as_soon_as_others_end() {
+        let usual = (VcpuCount::try_from(1).unwrap(), MemoryMib::try_from(128).unwrap());
+        let shelf = Shelf::new(0..=0, "/nonexistent".into(), usual);
+        let cpus = thread::available_parallelism().map_or(1, NonZero::get);
+        let (at_once, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        let begun = Instant::now();
+        thread::scope(|scope| {
+            for _ in 0..100 {
+                scope.spawn(|| {
+                    let starting = shelf.starting();
+                    starting.wait_for_its_turn();
+                    most.fetch_max(at_once.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                    thread::sleep(Duration::from_millis(1));
+                    at_once.fetch_sub(1, Ordering::SeqCst);
+                });
+            }
+        });
+        // A wakeup that is lost would cost a whole turn's time.
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        assert!(most.load(Ordering::SeqCst) <= cpus * 2, "{most:?} on {cpus} CPUs");
+        assert_eq!(shelf.being_started(), 0);
+    }
 }

@@ -13,6 +13,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 /// Rooms that start on some of the CPUs are given this much time.
@@ -35,8 +36,8 @@ pub(super) struct Starts {
     cpus: u64,
     turns_at_once: usize,
     next: u64,
-    /// Those that wait for their turns.
-    waiting: VecDeque<Number>,
+    /// Those that wait for their turns, and the threads that do so for them.
+    waiting: VecDeque<(Number, Thread)>,
     /// Those whose turn it is, and since when.
     turns: Vec<(Number, Instant)>,
     under_way: u64,
@@ -60,7 +61,7 @@ impl Starts {
         }
     }
 
-    /// A room is to start, and waits for its turn.
+    /// A room is to start, and this thread waits for its turn.
     pub(super) fn begin(&mut self, now: Instant) -> Number {
         if self.under_way == 0 {
             self.first = now;
@@ -69,14 +70,19 @@ impl Starts {
         self.under_way += 1;
         let number = Number(self.next);
         self.next += 1;
-        self.waiting.push_back(number);
+        self.waiting.push_back((number, thread::current()));
         number
     }
 
-    /// Takes the turn of one that waits; if it isn't its turn yet, says how long that may take if no other one ends. For ever, where it is not the next.
+    /// Takes the turn of one that waits. If it isn't its turn yet, says how long that may take at the most: for ever, for who is not the next. A thread that waits is unparked sooner
+    /// when it may be its turn.
+    ///
+    /// # Errors
+    ///
+    /// How long.
     pub(super) fn take_turn(&mut self, number: Number, now: Instant) -> Result<(), Duration> {
         self.turns.retain(|(_, since)| now < *since + TURN);
-        if self.waiting.front() != Some(&number) {
+        if self.waiting.front().is_none_or(|(first, _)| *first != number) {
             return Err(Duration::MAX);
         }
         let first_over =
@@ -86,6 +92,7 @@ impl Starts {
             _ => {
                 self.waiting.pop_front();
                 self.turns.push((number, now));
+                self.wake_next();
                 Ok(())
             }
         }
@@ -93,9 +100,16 @@ impl Starts {
 
     /// It runs, or is over.
     pub(super) fn end(&mut self, number: Number) {
-        self.waiting.retain(|waiting| *waiting != number);
+        self.waiting.retain(|(waiting, _)| *waiting != number);
         self.turns.retain(|(turn, _)| *turn != number);
         self.under_way = self.under_way.saturating_sub(1);
+        self.wake_next();
+    }
+
+    fn wake_next(&self) {
+        if let Some((_, thread)) = self.waiting.front() {
+            thread.unpark();
+        }
     }
 
     /// How many are under way.
