@@ -252,7 +252,11 @@ impl Room {
                     | FromHost::Collect(_)) => {
                         self.carry_out(other);
                         pace = Pace::often();
-                        sample.as_mut().reset(tokio::time::Instant::now() + pace.after(true));
+                        let soon = tokio::time::Instant::now() + pace.after(true);
+                        // Never put off: requests may come without end.
+                        if soon < sample.deadline() {
+                            sample.as_mut().reset(soon);
+                        }
                     }
                 },
                 Some(message) = outgoing.recv() => control.send(&message).await?,
