@@ -20,6 +20,7 @@ use std::sync::Mutex;
 
 use carrel_host::archive;
 use carrel_host::owner::Journal;
+use carrel_host::pool::ahead;
 use clap::Parser;
 use clap::error::ErrorKind;
 use tracing_subscriber::EnvFilter;
@@ -30,10 +31,12 @@ use configuration::Configuration;
 
 fn main() -> ExitCode {
     carrel_protocol::abort_on_panic();
-    // A process that will meet an archive: it reads no configuration and opens nothing before it is confined.
+    // Processes that carrel starts for itself. One will meet an archive: it reads no configuration and opens nothing before it is confined.
     let mut words = std::env::args_os().skip(1);
-    if words.next().is_some_and(|word| word == archive::COMMAND) {
-        return ExitCode::from(archive::serve(words));
+    match words.next() {
+        Some(word) if word == archive::COMMAND => return ExitCode::from(archive::serve(words)),
+        Some(word) if word == ahead::COMMAND => return ExitCode::from(ahead::serve(words)),
+        _ => {}
     }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,

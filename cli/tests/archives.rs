@@ -181,9 +181,13 @@ fn a_reader_goes_with_the_thread_that_started_it() {
 #[test]
 fn nobody_starts_a_reader_by_hand() {
     let folder = tempfile::tempdir().unwrap();
-    for words in
-        [&["read-archive"][..], &["read-archive", "--unconfined=nothing"], &["read-archive", "a.tar"]]
-    {
+    for words in [
+        &["read-archive"][..],
+        &["read-archive", "--unconfined=nothing"],
+        &["read-archive", "a.tar"],
+        &["read-ahead"],
+        &["read-ahead", "a"],
+    ] {
         let output = carrel(folder.path(), words);
         assert_eq!((output.status.code(), output.stdout.len()), (Some(2), 0), "{words:?}");
     }

@@ -242,9 +242,15 @@ impl Home {
         Ok(home)
     }
 
-    /// Another program as the rooms' owner: it is started as `PROGRAM owner DIR`, standard input being its connection.
+    /// Another program as the rooms' owner: it is started as `PROGRAM owner DIR`, standard input being its connection. The same program reads templates ahead
+    /// ([`crate::pool::ahead`]).
     pub fn with_owner(self, owner: PathBuf) -> Self {
         Self { owner, ..self }
+    }
+
+    /// The program that is started for the rooms' sake.
+    pub(crate) fn owner(&self) -> &Path {
+        &self.owner
     }
 
     /// Every room has an owner of its own, whether there is a resident one or not.
@@ -614,6 +620,7 @@ impl Room {
             record.outcome.filter(|_| record.phase == Phase::Ended).map(|outcome| Ended {
                 outcome,
                 usage: record.usage,
+                started: record.started_ms.is_some(),
                 timeline: Vec::new(),
             })
         };

@@ -35,9 +35,11 @@ use crate::home::{Home, HomeError, Room, TemplateFiles};
 use crate::outcome::{Outcome, Step, exit_in_words};
 use crate::resident;
 use crate::session::{Ended, Session, SessionError, Streams};
-use crate::spec::{RoomName, RoomSpec};
+use crate::spec::{self, RoomName, RoomSpec};
 use crate::template::{self, Host, KeyError};
 use crate::timestamp::mark;
+
+pub mod ahead;
 
 /// The mark of a template that was made just now.
 const MADE: &str = "template made";
@@ -163,6 +165,9 @@ impl<'a> Pool<'a> {
         match self.template(&spec, blobs, &mut timeline) {
             Ok(template) => {
                 timeline.push(mark("template found"));
+                if !spec.without.contains(&spec::Part::Cgroup) && self.is_brought_ahead(&template) {
+                    timeline.push(mark("template read ahead"));
+                }
                 let (files, record) = files(&template, spec.detached)?;
                 let (room, session) = self.home.create_clone(spec, files)?;
                 let beginning = Beginning::Clone(Arc::new(template), record.map(Arc::new));
@@ -185,6 +190,15 @@ impl<'a> Pool<'a> {
                 self.start_cold(spec, blobs, timeline)
             }
         }
+    }
+
+    /// Has the pages that clones share read on nobody's account, if they are not there.
+    fn is_brought_ahead(&self, template: &Template) -> bool {
+        let files = [template.file(Part::Memory), template.file(Part::Disk)];
+        ahead::bring(&files, self.home.owner(), self.home.patience().answer()).unwrap_or_else(|error| {
+            tracing::debug!(error = %chain(&error), "a template is not read ahead: its first clone pays for it");
+            false
+        })
     }
 
     /// Where rooms of such a function wait for another event, if somebody keeps them. `spec` is that of an initialised instance, which has all that makes one as good as
@@ -348,18 +362,24 @@ fn unmade(ended: Ended, initialised: bool) -> PoolError {
 impl Beginning {
     /// Does what is to be done when the room has ended so: what it has learnt is added to its template.
     ///
-    /// Says whether it never began, for its template is not fit to be cloned here: that is thrown away then, so that another attempt makes it anew.
+    /// Says whether its workload never started, for its template is not fit to be cloned here: that is thrown away then, so that another attempt makes it anew. A template whose guest
+    /// fails before its workload starts is read whole, which takes a second or so for each GiB that it holds.
     ///
     /// # Errors
     ///
     /// It can't be thrown away.
-    pub fn conclude(&self, outcome: &Outcome) -> Result<bool, TemplateError> {
-        match (self, outcome) {
-            (Self::Clone(template, _), Outcome::VmmFailed { end: End::BadSnapshot, message }) => {
-                template.discard(&Damage::Refused(message.clone()))?;
-                Ok(true)
-            }
-            (Self::Cold | Self::Clone(..), _) => {
+    pub fn conclude(&self, ended: &Ended) -> Result<bool, TemplateError> {
+        let Self::Clone(template, _) = self else { return Ok(false) };
+        let damage = if let Outcome::VmmFailed { end: End::BadSnapshot, message } = &ended.outcome {
+            Some(Damage::Refused(message.clone()))
+        } else if !ended.started && is_the_guests(&ended.outcome) {
+            template.verify()
+        } else {
+            None
+        };
+        match damage {
+            Some(damage) => template.discard(&damage).map(|_| true),
+            None => {
                 self.learn();
                 Ok(false)
             }
@@ -387,6 +407,29 @@ impl Beginning {
             Self::Cold => "cold",
             Self::Clone(..) => "clone",
         }
+    }
+}
+
+/// Whether a guest that ended so may have had other memory, or another disk, than was saved.
+fn is_the_guests(outcome: &Outcome) -> bool {
+    match outcome {
+        Outcome::GuestPanicked { .. }
+        | Outcome::GuestEnded { .. }
+        | Outcome::AgentFailed { .. }
+        | Outcome::Refused { failure: Failure::System, .. }
+        | Outcome::VmmFailed { end: End::Kvm, .. }
+        | Outcome::Overdue { step: Step::Boot | Step::Start | Step::Prepare, .. } => true,
+        Outcome::Exited { .. }
+        | Outcome::TimedOut { .. }
+        | Outcome::Stopped { .. }
+        | Outcome::Refused { .. }
+        | Outcome::VmmFailed { .. }
+        | Outcome::Saved { .. }
+        | Outcome::VmmKilled { .. }
+        | Outcome::Overdue { .. }
+        | Outcome::NoCapacity { .. }
+        | Outcome::OwnerFailed { .. }
+        | Outcome::Lost => false,
     }
 }
 
@@ -440,7 +483,7 @@ mod tests {
     use super::*;
 
     fn of(outcome: Outcome, initialised: bool) -> PoolError {
-        unmade(Ended { outcome, usage: None, timeline: Vec::new() }, initialised)
+        unmade(Ended { outcome, usage: None, started: false, timeline: Vec::new() }, initialised)
     }
 
     #[test]

@@ -68,6 +68,8 @@ const BACKLOG: i32 = 1024;
 const AGAIN: Duration = Duration::from_millis(200);
 /// From one look at whether a room's promise was taken back to the next.
 const ENDING: Duration = Duration::from_millis(5);
+/// How long a command may take to clear away after a resident owner that was killed.
+const CLEARED: Duration = Duration::from_millis(500);
 /// A room's thread waits for one thing at a time.
 const STACK_BYTES: usize = 512 << 10;
 
@@ -212,7 +214,7 @@ impl Resident {
     ///
     /// There is another one, or the host refuses something.
     pub fn open(home: Home, options: Options) -> Result<Self, ResidentError> {
-        let lock = claim(home.root())?;
+        let lock = claim_patiently(home.root())?;
         raise_descriptors();
         let activated = activated();
         let path = home.root().join(SOCKET);
@@ -530,7 +532,17 @@ impl Shared {
     }
 }
 
-/// Makes sure that a home has one resident owner.
+/// Makes sure that a home has one resident owner. A command that clears away after one has the lock for a moment.
+fn claim_patiently(root: &Path) -> Result<File, ResidentError> {
+    let until = Instant::now() + CLEARED;
+    loop {
+        match claim(root) {
+            Err(ResidentError::Taken) if Instant::now() < until => thread::sleep(ENDING),
+            claimed => return claimed,
+        }
+    }
+}
+
 fn claim(root: &Path) -> Result<File, ResidentError> {
     let path = root.join(LOCK);
     let failed = |source| ResidentError::Io { doing: "opened", path: path.clone(), source };
@@ -575,7 +587,7 @@ pub(crate) fn offer(
     patience: Patience,
 ) -> Result<Option<Session>, SessionError> {
     // Whatever is wrong with a socket at which nobody accepts: nobody has the room.
-    let Ok(connection) = session::connected(root, SOCKET, patience) else { return Ok(None) };
+    let Ok(connection) = connected(root, patience) else { return Ok(None) };
     let own = ToResident::from(Own { version: VERSION.into(), room: room.clone() });
     let sent = connection.send_blocking(&own, &[]).and_then(|()| owner::supply(&connection, supplies));
     if sent.is_err() {
@@ -590,6 +602,23 @@ pub(crate) fn offer(
         Err(error) if error.would_block() => Err(SessionError::Silent),
         // It closed the connection, and nothing was taken.
         Err(_) => Ok(None),
+    }
+}
+
+/// A connection to the home's resident owner. The socket of one that was killed is removed; a service manager's has somebody who listens.
+fn connected(root: &Path, patience: Patience) -> io::Result<Connection> {
+    let refused = match session::connected(root, SOCKET, patience) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => error,
+        connected => return connected,
+    };
+    // While this is held none begins; one may have begun since.
+    let Ok(_none) = claim(root) else { return session::connected(root, SOCKET, patience) };
+    match session::connected(root, SOCKET, patience) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            let _ = fs::remove_file(root.join(SOCKET));
+            Err(refused)
+        }
+        connected => connected,
     }
 }
 
@@ -621,7 +650,7 @@ fn asked(
     descriptors: &[BorrowedFd<'_>],
     patience: Patience,
 ) -> Result<Packet<FromResident>, ResidentError> {
-    let connection = session::connected(root, SOCKET, patience).map_err(ResidentError::Absent)?;
+    let connection = connected(root, patience).map_err(ResidentError::Absent)?;
     connection.limit(Some(patience.answer()))?;
     connection.send_blocking(question, descriptors).map_err(ResidentError::Answer)?;
     connection.receive().map_err(ResidentError::Answer)

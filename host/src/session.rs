@@ -396,7 +396,7 @@ impl Session {
                     pumps.drain();
                     if !to_the_rooms_end {
                         let outcome = Outcome::Exited { status, out_of_memory };
-                        return Ok(Ended { outcome, usage: None, timeline: Vec::new() });
+                        return Ok(Ended { outcome, usage: None, started: true, timeline: Vec::new() });
                     }
                     // The owner may have ended the room meanwhile; its last word is waiting then.
                     let asked = taking
@@ -419,7 +419,7 @@ impl Session {
                 }
                 ToClient::Refused(Refused { failure, message }) if !to_the_rooms_end => {
                     let outcome = Outcome::Refused { failure, message };
-                    return Ok(Ended { outcome, usage: None, timeline: Vec::new() });
+                    return Ok(Ended { outcome, usage: None, started: false, timeline: Vec::new() });
                 }
                 ToClient::Noticed(Noticed { message }) => notice(&message),
                 ToClient::Ended(mut ended) => {

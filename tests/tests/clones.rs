@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File};
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -125,6 +125,84 @@ fn a_damaged_template_never_runs_and_is_made_again() {
         assert_eq!(start(&run(&carrel, "true").succeeds()), "clone");
     }
     carrel.run(&["template", "verify"]).succeeds();
+}
+
+/// What is whole in itself, but not what was saved with the rest.
+#[test]
+fn another_templates_state_and_an_empty_memory_are_found_out_and_made_again() {
+    let carrel = Carrel::with_own_store();
+    let image = fixtures::busybox();
+    run(&carrel, "true").succeeds();
+    let own = folder(&carrel);
+    let (state, memory) = (own.join("state"), own.join("memory"));
+    let good = fs::read(&state).unwrap();
+    carrel.run(&["run", "-m", MEMORY, "--domain", "other", &image, "true"]).succeeds();
+    let other = templates(&carrel).into_iter().map(|listed| listed["key"].as_str().unwrap().to_owned());
+    let other =
+        other.map(|key| carrel.store().join("templates").join(key)).find(|path| *path != own).unwrap();
+    let foreign = fs::read(other.join("state")).unwrap();
+    assert!(foreign != good && foreign.len() == good.len(), "of one shape, and not the same");
+    fs::remove_file(&state).unwrap();
+    fs::write(&state, &foreign).unwrap();
+    let done = run(&carrel, "echo well").succeeds();
+    assert_eq!((done.text(), start(&done)), ("well\n", "clone"), "{done:?}");
+    assert!(done.errors().contains("state was changed"), "{done:?}");
+    // The memory is as long as it was, so only its guest's end tells: it has no kernel any more.
+    let length = fs::metadata(&memory).unwrap().len();
+    fs::remove_file(&memory).unwrap();
+    File::create(&memory).unwrap().set_len(length).unwrap();
+    let done = run(&carrel, "echo well").succeeds();
+    assert_eq!((done.text(), start(&done)), ("well\n", "clone"), "{done:?}");
+    assert!(done.errors().contains("memory was changed"), "{done:?}");
+    carrel.run(&["template", "verify"]).succeeds();
+    // A detached room that never began is none: the one that began has its name.
+    fs::remove_file(&memory).unwrap();
+    File::create(&memory).unwrap().set_len(length).unwrap();
+    let room = carrel.detach(&["--name", "desk", "-m", MEMORY, &image, "sleep", "600"]);
+    let rooms = carrel.rooms(true);
+    assert_eq!(rooms.len(), 1, "{rooms:?}");
+    carrel.run(&["exec", "desk", "true"]).succeeds();
+    carrel.run(&["rm", "--force", &room]).succeeds();
+    carrel.expect_nothing_left();
+}
+
+/// Bytes of the page cache that are charged to a room's cgroup (cgroup-v2.rst, `memory.stat`).
+fn page_cache_of(carrel: &Carrel, room: &str) -> u64 {
+    let inspected = carrel.json(&["stats", "--no-stream", "--json", room]);
+    let id = inspected[0]["id"].as_str().or(inspected["id"].as_str()).unwrap().to_owned();
+    let text = fs::read_to_string(format!("/sys/fs/cgroup/carrel/{id}/memory.stat")).unwrap();
+    text.lines().find_map(|line| line.strip_prefix("file ")).unwrap().parse().unwrap()
+}
+
+#[test]
+fn the_first_clone_does_not_pay_for_what_all_share() {
+    let carrel = Carrel::with_own_store();
+    let image = fixtures::busybox();
+    run(&carrel, "true").succeeds();
+    let folder = folder(&carrel);
+    for name in ["memory", "disk"] {
+        let file = File::open(folder.join(name)).unwrap();
+        file.sync_all().unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    }
+    let first = carrel.run(&["run", "-m", MEMORY, "--timeline", &image, "true"]).succeeds();
+    assert!(first.errors().contains("template read ahead"), "{first:?}");
+    for name in ["memory", "disk"] {
+        let file = File::open(folder.join(name)).unwrap();
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    }
+    for n in 0..2 {
+        let room = carrel.detach(&["-m", MEMORY, &image, "sleep", "600"]);
+        // The kernel adds up every 2 s (FLUSH_TIME in mm/memcontrol.c).
+        std::thread::sleep(std::time::Duration::from_secs(3));
+        let charged = page_cache_of(&carrel, &room);
+        println!("clone {n}: {charged} bytes of the page cache");
+        assert!(charged < 2 << 20, "clone {n} is charged {charged} bytes of the page cache");
+        carrel.run(&["rm", "--force", &room]).succeeds();
+    }
+    let second = carrel.run(&["run", "-m", MEMORY, "--timeline", &image, "true"]).succeeds();
+    assert!(!second.errors().contains("template read ahead"), "it is there: {second:?}");
+    carrel.expect_nothing_left();
 }
 
 #[test]

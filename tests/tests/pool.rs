@@ -119,8 +119,10 @@ fn a_killed_one_takes_its_rooms_with_it_and_leaves_nothing_that_the_next_command
     }
     carrel.run(&["ps"]).succeeds();
     carrel.expect_nothing_left();
-    // Without it all goes on as before, and another one finds its socket in nobody's way.
+    // Without it all goes on as before, and another one finds its socket in nobody's way: whoever finds that nobody listens removes it.
+    assert!(carrel.home().join("pool.sock").exists());
     run(&carrel, "true").succeeds();
+    assert!(!carrel.home().join("pool.sock").exists());
     ends(&carrel, self::pool(&carrel, &[]));
 }
 

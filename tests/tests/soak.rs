@@ -72,13 +72,13 @@ fn clones_that_come_and_go_leave_nothing() {
     }
     carrel.expect_nothing_left();
     assert_eq!(Disk::of(&folders).beyond(&disk), "", "after {cycles} cycles");
-    // The kernel counts for each CPU, and adds up now and then: what is left by each cycle is seen, a handful is not.
+    // The kernel counts for each CPU and adds up by 32: what is left by a few cycles is seen, a handful is not. No process is left that would have one open.
     let more = open_files().saturating_sub(open);
     println!(
         "{cycles} cycles; {more} more open files on the host, {} cgroups not yet freed",
         dying_cgroups()
     );
-    assert!(more < 128, "{more} more open files on the host after {cycles} cycles");
+    assert!(more < 64, "{more} more open files on the host after {cycles} cycles");
 }
 
 /// Rooms of a resident owner that come and go, every third one by a kill of its command, leave it as it was after the first few.
@@ -104,9 +104,11 @@ fn a_resident_owners_rooms_that_come_and_go_leave_it_as_it_was() {
             Some((entries("fd"), entries("task")))
         })
     };
+    // Among the first few is a killed one, too: what the owner keeps for later is there.
     for n in 0..3 {
         echo(&carrel, &format!("first {n}"));
     }
+    kill_one(&carrel, Duration::from_millis(300));
     let (before, folders) = (at_rest(), [carrel.home().to_owned(), carrel.store().to_owned()]);
     let disk = Disk::of(&folders);
     let cycles = times(12, 1000);
@@ -116,22 +118,35 @@ fn a_resident_owners_rooms_that_come_and_go_leave_it_as_it_was() {
             continue;
         }
         let moment = Duration::from_micros(chance.below(1_500_000).try_into().unwrap());
-        let mut command = carrel.command(&["run", "-i", "-m", MEMORY, &fixtures::busybox(), "cat"]);
-        let mut running = Running::spawn(command.stdin(std::process::Stdio::piped()));
-        let input = running.stdin();
-        sleep(moment);
-        running.signal(Signal::KILL);
-        drop(input);
-        running.done().ends_with(137);
+        kill_one(&carrel, moment);
         println!("cycle {n}: killed after {moment:?}");
     }
-    // A thread that has just ended may be there still, one of the library's that is kept for the next room too.
-    let after = at_rest();
-    assert!(after.0 <= before.0 + 4 && after.1 <= before.1 + 4, "{before:?}, after {cycles} rooms {after:?}");
+    // A thread that has just ended may be there for a moment still.
+    let mut after = at_rest();
+    for _ in 0..20 {
+        if after.0 <= before.0 && after.1 <= before.1 {
+            break;
+        }
+        sleep(Duration::from_millis(500));
+        after = at_rest();
+    }
+    println!("{before:?}, after {cycles} rooms {after:?}");
+    assert!(after.0 <= before.0 && after.1 <= before.1, "{before:?}, after {cycles} rooms {after:?}");
     assert_eq!(Disk::of(&folders).beyond(&disk), "", "after {cycles} cycles");
     pool.signal(Signal::TERM);
     pool.done().succeeds();
     carrel.expect_nothing_left();
+}
+
+/// A room whose command is killed a moment after it was begun.
+fn kill_one(carrel: &Carrel, moment: Duration) {
+    let mut command = carrel.command(&["run", "-i", "-m", MEMORY, &fixtures::busybox(), "cat"]);
+    let mut running = Running::spawn(command.stdin(std::process::Stdio::piped()));
+    let input = running.stdin();
+    sleep(moment);
+    running.signal(Signal::KILL);
+    drop(input);
+    running.done().ends_with(137);
 }
 
 /// Open files of the whole host (proc(5), `file-nr`).

@@ -73,9 +73,10 @@ pub(crate) fn serve<T>(
             started => started?,
         };
         let (beginning, mut marks) = (started.beginning.clone(), std::mem::take(&mut started.timeline));
+        let room = started.room.clone();
         let (served, ended) = serve(started)?;
         let unfit = match &ended {
-            Some(ended) => beginning.conclude(&ended.outcome)?,
+            Some(ended) => beginning.conclude(ended)?,
             None => {
                 beginning.learn();
                 false
@@ -83,6 +84,10 @@ pub(crate) fn serve<T>(
         };
         if unfit && attempt < ATTEMPTS {
             attempt += 1;
+            if spec.detached {
+                // Its record would stay, with the name that the next one is to have.
+                room.remove()?;
+            }
             continue;
         }
         if args.timeline {

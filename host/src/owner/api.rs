@@ -208,6 +208,8 @@ pub struct Ended {
     pub outcome: Outcome,
     /// What it used.
     pub usage: Option<UsageReport>,
+    /// Its workload had started.
+    pub started: bool,
     /// What happened when in its start.
     #[serde(default)]
     pub timeline: Vec<Mark>,

@@ -2,6 +2,8 @@
 //!
 //! In: a key. Out: three read-only descriptors and the record, all of one and the same making, or nothing. What was opened stays
 //! readable whatever becomes of the name.
+//!
+//! The state, a few KiB, is compared with the record's digest each time; the memory and the disk by their lengths, and whole by [`Template::verify`].
 
 use std::fs::{File, TryLockError};
 use std::io::{self, Read};
@@ -75,14 +77,7 @@ impl Template {
     /// disk that forgets is noticed when it is really read.
     #[must_use]
     pub fn verify(&self) -> Option<Damage> {
-        Part::ALL.into_iter().find_map(|part| {
-            let published = self.record.part(part);
-            match SparseDigest::of(self.file(part), published.bytes) {
-                Ok(actual) if actual == published.digest => None,
-                Ok(actual) => Some(Damage::Content { part, expected: published.digest.clone(), actual }),
-                Err(error) => Some(Damage::Unreadable(part.name(), error)),
-            }
-        })
+        Part::ALL.into_iter().find_map(|part| damage(&self.record, part, self.file(part)))
     }
 
     /// Throws this template away because it turned out to be damaged, pinned or not, so that nobody finds it again and the next who wants it
@@ -122,7 +117,7 @@ impl Template {
 }
 
 impl Templates {
-    /// Opens what is at a key, and checks what can be checked without reading it all.
+    /// Opens what is at a key, and checks what can be checked without reading what is large.
     pub(super) fn look(&self, key: &TemplateKey) -> Result<Look, TemplateError> {
         let path = self.path(key);
         let Some(folder) = Folder::open(&path).map_err(TemplateError::io("opened", &path))? else {
@@ -165,7 +160,22 @@ fn open(folder: &Folder, key: &TemplateKey) -> Result<(TemplateRecord, File, [Fi
             false => Err(Failed::Damage(Damage::Size { part, expected, actual })),
         }
     });
-    Ok((record, file, [state?, memory?, disk?]))
+    let files = [state?, memory?, disk?];
+    // Another template's, whole in itself, would be gone on from in this one's memory.
+    match damage(&record, Part::State, &files[0]) {
+        None => Ok((record, file, files)),
+        Some(damage) => Err(Failed::Damage(damage)),
+    }
+}
+
+/// What distinguishes a file from what was published, read to its end.
+fn damage(record: &TemplateRecord, part: Part, file: &File) -> Option<Damage> {
+    let published = record.part(part);
+    match SparseDigest::of(file, published.bytes) {
+        Ok(actual) if actual == published.digest => None,
+        Ok(actual) => Some(Damage::Content { part, expected: published.digest.clone(), actual }),
+        Err(error) => Some(Damage::Unreadable(part.name(), error)),
+    }
 }
 
 fn open_file(folder: &Folder, name: &'static str) -> Result<File, Failed> {

@@ -146,7 +146,9 @@ impl Room {
         self.record.usage = Some(report.clone());
         let clients: Vec<_> = self.clients.values().map(|client| &client.connection).collect();
         let timeline = std::mem::take(&mut self.own.timeline);
-        let told = ToClient::from(api::Ended { outcome: outcome.clone(), usage: Some(report), timeline });
+        let started = self.record.started_ms.is_some();
+        let told =
+            ToClient::from(api::Ended { outcome: outcome.clone(), usage: Some(report), started, timeline });
         conclude(self.own, self.record, outcome);
         for client in clients {
             let _ = client.send(&told, &[]);
@@ -206,7 +208,8 @@ fn conclude(own: Ownership, mut record: Record, outcome: Outcome) {
 pub(crate) fn end_without_vmm(own: Ownership, creator: &Connection, outcome: Outcome) {
     let record = Record::read(&own.directory.join("state.json")).unwrap_or_else(|| Record::new(now_ms()));
     conclude(own, record, outcome.clone());
-    let _ = creator.send(&ToClient::from(api::Ended { outcome, usage: None, timeline: Vec::new() }), &[]);
+    let ended = api::Ended { outcome, usage: None, started: false, timeline: Vec::new() };
+    let _ = creator.send(&ToClient::from(ended), &[]);
 }
 
 #[cfg(test)]

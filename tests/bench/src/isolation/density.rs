@@ -15,8 +15,9 @@ use crate::meter;
 const GROUP: Group = Group::Density;
 /// Host memory that is left alone, MiB.
 const RESERVE_MIB: u64 = 512;
-/// What was just started comes to rest.
-const REST: Duration = Duration::from_secs(1);
+/// What was just started comes to rest, and the kernel brings its cgroups' statistics up to date, which it does every 2 s (`FLUSH_TIME` in mm/memcontrol.c): before that a small one
+/// may read as 0.
+const REST: Duration = Duration::from_secs(5);
 
 /// All subjects, each up to its last level.
 pub(crate) fn climb(bench: &mut Bench<'_>) {
