@@ -285,7 +285,7 @@ fn what_is_in_use_outlives_its_removal() {
 #[test]
 fn what_can_be_seen_at_a_glance_is_found_damaged_and_thrown_away() {
     type Spoil = fn(&Bed, &TemplateKey);
-    let cases: [Spoil; 11] = [
+    let cases: [Spoil; 10] = [
         |bed, key| bed.damage(key, "memory", |file| file.set_len(MEMORY - 4096).unwrap()),
         |bed, key| bed.damage(key, "disk", |file| file.set_len(DISK + 1).unwrap()),
         |bed, key| bed.damage(key, "state", |file| file.set_len(0).unwrap()),
@@ -298,12 +298,6 @@ fn what_can_be_seen_at_a_glance_is_found_damaged_and_thrown_away() {
             symlink(bed.root.join("state"), bed.file(key, "state")).unwrap();
         },
         |bed, key| bed.damage(key, "state", |open| flip(open, 14, 3)),
-        // The state of another template, whole as it is; its content is its key's.
-        |bed, key| {
-            make(&bed.templates, &super::tests::key(2));
-            fs::rename(bed.file(&super::tests::key(2), "state"), bed.file(key, "state")).unwrap();
-            bed.templates.remove(&super::tests::key(2)).unwrap();
-        },
         // The record of another template, whole as it is.
         |bed, key| {
             make(&bed.templates, &super::tests::key(2));
