@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use carrel_protocol::vmm::{MAX_DESCRIPTORS, MAX_PACKET_BYTES};
 use carrel_protocol::{FrameError, Message};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::sockopt::Timeout;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -88,6 +89,13 @@ impl Connection {
     /// How long [`Connection::receive`] waits, `None` for ever: then it fails with `WouldBlock`.
     pub(crate) fn limit(&self, time: Option<Duration>) -> io::Result<()> {
         Ok(rustix::net::sockopt::set_socket_timeout(&self.0, Timeout::Recv, time)?)
+    }
+
+    /// Whether the other end is closed, whatever it said before.
+    pub(crate) fn has_hung_up(&self) -> io::Result<bool> {
+        let mut ends = [PollFd::new(&self.0, PollFlags::empty())];
+        rustix::event::poll(&mut ends, Some(&Timespec::default()))?;
+        Ok(ends.iter().any(|end| end.revents().intersects(PollFlags::HUP)))
     }
 
     /// Waits for a packet.
@@ -205,7 +213,9 @@ mod tests {
         let (a, b) = Connection::pair().unwrap();
         let full = (0..100_000).find_map(|_| a.send(&FromVmm::from(Done {}), &[]).err());
         assert!(full.is_some_and(|e| e.would_block()));
+        assert!(!b.has_hung_up().unwrap());
         drop(a);
+        assert!(b.has_hung_up().unwrap(), "though there is something to read");
         while let Ok(packet) = b.receive::<FromVmm>() {
             assert_eq!(packet.message, Done {}.into());
         }

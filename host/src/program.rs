@@ -49,6 +49,9 @@ pub enum ProgramError {
     /// No such file.
     #[error("there is no program {0:?} on this host; give its path, or mend PATH")]
     NotFound(String),
+    /// A folder.
+    #[error("{} is a directory, and no program", .0.display())]
+    Directory(PathBuf),
     /// A file that it needs can't be had.
     #[error("{} can't be taken along", .path.display())]
     Unreadable {
@@ -106,17 +109,25 @@ pub struct Packed {
 }
 
 /// Those of the caller's variables that a program in a room has: of those that are known to be harmless, and of `patterns` (a `*` at the end is any ending).
-/// What is not UTF-8 stays outside.
+/// What is not UTF-8 stays outside: such variables' names come second.
 pub fn variables<'a>(
     all: impl Iterator<Item = (&'a OsStr, &'a OsStr)>,
     patterns: &[String],
-) -> Vec<(String, String)> {
-    let known =
-        |(name, value): (&OsStr, &OsStr)| Some((name.to_str()?.to_owned(), value.to_str()?.to_owned()));
-    let mut all: Vec<_> =
-        all.filter_map(known).filter(|(name, _)| variables::goes_along(name, patterns)).collect();
-    all.sort();
-    all
+) -> (Vec<(String, String)>, Vec<String>) {
+    let (mut kept, mut left_out) = (Vec::new(), Vec::new());
+    for (name, value) in all {
+        let shown = name.to_string_lossy();
+        if !variables::goes_along(&shown, patterns) {
+            continue;
+        }
+        match (name.to_str(), value.to_str()) {
+            (Some(name), Some(value)) => kept.push((name.to_owned(), value.to_owned())),
+            _ => left_out.push(shown.into_owned()),
+        }
+    }
+    kept.sort();
+    left_out.sort();
+    (kept, left_out)
 }
 
 impl Program<'_> {
@@ -128,6 +139,10 @@ impl Program<'_> {
     pub fn pack(&self, store: &Store) -> Result<Packed, ProgramError> {
         let (mut notices, mut timeline) = (Vec::new(), Vec::new());
         let found = self.look_up(self.word).ok_or_else(|| ProgramError::NotFound(self.word.to_owned()))?;
+        // Before any of it is read: it may be a whole disk.
+        if found.is_dir() {
+            return Err(ProgramError::Directory(found));
+        }
         let (program, interpreters) = self.program(&found)?;
         let real = std::fs::canonicalize(&found).unwrap_or_else(|_| found.clone());
         let cargo = Cargo::of(&real, self.whole_workspace, self.variables);

@@ -193,6 +193,7 @@ struct Shared {
     news: io::PipeWriter,
 }
 
+const SIGKILL: u8 = 9;
 const STOP: u8 = b's';
 const LEFT: u8 = b'l';
 
@@ -468,18 +469,23 @@ impl Shared {
         self.given.fetch_add(1, Ordering::Relaxed);
         starting.wait_for_its_turn();
         timeline.push(mark("its turn"));
-        let (promised, refusal) = match self.admit(&order.spec.machine) {
-            Ok(promised) => (Some(promised), None),
-            Err(refusal) => (None, Some(refusal)),
+        let (promised, refusal) = if creator.has_hung_up().map_err(|e| chain(&e))? {
+            // Who asked was killed while it waited: its room would end as soon as it began.
+            (None, Some(Outcome::Stopped { signal: SIGKILL }))
+        } else {
+            match self.admit(&order.spec.machine) {
+                Ok(promised) => (Some(promised), None),
+                Err(refusal) => {
+                    self.refused.fetch_add(1, Ordering::Relaxed);
+                    (None, Some(Outcome::NoCapacity { message: refusal.to_string() }))
+                }
+            }
         };
         let held = Held { starting: Some(starting), promised, resting: self.resting.clone() };
         let assignment = Assignment { directory: &directory, order, supplies, creator, timeline, held };
         let owned = match refusal {
             None => assignment.own(|order, id, template| self.launch(order, id, &directory, template)),
-            Some(refusal) => {
-                self.refused.fetch_add(1, Ordering::Relaxed);
-                assignment.refuse(Outcome::NoCapacity { message: refusal.to_string() })
-            }
+            Some(outcome) => assignment.refuse(outcome),
         };
         owned.map_err(|e| chain(&e))
     }

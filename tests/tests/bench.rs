@@ -134,4 +134,11 @@ fn a_bench_that_can_measure_nothing_says_so() {
     assert!(done.ends_with(1).errors().contains("bench: nothing could be measured"));
     let done = bench.run(SUBJECTS, &["--only", "no-such-metric"]);
     assert!(done.ends_with(1).errors().contains("no-such-metric"));
+    // One sentence, as of every command.
+    let done = bench.run(SUBJECTS, &["--deadline"]).ends_with(2);
+    assert_eq!(done.errors().lines().count(), 1, "{done:?}");
+    assert!(
+        done.errors().contains("--deadline") && done.errors().contains("carrel bench --help"),
+        "{done:?}"
+    );
 }

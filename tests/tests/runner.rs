@@ -376,6 +376,8 @@ fn what_can_not_be_run_has_a_shells_status_and_a_sentence() {
     run(&["./no/such/program"]).complains(127, &["./no/such/program"]);
     fs::write(carrel.scratch().join("plain"), "text").unwrap();
     run(&["./plain"]).complains(126, &["plain"]);
+    // Nothing of it is read.
+    run(&["/"]).complains(126, &["directory"]);
     run(&["--with=missing/file", "true"]).complains(125, &["missing/file"]);
     run(&["--timeout=2s", "--with=sleep", "sh", "-c", "sleep 100"]).ends_with(124);
     run(&[]).complains(125, &["program"]);

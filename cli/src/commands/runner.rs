@@ -146,13 +146,18 @@ fn title(word: &str) -> String {
     Path::new(word).file_name().and_then(|name| name.to_str()).unwrap_or(word).to_owned()
 }
 
-/// One that isn't there has the status that a shell gives.
+/// One that isn't there, or is none, has the status that a shell gives.
 fn missing(error: program::ProgramError) -> anyhow::Error {
+    const NOT_EXECUTABLE: u8 = 126;
     const NOT_FOUND: u8 = 127;
-    if matches!(error, program::ProgramError::NotFound(_)) {
-        return WithStatus::new(NOT_FOUND, error.to_string()).into();
-    }
-    error.into()
+    let status = match &error {
+        program::ProgramError::NotFound(_) => NOT_FOUND,
+        program::ProgramError::Directory(_) => NOT_EXECUTABLE,
+        program::ProgramError::Unreadable { .. }
+        | program::ProgramError::Place(_)
+        | program::ProgramError::Store(_) => return error.into(),
+    };
+    WithStatus::new(status, error.to_string()).into()
 }
 
 /// An option's text, whoever gave it.
@@ -189,8 +194,11 @@ fn variables(options: &RunnerOptions) -> Result<Vec<(String, String)>> {
         }
     }
     let all: Vec<_> = std::env::vars_os().collect();
-    let mut kept =
+    let (mut kept, left_out) =
         program::variables(all.iter().map(|(name, value)| (name.as_os_str(), value.as_os_str())), &patterns);
+    for name in left_out.iter().filter(|_| !options.quiet) {
+        tracing::warn!("The variable {name} is left out: it is not UTF-8.");
+    }
     kept.retain(|(name, _)| !options.unset_env.iter().any(|pattern| is_meant(pattern, name)));
     for (name, value) in set {
         kept.retain(|(known, _)| *known != name);

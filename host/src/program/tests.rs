@@ -173,6 +173,7 @@ fn variables_are_sorted_filtered_and_text() {
         (OsStr::new("LANG"), odd),
         (OsStr::new("HOME"), OsStr::new("/h")),
     ];
-    let kept = variables(all.into_iter(), &[]);
+    let (kept, left_out) = variables(all.into_iter(), &[]);
+    assert_eq!(left_out, ["LANG"], "what would have gone along");
     assert_eq!(kept, [("HOME".to_owned(), "/h".to_owned()), ("PATH".to_owned(), "/bin".to_owned())]);
 }

@@ -139,9 +139,22 @@ struct Options {
     repeat: Option<String>,
 }
 
+/// What was asked for and is no measurement, or one sentence of what is wrong, as `carrel` says it of its own command lines.
+fn misunderstood(error: &clap::Error) -> ! {
+    const WRONG: i32 = 2;
+    if !error.use_stderr() {
+        error.exit();
+    }
+    let text = error.render().to_string();
+    let first = text.trim_start_matches("error: ").split("\n\n").next().unwrap_or_default();
+    let first = first.split_whitespace().collect::<Vec<_>>().join(" ");
+    eprintln!("bench: {first}; see `carrel bench --help`.");
+    std::process::exit(WRONG)
+}
+
 /// Carries it out.
 pub(crate) fn run(words: impl Iterator<Item = OsString>) -> Result<()> {
-    let options = Options::parse_from(words);
+    let options = Options::try_parse_from(words).unwrap_or_else(|error| misunderstood(&error));
     if options.list {
         list();
         return Ok(());
