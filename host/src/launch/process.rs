@@ -1,6 +1,6 @@
 //! A confined program's process, the VMM's above all: clone3(2), and what the child does before it is another program.
 //!
-//! This is the crate's only unsafe code. The child shares no memory with its parent (no CLONE_VM), but is a copy of a process that may
+//! This is unsafe code. The child shares no memory with its parent (no CLONE_VM), but is a copy of a process that may
 //! have other threads, so until `execveat` it makes bare system calls on what was prepared for it and neither allocates nor locks.
 
 use std::ffi::{CString, c_char, c_int, c_long};

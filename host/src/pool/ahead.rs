@@ -5,7 +5,7 @@
 //! the cgroup above all rooms'.
 //!
 //! ```text
-//!   bring(memory, disk) ─▶ some pages of each not there? ─no─▶ done, in some 30 system calls
+//!   bring(memory, disk) ─▶ some pages of each not there? ─no─▶ done, in some sixty system calls
 //!                            │ yes
 //!                            ▼
 //!                          PARENT/carrel/ID ─▶ this program, as `read-ahead` ─▶ fadvise(2) of what lies between holes ─▶ removed
@@ -13,7 +13,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::num::NonZeroU64;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Advice, SeekFrom};
-use rustix::io::{Errno, ReadWriteFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -30,10 +30,14 @@ use crate::home::fresh_id;
 use crate::launch::{self, LaunchError};
 use crate::packet::{Connection, PacketError};
 
+#[expect(unsafe_code, reason = "mincore(2) has no safe form")]
+mod residency;
+
 /// The command under which a program that uses [`super::Pool`] calls [`serve`], before it does anything else.
 pub const COMMAND: &str = "read-ahead";
 /// Pages of each file that are looked at.
-const SAMPLES: u64 = 16;
+const SAMPLES: u64 = 8;
+const PAGE: u64 = 4096;
 /// The process's own memory, bytes, beside the pages that it has read.
 const OWN_BYTES: u64 = 64 << 20;
 /// Of one request, bytes: the kernel has no more read for one than it would read ahead (`force_page_cache_ra`), 128 KiB unless a device is set otherwise.
@@ -103,16 +107,13 @@ fn read_in(cgroup: &Cgroup, files: &[&File], program: &Path, patience: Duration)
     }
 }
 
-/// Whether a look at some of its pages found one that would have to be read. Where a file system can't say, none is missing (tmpfs: its pages are its writer's).
+/// Whether a look at some of its pages found one that would have to be read.
 fn is_missing(file: &File) -> io::Result<bool> {
     let length = file.metadata()?.len();
     for n in 0..SAMPLES {
-        let Some(at) = data_from(file, length / SAMPLES * n)? else { break };
-        let mut byte = [0];
-        match rustix::io::preadv2(file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT) {
-            Err(Errno::AGAIN) => return Ok(true),
-            Ok(_) => {}
-            Err(error) => return Err(error.into()),
+        let Some(data) = data_from(file, length / SAMPLES * n)? else { break };
+        if !residency::is_resident(file, data / PAGE * PAGE)? {
+            return Ok(true);
         }
     }
     Ok(false)
