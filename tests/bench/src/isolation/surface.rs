@@ -206,9 +206,20 @@ fn is_source(file: &Path) -> bool {
     ["rs", "c", "h", "go"].contains(&&*kind) && !name.ends_with("_test.go") && name != "tests.rs"
 }
 
-/// Lines that are neither blank nor comment: `//` and `/* … */`, as Rust, C and Go have them.
+/// Lines that are neither blank nor comment (`//` and `/* … */`, as Rust, C and Go have them) nor of a module of tests (Rust's, as rustfmt writes it).
 fn code_lines(source: &str) -> usize {
-    let mut inside = false;
+    let (mut inside, mut tests) = (false, false);
+    let mut lines = source.lines().peekable();
+    let mut shown = Vec::new();
+    while let Some(line) = lines.next() {
+        if line == "#[cfg(test)]" && lines.peek().is_some_and(|next| is_block_of_tests(next)) {
+            tests = true;
+        }
+        if !tests {
+            shown.push(line);
+        }
+        tests &= line != "}";
+    }
     let counts = |line: &str| {
         let line = line.trim();
         if inside {
@@ -221,7 +232,12 @@ fn code_lines(source: &str) -> usize {
         }
         !line.is_empty() && !line.starts_with("//")
     };
-    source.lines().map(counts).filter(|&counts| counts).count()
+    shown.into_iter().map(counts).filter(|&counts| counts).count()
+}
+
+/// `mod tests {`, `pub(crate) mod testing {`; what has a name alone is a file.
+fn is_block_of_tests(line: &str) -> bool {
+    line.contains("mod ") && line.ends_with('{')
 }
 
 #[cfg(test)]
@@ -231,6 +247,8 @@ mod tests {
     #[test]
     fn blank_lines_and_comments_are_no_code() {
         assert_eq!(code_lines("//! a\n\nfn x() {} // b\n/* c\n d\n*/\n/* e */\n  }\n"), 2);
+        let tests = "fn x() {}\n#[cfg(test)]\nmod tests;\n#[cfg(test)]\nmod tests {\n    fn y() {\n    }\n}\nfn z() {}\n";
+        assert_eq!(code_lines(tests), 4);
     }
 
     #[test]
