@@ -1,6 +1,8 @@
 //! What a prepared VMM's start depends on, or should not: the template's size, and the rooms that are there already.
 
-use anyhow::Result;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
 
 use super::rooms::{Room, Side};
 use super::{Clones, MEMORY_MIB, Template};
@@ -13,6 +15,8 @@ const SIZES: [(&str, u32); 5] =
     [("64 MiB", 64), ("128 MiB", 128), ("256 MiB", 256), ("512 MiB", 512), ("1024 MiB", 1024)];
 /// Rooms that are there, as far as `--clones` goes.
 const LEVELS: [u32; 7] = [10, 50, 100, 500, 1000, 2000, 4000];
+/// How long idle rooms are watched.
+const WATCHED: Duration = Duration::from_secs(5);
 /// Host memory that is left alone, MiB.
 const RESERVE_MIB: u64 = 512;
 
@@ -51,7 +55,10 @@ pub(super) fn rooms(clones: &Clones<'_>, guest: &str, machine: &Machine) -> Resu
         }
         std::thread::sleep(super::weight::REST);
         let taken = before.saturating_sub(available_mib()?) * 1024 / u64::from(rooms);
-        eprintln!("rooms: {rooms} are there; the host has {taken} KiB less for each");
+        let busy = busy(WATCHED)?;
+        eprintln!(
+            "rooms: {rooms} are there; the host has {taken} KiB less for each, and its CPUs are busy for {busy:.1} % of the time while nothing is asked"
+        );
         let measured = level(clones, &template)?;
         let metric = format!("request to first tick, {guest}, prepared, beside {rooms} rooms");
         metrics.extend(clones.compare(
@@ -63,6 +70,25 @@ pub(super) fn rooms(clones: &Clones<'_>, guest: &str, machine: &Machine) -> Resu
         ));
     }
     Ok(metrics)
+}
+
+/// Which part of their time the host's CPUs are busy, in the next moments, % (proc(5), `/proc/stat`).
+fn busy(watched: Duration) -> Result<f64> {
+    let before = times()?;
+    std::thread::sleep(watched);
+    let after = times()?;
+    let [all, idle] = [after.0 - before.0, after.1 - before.1];
+    Ok(100.0 * (all - idle) / all)
+}
+
+/// All time of all CPUs, and what of it they were idle, ticks.
+fn times() -> Result<(f64, f64)> {
+    let text = std::fs::read_to_string("/proc/stat")?;
+    let line = text.lines().next().and_then(|line| line.strip_prefix("cpu ")).context("/proc/stat is odd")?;
+    // What a guest took is in user and nice already.
+    let fields: Vec<f64> = line.split_whitespace().take(8).filter_map(|word| word.parse().ok()).collect();
+    let idle: f64 = fields.iter().skip(3).take(2).sum();
+    Ok((fields.iter().sum(), idle))
 }
 
 fn level(clones: &Clones<'_>, template: &Template) -> Result<Series<Side>> {

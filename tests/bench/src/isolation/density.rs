@@ -13,6 +13,8 @@ use super::subjects::Subject;
 use crate::meter;
 
 const GROUP: Group = Group::Density;
+/// Its figure can come out as none: MemAvailable counts what the page cache would give back.
+const HOST: &str = "density-host";
 /// Host memory that is left alone, MiB.
 const RESERVE_MIB: u64 = 512;
 /// What was just started comes to rest, and the kernel brings its cgroups' statistics up to date, which it does every 2 s (`FLUSH_TIME` in mm/memcontrol.c): before that a small one
@@ -103,11 +105,17 @@ fn weigh(bench: &mut Bench<'_>, subject: Subject, level: u32, rooms: &[Room], be
     let host = (before - available_kib()) / f64::from(level);
     let starts = if wants_starts(bench) { starts(bench, subject)? } else { Vec::new() };
     for metric in bench.metrics(GROUP) {
+        if metric.name == HOST && host <= 0.0 {
+            let reason = "the host's page cache gave back more than the rooms took".to_owned();
+            bench.results.skip(&[metric], Some(level), subject, reason);
+            continue;
+        }
         let samples = match metric.name {
             "density-pss" => &pss[..],
             "density-kernel" => &kernel[..],
             "density-start" => &starts[..],
-            _ => &[host][..],
+            HOST => &[host][..],
+            _ => &[][..],
         };
         bench.results.add(metric, Some(level), subject, samples);
     }
