@@ -100,6 +100,9 @@ pub enum LaunchError {
     /// A VMM that was to be kept ready is not.
     #[error("a VMM can't be kept ready: {0}")]
     NotPrepared(String),
+    /// A VMM has not written down which pages its guest has touched.
+    #[error("the VMM records no working set: {0}")]
+    Working(String),
     /// The socket to the VMM failed.
     #[error("the VMM ended before it was told its machine")]
     Packet(#[from] PacketError),

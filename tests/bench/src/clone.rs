@@ -165,19 +165,33 @@ impl Clones<'_> {
 
     fn template(&self, machine: &Machine, firecracker: bool) -> Result<Template> {
         let peer = firecracker.then_some(self.bed.firecracker.as_path());
-        Template::make(machine, &self.bed.carrel_vmm, peer, &self.work)
+        let template = Template::make(machine, &self.bed.carrel_vmm, peer, &self.work)?;
+        let unlearnt = template.unlearnt();
+        template.learn(&self.bed).or_else(|error| {
+            eprintln!("bench: clones have nothing ahead of their guests here: {error:#}");
+            Ok(unlearnt)
+        })
     }
 
     /// Request to first tick, all sides in turn.
     fn latency(&self, guest: &str, template: &Template) -> Result<Vec<Metric>> {
-        let mut series = [Side::Prepared, Side::Firecracker, Side::FirecrackerApi, Side::Carrel]
-            .map(|side| Series::new(side.name(), side));
-        self.rounds(&mut series, |&side| self.one(side, template))?;
-        let [prepared, firecracker, api, carrel] = series.each_ref();
-        Ok([(prepared, firecracker), (carrel, firecracker), (prepared, api), (carrel, api)]
+        let unlearnt = template.unlearnt();
+        let mut series = [
+            (Side::Prepared.name(), Side::Prepared, template),
+            (Side::Firecracker.name(), Side::Firecracker, template),
+            (Side::FirecrackerApi.name(), Side::FirecrackerApi, template),
+            ("carrel, prepared, no working set", Side::Prepared, &unlearnt),
+            (Side::Carrel.name(), Side::Carrel, template),
+        ]
+        .map(|(name, side, template)| Series::new(name, (side, template)));
+        self.rounds(&mut series, |&(side, template)| self.one(side, template))?;
+        let [prepared, firecracker, api, first, carrel] = series.each_ref();
+        Ok([firecracker, api]
             .into_iter()
+            .flat_map(|theirs| [prepared, first, carrel].map(|ours| (ours, theirs)))
             .flat_map(|(ours, theirs)| {
-                let state = if theirs.side == Side::FirecrackerApi { "its API up" } else { "from its start" };
+                let state =
+                    if theirs.side.0 == Side::FirecrackerApi { "its API up" } else { "from its start" };
                 self.compare(
                     &format!("request to first tick, {guest}, {}", ours.name.trim_start_matches("carrel, ")),
                     "ms",

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use carrel_host::RoomId;
 use carrel_host::launch::{Going, LaunchError, Standing};
 use carrel_host::spec::Part;
@@ -26,7 +26,7 @@ use carrel_protocol::units::{MemoryMib, VcpuCount};
 use carrel_protocol::vmm::{Descriptor, RestoreConfig, RestoreFile, SerialConfig};
 use serde_json::json;
 
-use super::template::{Files, Template, firecracker_command, spawn};
+use super::template::{Template, firecracker_command, spawn};
 use crate::guest_images::READY;
 use crate::isolation::room::Patience;
 use crate::isolation::snapshot::{await_api, hear_answer, send};
@@ -132,7 +132,7 @@ impl Bed {
             Side::Prepared => Ready::Vmm(self.prepare(template.memory_mib)?),
             Side::Carrel => {
                 let folder = scratch()?;
-                let command = self.carrel(&template.carrel, folder.path())?;
+                let command = self.carrel(template, folder.path())?;
                 Ready::Process(side, wrapped(command, wrapper), folder)
             }
             Side::Firecracker => {
@@ -185,12 +185,12 @@ impl Bed {
     }
 
     /// carrel's VMM, with the snapshot named in a file.
-    fn carrel(&self, files: &Files, folder: &Path) -> Result<Command> {
+    fn carrel(&self, template: &Template, folder: &Path) -> Result<Command> {
         let vm = RestoreFile {
             kvm: Some("/dev/kvm".into()),
-            state: files.state.clone(),
-            memory: files.memory.clone(),
-            working_set: None,
+            state: template.carrel.state.clone(),
+            memory: template.carrel.memory.clone(),
+            working_set: template.working_set.clone(),
             vsock: None,
             blocks: Vec::new(),
             serial: Some(SerialConfig { output: "/dev/stdout".into(), limit_bytes: SERIAL_BYTES }),
@@ -211,7 +211,7 @@ impl Ready {
         let began = Instant::now();
         let patience = Patience::alone(HEARD);
         let room = match self {
-            Self::Vmm(standing) => go_on(standing, &template.carrel)?.until_tick(&patience)?,
+            Self::Vmm(standing) => go_on(standing, template)?.until_tick(&patience)?,
             Self::Process(Side::Carrel | Side::Prepared, mut command, folder) => {
                 spawn(&mut command, folder)?.until_tick(&patience)?
             }
@@ -238,21 +238,24 @@ fn listening(command: &mut Command, folder: tempfile::TempDir) -> Result<Room> {
 }
 
 /// Tells a prepared VMM what it goes on from.
-fn go_on(standing: Standing, files: &Files) -> Result<Room> {
+fn go_on(standing: Standing, template: &Template) -> Result<Room> {
     let (heard, output) = io::pipe()?;
-    let (state, memory) = (File::open(&files.state)?, File::open(&files.memory)?);
+    let (state, memory) = (File::open(&template.carrel.state)?, File::open(&template.carrel.memory)?);
+    let working_set = template.working_set.as_ref().map(File::open).transpose()?;
     let vm = RestoreConfig {
         kvm: None,
         state: Descriptor(0),
         memory: Descriptor(1),
-        working_set: None,
+        working_set: working_set.as_ref().map(|_| Descriptor(3)),
         vsock: None,
         blocks: Vec::new(),
         serial: Some(SerialConfig { output: Descriptor(2), limit_bytes: SERIAL_BYTES }),
         control: None,
         track_dirty: false,
     };
-    let going = standing.go_on(vm, &[state.as_fd(), memory.as_fd(), output.as_fd()])?;
+    let files = [Some(state.as_fd()), Some(memory.as_fd()), Some(output.as_fd())];
+    let files: Vec<_> = files.into_iter().chain([working_set.as_ref().map(AsFd::as_fd)]).flatten().collect();
+    let going = standing.go_on(vm, &files)?;
     Ok(Room { output: heard.into(), process: Process::Prepared(going) })
 }
 
@@ -306,6 +309,14 @@ impl Room {
             if bytes.iter().take(read).any(|&byte| byte == READY) {
                 return Ok(());
             }
+        }
+    }
+
+    /// Has carrel's VMM write down what its guest has touched.
+    pub(crate) fn record_working_set(&self, to: &File) -> Result<()> {
+        match &self.process {
+            Process::Prepared(going) => Ok(going.record_working_set(to.as_fd())?),
+            Process::Child { .. } => bail!("nobody owns this VMM"),
         }
     }
 

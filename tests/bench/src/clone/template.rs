@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,7 +22,7 @@ use carrel_vmm::owner::Connection;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use serde_json::{Value, json};
 
-use super::rooms::{Process, Room};
+use super::rooms::{Bed, Process, Room, Side};
 use crate::engine::{Engine, Machine};
 use crate::guest_images::marks;
 use crate::isolation::room::Patience;
@@ -41,15 +42,18 @@ pub(crate) struct Files {
     pub(crate) memory: PathBuf,
 }
 
-/// A guest that was saved. Its files go with it.
+/// A guest that was saved. Its files go with its last copy.
+#[derive(Clone)]
 pub(crate) struct Template {
     /// Its memory, MiB.
     pub(crate) memory_mib: u32,
     /// As carrel's VMM saved it.
     pub(crate) carrel: Files,
+    /// Which pages its clones have ahead, once one of them was asked what it had touched.
+    pub(crate) working_set: Option<PathBuf>,
     /// As Firecracker did, where it is wanted.
     pub(crate) firecracker: Option<Files>,
-    _folder: tempfile::TempDir,
+    folder: Arc<tempfile::TempDir>,
 }
 
 impl Template {
@@ -79,7 +83,22 @@ impl Template {
             }
             None => None,
         };
-        Ok(Self { memory_mib: machine.memory_mib, carrel, firecracker: theirs, _folder: folder })
+        let (memory_mib, folder) = (machine.memory_mib, Arc::new(folder));
+        Ok(Self { memory_mib, carrel, working_set: None, firecracker: theirs, folder })
+    }
+
+    /// Starts the first clone and has it say what it has touched until its tick: what the pool does with a template's first clone.
+    pub(crate) fn learn(mut self, bed: &Bed) -> Result<Self> {
+        let first = bed.ready(Side::Prepared, &self, &[])?.start(&self)?.room;
+        let path = self.folder.path().join("carrel.working-set");
+        first.record_working_set(&File::create_new(&path)?)?;
+        self.working_set = Some(path);
+        Ok(self)
+    }
+
+    /// The same, of which nothing was learnt.
+    pub(crate) fn unlearnt(&self) -> Self {
+        Self { working_set: None, ..self.clone() }
     }
 }
 
