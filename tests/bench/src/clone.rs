@@ -13,6 +13,7 @@ mod rooms;
 mod template;
 mod weight;
 
+use std::cell::Cell;
 use std::fs;
 use std::path::PathBuf;
 
@@ -30,6 +31,8 @@ use template::Template;
 
 /// The template that all but the sizes' curve clone, MiB.
 const MEMORY_MIB: u32 = 128;
+/// Of one machine, for starts that are compared with another VMM's.
+const TEMPLATES: usize = 5;
 
 /// What a clone's figures need beyond the other benches'.
 #[derive(Args)]
@@ -134,8 +137,8 @@ impl Options {
 impl Clones<'_> {
     fn measure(&self, part: Part) -> Result<Vec<Metric>> {
         match part {
-            Part::Tiny => self.latency("tiny guest", &self.template(&self.tiny()?, true)?),
-            Part::Linux => self.latency("Linux", &self.template(&self.linux(MEMORY_MIB)?, true)?),
+            Part::Tiny => self.latency("tiny guest", &self.templates(&self.tiny()?)?),
+            Part::Linux => self.latency("Linux", &self.templates(&self.linux(MEMORY_MIB)?)?),
             Part::Memory => weight::weigh(self),
             Part::Burst => burst::measure(self, "Linux", &self.linux(MEMORY_MIB)?),
             Part::TinyBurst => burst::measure(self, "tiny guest", &self.tiny()?),
@@ -173,18 +176,23 @@ impl Clones<'_> {
         })
     }
 
+    /// Some of one machine, saved by both VMMs: how far it is to a tick from where a guest happened to be saved differs by a factor of two.
+    fn templates(&self, machine: &Machine) -> Result<Vec<Template>> {
+        (0..TEMPLATES).map(|_| self.template(machine, true)).collect()
+    }
+
     /// Request to first tick, all sides in turn.
-    fn latency(&self, guest: &str, template: &Template) -> Result<Vec<Metric>> {
-        let unlearnt = template.unlearnt();
+    fn latency(&self, guest: &str, templates: &[Template]) -> Result<Vec<Metric>> {
+        let unlearnt: Vec<Template> = templates.iter().map(Template::unlearnt).collect();
         let mut series = [
-            (Side::Prepared.name(), Side::Prepared, template),
-            (Side::Firecracker.name(), Side::Firecracker, template),
-            (Side::FirecrackerApi.name(), Side::FirecrackerApi, template),
+            (Side::Prepared.name(), Side::Prepared, templates),
+            (Side::Firecracker.name(), Side::Firecracker, templates),
+            (Side::FirecrackerApi.name(), Side::FirecrackerApi, templates),
             ("carrel, prepared, no working set", Side::Prepared, &unlearnt),
-            (Side::Carrel.name(), Side::Carrel, template),
+            (Side::Carrel.name(), Side::Carrel, templates),
         ]
-        .map(|(name, side, template)| Series::new(name, (side, template)));
-        self.rounds(&mut series, |&(side, template)| self.one(side, template))?;
+        .map(|(name, side, templates)| Series::new(name, (side, InTurn::of(templates))));
+        self.rounds(&mut series, |(side, templates)| self.one(*side, templates.next()?))?;
         let [prepared, firecracker, api, first, carrel] = series.each_ref();
         Ok([firecracker, api]
             .into_iter()
@@ -280,6 +288,23 @@ fn is_wide<S>(series: &[Series<S>]) -> bool {
     }
     let ratio = stats::ratio(&ours, &theirs);
     ratio.ratio_high - ratio.ratio_low > WIDE * ratio.ratio
+}
+
+/// Templates, of which each start takes the next.
+struct InTurn<'a> {
+    of: &'a [Template],
+    taken: Cell<usize>,
+}
+
+impl<'a> InTurn<'a> {
+    fn of(templates: &'a [Template]) -> Self {
+        Self { of: templates, taken: Cell::new(0) }
+    }
+
+    fn next(&self) -> Result<&'a Template> {
+        let at = self.taken.replace(self.taken.get() + 1);
+        self.of.get(at % self.of.len().max(1)).context("there is no template")
+    }
 }
 
 /// Samples of one value each.

@@ -14,6 +14,7 @@ mod engine;
 mod guest_images;
 mod isolation;
 mod meter;
+mod prompt;
 mod stats;
 mod vsock;
 

@@ -18,7 +18,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 
 use super::rooms::{Room, Side};
-use super::{Clones, Template, single};
+use super::{Clones, InTurn, Template, single};
 use crate::engine::Machine;
 use crate::{Metric, Sample, Series};
 
@@ -34,17 +34,17 @@ struct Wave {
 
 /// All waves of all sides, in turn.
 pub(super) fn measure(clones: &Clones<'_>, guest: &str, machine: &Machine) -> Result<Vec<Metric>> {
-    let template = clones.template(machine, true)?;
-    let mut series =
-        [Side::Prepared, Side::Firecracker, Side::Carrel].map(|side| Series::new(side.name(), side));
-    clones.rounds(&mut series, |&side| {
-        let wave = wave(clones, side, &template)?;
+    let templates = clones.templates(machine)?;
+    let mut series = [Side::Prepared, Side::Firecracker, Side::Carrel]
+        .map(|side| Series::new(side.name(), (side, InTurn::of(&templates))));
+    clones.rounds(&mut series, |(side, templates)| {
+        let wave = wave(clones, *side, templates.next()?)?;
         let at = |percent: usize| wave.each.get((wave.each.len() - 1) * percent / 100).copied();
         Ok(vec![wave.rate, wave.lasting_rate, at(50).unwrap_or(f64::NAN), at(95).unwrap_or(f64::NAN)])
     })?;
     let [prepared, firecracker, carrel] = series.each_ref();
     let n = clones.options.clone.concurrent;
-    let column = |series: &Series<Side>, i| -> Vec<Sample> {
+    let column = |series: &Series<(Side, InTurn<'_>)>, i| -> Vec<Sample> {
         single(series.samples.iter().map(|sample| crate::value(sample, i)))
     };
     let mut metrics = Vec::new();
@@ -57,7 +57,7 @@ pub(super) fn measure(clones: &Clones<'_>, guest: &str, machine: &Machine) -> Re
             (3, "request to first tick, a wave's 95th percentile", "ms"),
         ] {
             // From its process's start nothing is prepared: the first two are one.
-            if i == 1 && ours.side == Side::Carrel {
+            if i == 1 && ours.side.0 == Side::Carrel {
                 continue;
             }
             let metric = format!("{what}, {n} at once, {guest}, {how}");

@@ -30,6 +30,7 @@ use super::template::{Template, firecracker_command, spawn};
 use crate::guest_images::READY;
 use crate::isolation::room::Patience;
 use crate::isolation::snapshot::{await_api, hear_answer, send};
+use crate::prompt::Prompt;
 
 /// Above what any clone needs, many at once in an emulated host too.
 const HEARD: Duration = Duration::from_secs(60);
@@ -210,7 +211,7 @@ impl Ready {
     pub(crate) fn start(self, template: &Template) -> Result<Started> {
         let began = Instant::now();
         let patience = Patience::alone(HEARD);
-        let room = match self {
+        let (room, _prompt) = match self {
             Self::Vmm(standing) => go_on(standing, template)?.until_tick(&patience)?,
             Self::Process(Side::Carrel | Side::Prepared, mut command, folder) => {
                 spawn(&mut command, folder)?.until_tick(&patience)?
@@ -260,7 +261,7 @@ fn go_on(standing: Standing, template: &Template) -> Result<Room> {
 }
 
 /// Asks Firecracker to load and resume, and waits for the tick, not for the answer: that comes when it comes.
-fn load(mut room: Room, template: &Template, patience: &Patience) -> Result<Room> {
+fn load(mut room: Room, template: &Template, patience: &Patience) -> Result<(Room, Prompt)> {
     let files = template.firecracker.as_ref().context("this template was not made for Firecracker")?;
     let body = json!({
         "snapshot_path": files.state,
@@ -270,7 +271,7 @@ fn load(mut room: Room, template: &Template, patience: &Patience) -> Result<Room
     let api = room.folder().context("Firecracker has a folder")?.join("api");
     let answer = send(&api, "PUT", "/snapshot/load", &body)?;
     match room.hear_tick(patience) {
-        Ok(()) => Ok(room),
+        Ok(prompt) => Ok((room, prompt)),
         Err(error) => match hear_answer(answer, &Patience::alone(Duration::from_secs(1))) {
             Ok(()) => Err(error),
             Err(refusal) => Err(error.context(format!("{refusal:#}"))),
@@ -290,13 +291,14 @@ fn wrapped(command: Command, wrapper: &[String]) -> Command {
 }
 
 impl Room {
-    fn until_tick(mut self, patience: &Patience) -> Result<Self> {
-        self.hear_tick(patience)?;
-        Ok(self)
+    fn until_tick(mut self, patience: &Patience) -> Result<(Self, Prompt)> {
+        let prompt = self.hear_tick(patience)?;
+        Ok((self, prompt))
     }
 
-    /// Waits until the guest ticks.
-    pub(crate) fn hear_tick(&mut self, patience: &Patience) -> Result<()> {
+    /// Waits until the guest ticks, and comes before all others from then on, until what is returned is dropped.
+    pub(crate) fn hear_tick(&mut self, patience: &Patience) -> Result<Prompt> {
+        let prompt = Prompt::now();
         let mut output = File::from(self.output.try_clone()?);
         let mut bytes = [0; 256];
         loop {
@@ -307,7 +309,7 @@ impl Room {
             };
             ensure!(read > 0, "the VMM ended before its guest ticked; {}", self.last_words());
             if bytes.iter().take(read).any(|&byte| byte == READY) {
-                return Ok(());
+                return Ok(prompt);
             }
         }
     }
