@@ -46,7 +46,7 @@ mod tests {
         let prompt = Prompt::now();
         let meanwhile = policy();
         assert!(meanwhile == before || meanwhile == SCHED_FIFO | SCHED_RESET_ON_FORK, "{meanwhile}");
-        assert_eq!(std::thread::spawn(move || policy()).join().unwrap(), before, "what it starts is as ever");
+        assert_eq!(std::thread::spawn(policy).join().unwrap(), before, "what it starts is as ever");
         drop(prompt);
         assert_eq!(policy(), before);
     }
