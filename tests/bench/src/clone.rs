@@ -176,7 +176,7 @@ impl Clones<'_> {
         })
     }
 
-    /// Some of one machine, saved by both VMMs: how far it is to a tick from where a guest happened to be saved differs by a factor of two.
+    /// Some of one machine, saved by both VMMs: from where a guest happened to be saved it is a tenth or all of the way to its next tick.
     fn templates(&self, machine: &Machine) -> Result<Vec<Template>> {
         (0..TEMPLATES).map(|_| self.template(machine, true)).collect()
     }
