@@ -12,6 +12,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -20,6 +21,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use carrel_protocol::vmm::{Descriptor, FromOwner, FromVmm, Pause, Snapshot, SnapshotKind};
 use carrel_vmm::owner::Connection;
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use serde_json::{Value, json};
 
@@ -181,10 +184,12 @@ pub(crate) fn firecracker_command(binary: &Path, folder: &Path) -> Command {
     command
 }
 
-/// Starts a process whose output is its guest's console.
+/// Starts a process whose output is its guest's console, and which does not outlive the thread that calls this.
 pub(crate) fn spawn(command: &mut Command, folder: tempfile::TempDir) -> Result<Room> {
     let errors = File::create(folder.path().join("stderr"))?;
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors);
+    // SAFETY: one system call without pointers, between fork and exec.
+    unsafe { command.pre_exec(|| Ok(set_pdeathsig(Signal::SIGKILL)?)) };
     let mut child = command.spawn().with_context(|| format!("{command:?} can't be started"))?;
     let output = child.stdout.take().context("the child's output is a pipe")?;
     Ok(Room { output: output.into(), process: Process::Child { child, folder } })
